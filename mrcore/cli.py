@@ -1,0 +1,431 @@
+"""The command line: parse, call, print. Listings take `--json`; an error is one line and a non-zero exit.
+
+Heavy modules are imported inside the commands that need them, so that `mrcore --help` and completion stay quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mrcore import __version__
+from mrcore.errors import MrcoreError, UsageError
+
+if TYPE_CHECKING:
+    from mrcore.config import Settings
+    from mrcore.scheduler import Scheduler
+
+MAX_JOB_FILE_BYTES = 10 << 20
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and leave with its exit status: 0, 1 (it failed), 2 (asked wrongly), 130 (Ctrl-C)."""
+    status = 0
+    try:
+        status = cli.main(arguments, prog_name="mrcore", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except MrcoreError as error:
+        click.echo(f"mrcore: {error.message}", err=True)
+        status = 2 if isinstance(error, UsageError) else 1
+    except (KeyboardInterrupt, click.Abort):
+        status = 130
+    except BrokenPipeError:  # `mrcore cat JOB | head`: nobody reads on: quiet, as click is about it
+        status = 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        click.echo(f"mrcore: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": "), err=True)
+        status = 1
+    sys.exit(status)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--config", metavar="FILE", help="Settings; else MRCORE_CONFIG, /etc/mrcore/cluster.yml, local cluster.")
+@click.version_option(__version__)
+@click.pass_context
+def cli(context: click.Context, config: str | None) -> None:
+    """A Python MapReduce cluster with a durable job queue."""
+    context.obj = config
+
+
+def _settings() -> Settings:
+    from mrcore.config import load_settings
+
+    return load_settings(click.get_current_context().find_root().obj)
+
+
+def _scheduler() -> Scheduler:
+    from mrcore.scheduler import Scheduler
+
+    return Scheduler(_settings())
+
+
+def _manage_cluster(settings: Settings | None = None) -> Any:
+    from mrcore.manage_cluster import ManageCluster
+
+    return ManageCluster(settings or _settings())
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    """Print `{key: title}` of the rows: aligned and fitted on a terminal, whole in a pipe."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in columns.values():
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if row.get(key) is None else str(row[key])) for key in columns))
+    Console(width=None if sys.stdout.isatty() else 1000, soft_wrap=False).print(table)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f} s" if value < 60 else f"{int(value // 3600)}:{int(value // 60 % 60):02}:{int(value % 60):02}"
+
+
+# --- the cluster ------------------------------------------------------------------------------------------------
+
+
+@cli.group()
+def cluster() -> None:
+    """Start, stop and look at the cluster's servers."""
+
+
+@cluster.command()
+@click.option("--nodes", type=click.IntRange(1, 250), help="Local nodes (127.0.0.1, 127.0.0.2, …).")
+@click.option("--servers", type=click.IntRange(1, 256), help="Cluster servers on each local node.")
+@click.option("--address", help="Address of the first local node.")
+@click.option("--agent-port", type=click.IntRange(1, 65535), help="Port of the node agents.")
+@click.option("--server-port", type=click.IntRange(1, 65535), help="Port of each node's first cluster server.")
+def start(**shape: Any) -> None:
+    """Start all servers; what runs already is left alone."""
+    settings = _settings()
+    given = {key: value for key, value in shape.items() if value is not None}
+    if given:
+        if not settings.local:
+            raise UsageError("the shape of a deployed cluster stands in its settings: leave the options out")
+        from mrcore.launchers import local
+
+        local.configure(settings.home, **given)
+        settings = _settings()
+    _manage_cluster(settings).start_cluster()
+    servers = settings.servers()
+    click.echo(f"cluster {settings.cluster_name} is up: {len(settings.nodes)} nodes, {len(servers)} cluster servers")
+
+
+@cluster.command()
+def stop() -> None:
+    """Stop all servers gracefully."""
+    _manage_cluster().stop_cluster()
+    click.echo("the cluster is stopped")
+
+
+@cluster.command()
+def kill() -> None:
+    """End all servers and whatever they started, for certain."""
+    _manage_cluster().kill_cluster()
+    click.echo("the cluster is stopped")
+
+
+@cluster.command()
+@JSON
+def status(as_json: bool) -> None:
+    """Show every node agent and cluster server."""
+    answer = _manage_cluster().status()
+    if as_json:
+        return _print_json(answer)
+    _table(answer, {key: key.upper() for row in answer for key in row})
+    return None
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["mapreduce", "script", "file_transfer"]))
+def template(kind: str) -> None:
+    """Print a commented YAML job with every key."""
+    from mrcore.job import job_template_yaml
+
+    click.echo(job_template_yaml(kind), nl=False)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a key of every job; VALUE is YAML.")
+@JSON
+def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> None:
+    """Queue the jobs of YAML or JSON files (one job or a list each): all of them, or none if one has a fault."""
+    from mrcore.validation import parse_yaml
+
+    batch = [job for file in files for job in _read_jobs(file)]
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise UsageError(f"--set {change}: write KEY=VALUE")
+        value = parse_yaml(text, f"the value of --set {key}")
+        batch = [job | {key: value} for job in batch]
+    scheduler = _scheduler()
+    answers = scheduler.submit_jobs(batch)
+    if as_json:
+        return _print_json(answers)
+    for answer in answers:
+        click.echo(f"{answer['job_name']}: {answer['message']}")
+    if not scheduler.state()["runner"]:
+        click.echo("no Runner drains this queue now: `mrcore run` does", err=True)
+    return None
+
+
+def _read_jobs(file: Path) -> list[Any]:
+    from mrcore.validation import parse_yaml
+
+    with file.open("rb") as stream:
+        content = stream.read(MAX_JOB_FILE_BYTES + 1)
+    if len(content) > MAX_JOB_FILE_BYTES:
+        raise UsageError(
+            f"{file} has more than {MAX_JOB_FILE_BYTES >> 20} MiB: a job file is small, is it the right one?"
+        )
+    value = parse_yaml(content, str(file))
+    batch = value if isinstance(value, list) else [value]
+    if not batch or not all(isinstance(job, dict) for job in batch):
+        raise UsageError(f"{file} holds no job: it must be a mapping of keys to values or a list of them")
+    return batch
+
+
+@cli.command()
+@click.option("--once", is_flag=True, help="End after one cycle of the queue.")
+def run(once: bool) -> None:
+    """Drain the queue: the Runner. Ctrl-C or SIGTERM hand the run under way back."""
+    from mrcore.runner import Runner
+
+    with _reporter() as report:
+        ended = Runner(_settings(), report=report).run(once=once)
+    if once and not ended:
+        click.echo("nothing to run: `mrcore submit FILE` queues a job", err=True)
+    if ended.get("failed"):
+        raise MrcoreError(f"{ended['failed']} of {sum(ended.values())} runs failed: see `mrcore history`")
+
+
+@contextlib.contextmanager
+def _reporter() -> Iterator[Callable[..., None]]:
+    """What the Runner tells: ends of runs always, what goes on meanwhile only on a terminal, a hold once."""
+    from rich.console import Console
+
+    console, said = Console(stderr=True), [""]
+    with console.status("waiting for jobs") if console.is_terminal else contextlib.nullcontext() as line:
+
+        def report(event: str, **facts: Any) -> None:
+            name = f"{facts.get('job_name')} run {facts.get('run')}"
+            if event == "ended":
+                said[0] = ""
+                error = facts.get("exception")
+                click.echo(f"{name}: {facts['state']}" + (f": {error['message']}" if error else ""), err=bool(error))
+            elif event in ("hold", "paused"):
+                reason = facts.get("reason", "it is paused; `mrcore resume` goes on")
+                if said[0] != reason:
+                    click.echo(f"the queue holds: {reason}", err=True)
+                said[0] = reason
+            if line is not None:
+                numbers = "".join(f", {n:,} {key}" for key, n in facts.items() if isinstance(n, int) and key != "run")
+                what = f"{name}: {facts.get('phase', event)}{numbers}" if "run" in facts else event
+                line.update(what.replace("[", r"\["))
+
+        yield report
+
+
+@cli.command()
+@JSON
+def queue(as_json: bool) -> None:
+    """List the queue in the order in which it will run."""
+    scheduler = _scheduler()
+    state, rows = scheduler.state(), scheduler.queue()
+    estimates = scheduler.estimates()
+    rows = [row | {"estimate": estimates.get(row["job_name"])} for row in rows]
+    if as_json:
+        return _print_json(state | {"jobs": rows})
+    for row in rows:
+        estimate = row["estimate"]
+        row["state"] = f"running {row['phase'] or ''}".strip() if row["running"] else row["state"]
+        row["job_priority"] = "force_run" if row["force_run"] else f"{row['job_priority']:g}"
+        row["estimate"] = _seconds(estimate["median_seconds"]) if estimate else "not enough data"
+    columns = {"job_name": "JOB", "state": "STATE", "job_type": "TYPE", "group_name": "GROUP"}
+    _table(rows, columns | {"job_priority": "PRIORITY", "last_run": "RUNS", "estimate": "USUALLY", "reason": "REASON"})
+    if state["paused"]:
+        click.echo("the queue is paused: `mrcore resume` goes on")
+    if state["hold"]:
+        wait = state["hold"]["until"] - time.time()
+        what = f"next try in {wait:.0f} s, or `mrcore resume`" if wait > 0 else "trying again now"
+        click.echo(f"the queue holds: {state['hold']['reason']} ({what})")
+    if rows and not state["runner"]:
+        click.echo("no Runner drains this queue now: `mrcore run` does")
+    return None
+
+
+@cli.command()
+@click.argument("job", required=False)
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Newest runs to list.")
+@JSON
+def history(job: str | None, limit: int, as_json: bool) -> None:
+    """List the runs of all jobs or of one, newest first."""
+    rows = _scheduler().history(job, limit)
+    if as_json:
+        return _print_json(rows)
+    for row in rows:
+        row["start"] = row["start_time"][:19].replace("T", " ")
+        row["took"] = _seconds(row["seconds"])
+        row["error"] = (row["exception"] or {}).get("message")
+    columns = {"job_name": "JOB", "run": "RUN", "state": "STATE", "start": "START", "took": "TOOK", "error": "WHY"}
+    _table(rows, columns)
+    return None
+
+
+@cli.command()
+@click.argument("job")
+@JSON
+def show(job: str, as_json: bool) -> None:
+    """Tell a job's whole story: its keys, its runs, their phases, counts and errors."""
+    story = _scheduler().show(job)
+    if as_json:
+        return _print_json(story)
+    click.echo(f"{job}: {story['state']}" + (f" ({story['reason']})" if story["reason"] else ""))
+    for key, value in story["job"].items():
+        if value is not None:
+            click.echo(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
+    for row in story["runs"][:10]:
+        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {_seconds(row['seconds'])}")
+        for phase, times in row["phases"].items():
+            click.echo(f"  {phase}: {_seconds(times['seconds'])}")
+        for name, count in row["counts"].items():
+            click.echo(f"  {name}: {count}")
+        if row["exception"]:
+            click.echo(f"  {row['exception']['class']}: {row['exception']['message']}")
+            details = dict(row["exception"]["details"])
+            frames = details.pop("traceback", None) or details.pop("internal_traceback", None)
+            for name, detail in details.items():
+                click.echo(f"  {name}: {detail}")
+            if frames:
+                text = frames if isinstance(frames, str) else "".join(frames)
+                click.echo("\n".join(f"    {each}" for each in text.splitlines()))
+    return None
+
+
+@cli.command()
+@click.argument("job")
+def delete(job: str) -> None:
+    """Take a job out of the queue; a run under way goes on."""
+    _scheduler().delete_job(job)
+    click.echo(f"{job} is out of the queue; its output stays where it is")
+
+
+@cli.command()
+@click.argument("group")
+def requeue(group: str) -> None:
+    """Bring back the jobs of a group that left the queue by a failure, or one job by its name."""
+    click.echo(f"queued again: {', '.join(_scheduler().requeue(group))}")
+
+
+@cli.command()
+@click.argument("job")
+def cancel(job: str) -> None:
+    """End the run of a job that is under way."""
+    click.echo(f"run {_scheduler().cancel(job)} of {job} is told to end")
+
+
+@cli.command()
+def pause() -> None:
+    """Start no further run until `mrcore resume`."""
+    _scheduler().pause()
+    click.echo("paused; a run under way goes on")
+
+
+@cli.command()
+def resume() -> None:
+    """End a pause, or a hold's waiting."""
+    _scheduler().resume()
+    click.echo("the queue goes on")
+
+
+# --- what came of it --------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("job")
+@click.option("--head", type=click.IntRange(1), metavar="N", help="Only the first N items.")
+def cat(job: str, head: int | None) -> None:
+    """Print a job's output, one JSON item per line, in the order of its parts."""
+    sys.stdout.flush()
+    _manage_cluster().cat(job, sys.stdout.buffer, head=head)
+
+
+@cli.command()
+@click.argument("name", required=False, metavar="[SERVER|JOB]")
+@click.option("--lines", type=click.IntRange(1), default=100, show_default=True, help="Last lines of each file.")
+def logs(name: str | None, lines: int) -> None:
+    """Print the end of a server's or a job's log; without a name, list the logs."""
+    settings = _settings()
+    folders = [node.layout.logs_dir for node in settings.nodes] + [settings.logs_dir]
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+    if name is None:
+        for file in files:
+            click.echo(f"{file.stat().st_size:>12} {file}")
+        return
+    chosen = [file for file in files if file.stem == name or file.name == name or file.parent.name == name]
+    if not chosen:
+        known = ", ".join(sorted({file.stem for file in files})) or "none yet: `mrcore cluster start` makes them"
+        raise UsageError(f"there is no log of {name!r}; known: {known}")
+    for file in chosen:
+        if len(chosen) > 1:
+            click.echo(f"==> {file} <==")
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - lines * 4096))
+            sys.stdout.flush()
+            sys.stdout.buffer.writelines(stream.read().splitlines(keepends=True)[-lines:])
+
+
+@cli.command(name="try")
+@click.argument("project")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
+@click.option("--map", "map_name", required=True, metavar="NAME", help="The map function.")
+@click.option("--reduce", "reduce_name", metavar="NAME", help="The reduce function; without it, what map gives.")
+@click.option("--combine", metavar="NAME", help="A reduce function applied before the sort.")
+@click.option("--aux", "auxiliary", type=click.Path(path_type=Path), help="JSON for auxiliary_data.")
+def try_project(
+    project: str,
+    inputs: tuple[str, ...],
+    map_name: str,
+    reduce_name: str | None,
+    combine: str | None,
+    auxiliary: Path | None,
+) -> None:
+    """Run a project's functions over files in this one process, without a cluster: to develop them."""
+    from mrcore.trial import run_trial
+
+    folder = _settings().projects_dir / project
+    if not folder.is_dir():
+        folder = Path(project).absolute()
+    if not folder.is_dir():
+        raise UsageError(f"there is no project {project!r}: no folder of projects_dir, no folder here")
+    try:
+        data = json.loads(auxiliary.read_bytes()) if auxiliary else None
+    except ValueError as error:
+        raise UsageError(f"the auxiliary data {auxiliary} is no JSON: {error}") from None
+    for item in run_trial(folder, map_name, reduce_name, list(inputs), combine=combine, auxiliary=data):
+        sys.stdout.write(json.dumps(item, ensure_ascii=False) + "\n")

@@ -1,0 +1,179 @@
+"""One validated, frozen settings object, read once at the edge and handed down.
+
+Where settings come from, first found wins: `--config`, `MRCORE_CONFIG`, `/etc/mrcore/cluster.yml`, else the embedded
+local cluster under `MRCORE_HOME` (default `~/.mrcore`). A file without `nodes` describes the local cluster too.
+The local cluster's shape is `MRCORE_HOME/cluster.json`: `{"nodes": 3, "servers": 2, "address": "127.0.0.1",
+"agent_port": 45678, "server_port": 23456}`, each key optional; any other setting may stand there as well.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mrcore.errors import UsageError
+from mrcore.paths import Layout
+from mrcore.validation import explain, parse_yaml
+
+SYSTEM_CONFIG = Path("/etc/mrcore/cluster.yml")
+LOCAL_SHAPE: dict[str, Any] = {
+    "nodes": 1,
+    "servers": 2,
+    "address": "127.0.0.1",
+    "agent_port": 45678,
+    "server_port": 23456,
+}
+MEMORY_SHARE = 0.6
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Folder = Annotated[Path, Field(strict=False)]
+
+
+class NodeSettings(BaseModel):
+    """One machine (or loopback address) that holds data and runs `servers` cluster servers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,62}$")
+    address: str = Field(min_length=1)
+    servers: int = Field(ge=1, le=256)
+    agent_port: Port = 45678
+    server_port: Port = 23456
+    compute_dir: Folder
+
+    @property
+    def layout(self) -> Layout:
+        """The node's folders, `auxiliary_dir` and `base_dir` among them."""
+        return Layout(self.compute_dir)
+
+
+class ServerSettings(BaseModel):
+    """One cluster server: its name in the cluster, its node, and the port of its own."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    node: NodeSettings
+    port: int
+
+
+class Settings(BaseModel):
+    """Everything that can be set, with units in the names; see the module for where it comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    cluster_name: str = Field("local", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    local: bool = False
+    home: Folder
+    state_dir: Folder
+    pki_dir: Folder
+    logs_dir: Folder
+    projects_dir: Folder
+    nodes: tuple[NodeSettings, ...] = Field(min_length=1, max_length=250, strict=False)
+    memory_bytes: int | None = Field(None, ge=32 << 20, description="for all servers of one machine")
+    node_timeout_seconds: float = Field(15, gt=0)
+    cycle_interval_seconds: float = Field(60, ge=0)
+    max_attempts: int = Field(3, ge=1, le=100)
+    hold_backoff_first_seconds: float = Field(2, gt=0)
+    hold_backoff_max_seconds: float = Field(300, gt=0)
+    history_keep_runs: int = Field(10_000, ge=1)
+
+    def servers(self) -> list[ServerSettings]:
+        """All cluster servers in order of their names S_0, S_1, …, which follow the order of the nodes."""
+        pairs = [(node, index) for node in self.nodes for index in range(node.servers)]
+        return [
+            ServerSettings(name=f"S_{number}", node=node, port=node.server_port + index)
+            for number, (node, index) in enumerate(pairs)
+        ]
+
+
+def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
+    """Read the settings (see the module for the order). Raises UsageError naming every fault at once."""
+    chosen = path or os.environ.get("MRCORE_CONFIG")
+    file = Path(chosen) if chosen else SYSTEM_CONFIG
+    values = _read(file) if chosen or file.exists() else {}
+    home = Path(values.get("home") or os.environ.get("MRCORE_HOME") or "~/.mrcore").expanduser().absolute()
+    source = str(file)
+    if "nodes" not in values or isinstance(values["nodes"], int):
+        shape_file = home / "cluster.json"
+        if shape_file.exists():
+            values = _read(shape_file) | values
+            source = str(shape_file)
+        values = _local_values(home, values, source)
+    folders = {"state_dir": home / "state", "pki_dir": home / "pki", "logs_dir": home / "logs"}
+    values = {"projects_dir": "projects"} | folders | values | {"home": home}
+    for key in ("projects_dir", *folders):
+        if isinstance(values[key], str | Path):
+            values[key] = Path(values[key]).expanduser().absolute()
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        faults = explain(error, Settings, NodeSettings)
+        raise UsageError(f"settings of {source} refused: {'; '.join(faults)}", faults=faults) from None
+    names = [node.name for node in settings.nodes]
+    if len(set(names)) < len(names):
+        raise UsageError(f"settings of {source} refused: two nodes have one name ({', '.join(sorted(names))})")
+    return settings
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read the settings {file}: {error.strerror}") from None
+    try:
+        values = json.loads(content) if file.suffix == ".json" else parse_yaml(content, f"the settings file {file}")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the settings {file} are no JSON: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"the settings {file} must be one mapping of names to values")
+    return values
+
+
+def _local_values(home: Path, values: dict[str, Any], source: str) -> dict[str, Any]:
+    shape = {key: values.get(key, usual) for key, usual in LOCAL_SHAPE.items()}
+    count, ports = shape["nodes"], {key: shape[key] for key in ("servers", "agent_port", "server_port")}
+    try:
+        first = ipaddress.IPv4Address(shape["address"])
+        addresses = [str(first + index) for index in range(count)] if 1 <= count <= 250 else []
+    except ValueError:
+        raise UsageError(f"settings of {source} refused: address: no IPv4 address, got {shape['address']!r}") from None
+    if not addresses:
+        raise UsageError(f"settings of {source} refused: nodes: a local cluster has 1 to 250, got {count}")
+    nodes = [
+        {"name": f"node-{index}", "address": address, "compute_dir": home / "nodes" / address, **ports}
+        for index, address in enumerate(addresses)
+    ]
+    return {key: value for key, value in values.items() if key not in LOCAL_SHAPE} | {"local": True, "nodes": nodes}
+
+
+def machine_memory_bytes(root: Path = Path("/")) -> int:
+    """What this machine or the control group we run in (v1 or v2, the tightest of its ancestors) may use."""
+    limits = [int((root / "proc/meminfo").read_text().split(maxsplit=2)[1]) * 1024]
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        groups = []
+    for _, controllers, path in groups:
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        top, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        inside = Path(path.lstrip("/"))
+        for folder in (inside, *inside.parents):  # in a container the path may be the host's: its top still counts
+            limit = root / "sys/fs/cgroup" / top / folder / name
+            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+                limits.append(int(text))
+    return min(limits)
+
+
+def server_memory_bytes(settings: Settings, node: NodeSettings | None = None) -> int:
+    """The budget of one server in bytes: the machine's share over all servers that this machine runs.
+
+    Nodes of a local cluster share one machine; of a deployed one each has its own, and `node` tells which.
+    """
+    total = settings.memory_bytes or int(machine_memory_bytes() * MEMORY_SHARE)
+    if settings.local or node is None:
+        return total // sum(each.servers for each in settings.nodes)
+    return total // node.servers

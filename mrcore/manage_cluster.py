@@ -1,0 +1,445 @@
+"""The cluster as the master sees it: start and stop it, run one attempt of a mapreduce job, read its output.
+
+`run` is: preflight (nodes answer, same version, project pushed, inputs listed) → the attempt's phases (`phases`
+decides, `links` carries out) → commit (the manifest) → publish on the nodes. An order is
+`{"identity", "job", "project", "partitions", "sample_by_lines", "node", …}` and, for MAP, "bundles" and "no_more",
+for REDUCE, "partition", "low", "high" and "sources".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+from mrcore import WIRE_VERSION, __version__, manifest
+from mrcore.config import NodeSettings, Settings, load_settings
+from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, UsageError
+from mrcore.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW, plan_bundles
+from mrcore.links import Links
+from mrcore.phases import Attempt, EndServer, Give, Start, default_partitions
+from mrcore.rpc.client import Client
+from mrcore.rpc.data import DataClient
+from mrcore.rpc.tls import Pki
+from mrcore.usercode import pack_project, project_hash
+
+MIN_FREE_DISK_BYTES = 256 << 20
+TICK_SECONDS = 0.5
+CLEANUP_SECONDS = 5.0
+NODES_AT_ONCE = 16
+
+Json = dict[str, Any]
+Progress = Callable[..., None]
+
+
+class _Stopped(MrcoreError):
+    """The caller asked for the attempt to end."""
+
+
+class ManageCluster:
+    """All that can be done with the cluster as a whole. Agents' connections are kept between runs."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or load_settings()
+        self._pki = Pki(self.settings.pki_dir, "master")
+        self._agents: dict[str, Client] = {}
+
+    # --- life of the cluster ---
+
+    def start_cluster(self) -> list[Json]:
+        """Start what does not run yet; gives `status()`."""
+        return self._launcher().start_cluster(self.settings)  # type: ignore[no-any-return]
+
+    def stop_cluster(self) -> int:
+        """Stop gracefully, then make certain; gives how many daemons ran."""
+        return self._launcher().stop_cluster(self.settings)  # type: ignore[no-any-return]
+
+    def kill_cluster(self) -> int:
+        """End everything at once; gives how many daemons ran."""
+        return self._launcher().kill_cluster(self.settings)  # type: ignore[no-any-return]
+
+    def status(self) -> list[Json]:
+        """One dict per daemon: name, node, address, port, pid, state."""
+        return self._launcher().status(self.settings)  # type: ignore[no-any-return]
+
+    def _launcher(self) -> Any:
+        if not self.settings.local:
+            raise UsageError("this cluster is deployed: this version starts and stops local clusters only")
+        from mrcore.launchers import local
+
+        return local
+
+    # --- one attempt of a job ---
+
+    def run(
+        self,
+        job: Json,
+        run: int,
+        attempt: int = 1,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+    ) -> Json:
+        """Execute a validated mapreduce job and give the manifest of what it committed.
+
+        `progress(phase, **facts)` is told of every phase; setting `stop` ends the attempt. Raises JobFault (the job's
+        fault), ClusterFault (hand the run back, hold the queue); nothing of the attempt then is left on the nodes.
+        """
+        clock = _PhaseClock(progress or (lambda phase, **facts: None))
+        stop = stop or threading.Event()
+        clock.enter("PREFLIGHT")
+        try:
+            plan = self._preflight(job, run)
+            machine = self._drive(job, run, attempt, plan, clock, stop)
+        except BaseException:
+            self._clean_up(job["job_name"], run)
+            raise
+        clock.enter("COMMIT")
+        found = self._manifest(job, run, attempt, plan, machine, clock)
+        manifest.write(self.settings.state_dir, found)
+        self.finish(job, run)
+        clock.enter("DONE")
+        return found
+
+    def finish(self, job: Json, run: int) -> None:
+        """Do what follows from a commit: publish the parts, remove what is temporary. May be repeated after a crash."""
+        name = job["job_name"]
+        found = manifest.read(self.settings.state_dir, name, run)
+        if found is None:
+            raise UsageError(f"run {run} of {name} has not committed")
+
+        def publish(node: NodeSettings) -> None:
+            parts = [part["name"] for part in found["parts"] if part["node"] == node.name]
+            agent = self._agent(node)
+            agent.call(
+                "publish",
+                job=name,
+                run=run,
+                attempt=found["attempt"],
+                parts=parts,
+                delete_job_data=found["delete_job_data"],
+                timeout_seconds=600,
+            )
+            agent.call("end_run", job=name, run=run, timeout_seconds=600)
+
+        self._on_all_nodes(publish)
+
+    def _preflight(self, job: Json, run: int) -> Json:
+        """Make the nodes ready and list the inputs. Gives {"project", "bundles" (by node), "input"}."""
+        folder = self.settings.projects_dir / job["project_name"]
+        if not folder.is_dir():
+            raise JobFault(f"project folder {folder} does not exist: create it, or set projects_dir")
+        snapshot = project_hash(folder)
+        listings = self._on_all_nodes(lambda node: self._prepare_node(node, job, run, snapshot, folder))
+        files = {node.name: found["files"] for node, found in zip(self.settings.nodes, listings, strict=True)}
+        self._check_inputs(job, listings)
+        total = sum(each[1] for found in files.values() for each in found)
+        bundles: dict[str, list[Json]] = {}
+        for node in self.settings.nodes:
+            count = sum(map(len, bundles.values()))
+            bundles[node.name] = plan_bundles(files[node.name], node.servers, first_id=count)
+        skipped: dict[str, int] = {}
+        for found in listings:
+            for reason, number in found["skipped"].items():
+                skipped[reason] = skipped.get(reason, 0) + number
+        read = {"files": sum(map(len, files.values())), "bytes": total, "skipped": skipped}
+        return {"project": snapshot, "bundles": bundles, "input": read}
+
+    def _prepare_node(self, node: NodeSettings, job: Json, run: int, snapshot: str, folder: Any) -> Json:
+        """Check one node, bring it the project, make its working folder and list its inputs."""
+        agent = self._agent(node)
+        self._check_versions(node, agent.call("health"))
+        if not agent.call("project_state", hash=snapshot):
+            with contextlib.closing(DataClient(node.address, node.agent_port, self._pki, node.name)) as client:
+                client.put({"project": snapshot}, pack_project(folder))
+        free = agent.call("start_run", job=job["job_name"], run=run)["disk_free_bytes"]
+        if free < MIN_FREE_DISK_BYTES:
+            raise ClusterFault(
+                f"node {node.name} has {free >> 20} MiB of free disk, less than {MIN_FREE_DISK_BYTES >> 20}: make room",
+                node=node.name,
+            )
+        asked = {key: job[key] for key in ("input_dirs", "shared_input")}
+        if self.settings.local:
+            asked["sibling_dirs"] = str(node.compute_dir.parent)
+        names = [each.name for each in self.settings.nodes]
+        page = agent.call("list_inputs", job=asked, node_names=names, timeout_seconds=600)
+        listing, files = page, page["files"]
+        while page["next"]:
+            page = agent.call("list_inputs", job=asked, node_names=names, cursor=page["next"], timeout_seconds=600)
+            files += page["files"]
+        found: Json = listing | {"files": files}
+        return found
+
+    def _check_versions(self, node: NodeSettings, health: Json) -> None:
+        ours = (__version__, WIRE_VERSION, platform.python_version_tuple()[:2])
+        theirs = (health["version"], health["wire_version"], tuple(health["python"].split(".")[:2]))
+        if ours != theirs:
+            raise ClusterFault(
+                f"node {node.name} runs mrcore {theirs[0]} (wire {theirs[1]}) on Python {'.'.join(theirs[2])}, the "
+                f"master {ours[0]} (wire {ours[1]}) on {'.'.join(ours[2])}: bring both to the same",
+                node=node.name,
+            )
+
+    def _check_inputs(self, job: Json, listings: list[Json]) -> None:
+        faults = [fault for found in listings for fault in found["faults"]]
+        for entry in job["input_dirs"]:
+            if not any(found["matched"].get(entry) for found in listings):
+                where = "" if entry.startswith("/") else " under any node's base_dir"
+                faults.append(f"the input {entry} matches no file{where}: check the path, or upload the files first")
+        prints = {found["fingerprint"] for found in listings}
+        absolute = any(
+            entry.startswith("/") and found["matched"][entry] for found in listings for entry in job["input_dirs"]
+        )
+        unclear = job["shared_input"] is None and not self.settings.local and len(listings) > 1
+        if unclear and absolute and len(prints) == 1:
+            faults.append(
+                "every node lists the same files for the absolute input_dirs: set shared_input: true if they are one "
+                "shared file system (each file is then read once), false if they only look alike"
+            )
+        if faults:
+            raise JobFault("; ".join(dict.fromkeys(faults)), faults=faults)
+
+    def _drive(
+        self, job: Json, run: int, attempt: int, plan: Json, clock: _PhaseClock, stop: threading.Event
+    ) -> Attempt:
+        """Take the attempt through its phases. Raises the fault that ended it, _Stopped when asked to stop."""
+        servers = self.settings.servers()
+        timeout_seconds = self.settings.node_timeout_seconds
+        total_bytes = plan["input"]["bytes"]
+        machine = Attempt(
+            {"job": job["job_name"], "run": run, "attempt": attempt},
+            {each.name: each.node.name for each in servers},
+            plan["bundles"],
+            partitions=job["number_of_partitions"] or default_partitions(total_bytes, len(servers)),
+            by_range=job["partitioner"] == "range",
+            map_only=job["reduce_function_name"] is None,
+            max_attempts=job["max_attempts"] or self.settings.max_attempts,
+            node_timeout_seconds=timeout_seconds,
+            now=time.monotonic(),
+        )
+        bundle_count = sum(map(len, plan["bundles"].values()))
+        common = {
+            "job": job,
+            "project": plan["project"],
+            "partitions": machine.partitions,
+            "sample_by_lines": total_bytes < THIN_BY_LINES_BELOW,
+        }
+        with Links(list(self.settings.nodes), servers, self._pki, timeout_seconds) as links:
+            while not machine.finished and not machine.fault:
+                for instruction in machine.instructions():
+                    self._carry_out(instruction, machine, links, common)
+                clock.enter(machine.phase, bundles_done=machine.bundles_done, bundles=bundle_count)
+                if machine.finished or machine.fault:
+                    break
+                for event in links.next_events(TICK_SECONDS):
+                    self._tell(machine, event)
+                machine.tick(time.monotonic())
+                if stop.is_set():
+                    raise _Stopped("stopped by the Runner")
+        if machine.fault:
+            raise machine.fault
+        self._check_sample(job, total_bytes, machine)
+        return machine
+
+    def _tell(self, machine: Attempt, event: tuple[Any, ...]) -> None:
+        match event:
+            case ("up", server):
+                machine.server_up(server)
+            case ("down", server):
+                machine.server_down(server, time.monotonic())
+            case ("event", server, told):
+                machine.task_event(server, told)
+            case ("refused", server, identity, error):
+                machine.refused(server, identity, error)
+            case ("lost", node, reason):
+                machine.node_lost(node, reason)
+
+    def _carry_out(self, instruction: Any, machine: Attempt, links: Links, common: Json) -> None:
+        link = links.servers[instruction.server]
+        match instruction:
+            case Start():
+                order = {"identity": instruction.identity, **common, **instruction.extra}
+                if instruction.identity["phase"] == "REDUCE":
+                    nodes = {node.name: node for node in self.settings.nodes}
+                    order["sources"] = [
+                        source | {"address": nodes[source["node"]].address, "port": nodes[source["node"]].agent_port}
+                        for source in machine.sources(instruction.extra["partition"])
+                    ]
+                link.put("order", order=order)
+            case Give():
+                link.put(
+                    "give", identity=instruction.identity, bundles=instruction.bundles, no_more=instruction.no_more
+                )
+            case EndServer():
+                self._end_server(link.server.node, instruction.server)
+
+    def _end_server(self, node: NodeSettings, server: str) -> None:
+        with contextlib.suppress(MrcoreError):  # its agent may be gone as well: then the node counts as lost
+            self._agent(node).call("end_server", name=server, timeout_seconds=CLEANUP_SECONDS)
+
+    def _check_sample(self, job: Json, total_bytes: int, machine: Attempt) -> None:
+        if job["downsample"] < 1 and total_bytes and not machine.counters.get("lines"):
+            least = min(1.0, (3 * SAMPLE_BLOCK_BYTES if total_bytes >= THIN_BY_LINES_BELOW else 300) / total_bytes)
+            raise JobFault(
+                f"the sample of {job['downsample']} of {total_bytes:,} bytes holds no line; the smallest useful "
+                f"downsample for this input is about {least:.2g}"
+            )
+
+    def _clean_up(self, job: str, run: int) -> None:
+        """After a failed attempt: end its tasks and remove its files, as far as the nodes can be reached."""
+
+        def cancel(node: NodeSettings) -> None:
+            for server in self.settings.servers():
+                if server.node.name == node.name:
+                    try:
+                        address = (node.address, server.port, self._pki, node.name, 2, CLEANUP_SECONDS)
+                        with contextlib.closing(Client(*address)) as client:
+                            client.call("cancel", job=job, run=run)
+                    except MrcoreError:
+                        self._end_server(node, server.name)
+            with contextlib.suppress(MrcoreError):
+                self._agent(node).call("end_run", job=job, run=run, timeout_seconds=60)
+
+        self._on_all_nodes(cancel)
+
+    def _manifest(self, job: Json, run: int, attempt: int, plan: Json, machine: Attempt, clock: _PhaseClock) -> Json:
+        pairs = [[source, target, length] for (source, target), length in sorted(machine.shuffled.items())]
+        remote = sum(length for source, target, length in pairs if source != target)
+        parts = sorted(machine.parts, key=lambda part: str(part["name"]))
+        counts = {
+            **machine.counters,
+            "input_files": plan["input"]["files"],
+            "input_bytes": plan["input"]["bytes"],
+            "output_items": sum(part["records"] for part in parts),
+            "output_bytes": sum(part["bytes"] for part in parts),
+            "shuffled_bytes": sum(length for *_, length in pairs),
+            "remote_bytes": remote,
+            "task_deaths": len(machine.deaths),
+            "peak_task_bytes": machine.peak_bytes,
+        }
+        return {
+            "job": job["job_name"],
+            "run": run,
+            "attempt": attempt,
+            "committed": time.time(),
+            "partitioner": job["partitioner"],
+            "partitions": machine.partitions,
+            "delete_job_data": job["delete_job_data"],
+            "compress": job["compress"],
+            "project": plan["project"],
+            "keys_kept": machine.keys_kept,
+            "parts": parts,
+            "shuffle": pairs,
+            "skipped": plan["input"]["skipped"],
+            "counts": counts,
+            "task_seconds": {name: round(seconds, 3) for name, seconds in machine.seconds.items()},
+            "phases": clock.seconds(),
+            "deaths": machine.deaths,
+        }
+
+    # --- output ---
+
+    def cat(self, job_name: str, out: BinaryIO, head: int | None = None) -> int:
+        """Write a job's output to `out` in part order, one JSON item a line, at most `head` lines; gives their number.
+
+        Parts are fetched from the nodes and checked. Raises UsageError when the job has no output.
+        """
+        head_writer = _HeadWriter(out, head)
+        with contextlib.suppress(_Enough):
+            for part in self._parts(job_name):
+                self._copy_part(job_name, part, head_writer.write)
+        return head_writer.lines
+
+    def _parts(self, job_name: str) -> list[Json]:
+        """The parts that make up a job's output: the last run's, and earlier ones' as far as they were kept."""
+        found: list[list[Json]] = []
+        for each in manifest.committed(self.settings.state_dir, job_name):
+            found.append(each["parts"])
+            if each["delete_job_data"]:
+                break
+        return [part for parts in reversed(found) for part in parts]
+
+    def _copy_part(self, job_name: str, part: Json, write: Callable[[bytes], None]) -> None:
+        """Fetch a part and write its text; raises Refused when it is not what was committed."""
+        node = next((each for each in self.settings.nodes if each.name == part["node"]), None)
+        if node is None:
+            raise ClusterFault(f"part {part['name']} lies on {part['node']}, which is no node of the cluster any more")
+        unzip = zlib.decompressobj(wbits=31) if part["name"].endswith(".gz") else None
+        checksum = 0
+
+        def sink(_: int, chunk: memoryview) -> None:
+            nonlocal checksum
+            text = unzip.decompress(chunk) if unzip else bytes(chunk)
+            checksum = zlib.crc32(text, checksum)
+            write(text)
+
+        with contextlib.closing(DataClient(node.address, node.agent_port, self._pki, node.name)) as client:
+            client.get([{"part": {"job": job_name, "name": part["name"]}}], sink)
+        if checksum != part["crc32"]:
+            raise Refused(f"part {part['name']} on {part['node']} is damaged: its checksum is not the committed one")
+
+    # --- nodes ---
+
+    def _agent(self, node: NodeSettings) -> Client:
+        if node.name not in self._agents:
+            self._agents[node.name] = Client(node.address, node.agent_port, self._pki, node.name)
+        return self._agents[node.name]
+
+    def _on_all_nodes(self, function: Callable[[NodeSettings], Any]) -> list[Any]:
+        """Call `function` for every node, several at once; gives the results in order or raises the first fault."""
+        nodes = self.settings.nodes
+        if len(nodes) == 1:
+            return [function(nodes[0])]
+        with ThreadPoolExecutor(min(NODES_AT_ONCE, len(nodes)), "node") as pool:
+            return list(pool.map(function, nodes))
+
+
+class _Enough(Exception):
+    """As many lines as wanted are written."""
+
+
+class _HeadWriter:
+    """Writes text to `out` up to its `limit`th line (None: all of it), then raises _Enough."""
+
+    def __init__(self, out: BinaryIO, limit: int | None) -> None:
+        self._out, self._limit, self.lines = out, limit, 0
+        if limit is not None and limit <= 0:
+            raise UsageError("the number of lines must be 1 or more")
+
+    def write(self, text: bytes) -> None:
+        """Write as much of `text` as is wanted."""
+        count = text.count(b"\n")
+        if self._limit is not None and self.lines + count >= self._limit:
+            wanted = self._limit - self.lines
+            text = b"".join(line + b"\n" for line in text.split(b"\n", wanted)[:wanted])
+            self._out.write(text)
+            self.lines = self._limit
+            raise _Enough
+        self._out.write(text)
+        self.lines += count
+
+
+class _PhaseClock:
+    """Notes when each phase began and tells `progress` of it and of what was counted."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._begun: list[tuple[str, float]] = []
+        self._told: tuple[str, dict[str, int]] | None = None
+
+    def enter(self, phase: str, **facts: int) -> None:
+        """A phase goes on, or begins."""
+        if not self._begun or self._begun[-1][0] != phase:
+            self._begun.append((phase, time.monotonic()))
+        if (phase, facts) != self._told:
+            self._told = (phase, facts)
+            self._progress(phase, **facts)
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time of each phase so far."""
+        ends = [begun for _, begun in self._begun[1:]] + [time.monotonic()]
+        return {phase: round(end - begun, 4) for (phase, begun), end in zip(self._begun, ends, strict=True)}

@@ -1,0 +1,50 @@
+"""The commit point of a run: one file on the master, renamed into place, that says what the run produced.
+
+`state/manifests/JOB/RUN.json`. Whether a run has committed is whether this file exists; all that follows from it (the
+parts' final names, removal of older output, the ledger, the run's row) can be done again after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mrcore.errors import UsageError
+from mrcore.paths import fsync_dir, write_atomic
+
+
+def path_of(state_dir: Path, job: str, run: int) -> Path:
+    """Where the manifest of a run lies."""
+    return state_dir / "manifests" / job / f"{run}.json"
+
+
+def write(state_dir: Path, manifest: dict[str, Any]) -> None:
+    """Commit: after this returns the run has happened."""
+    path = path_of(state_dir, manifest["job"], manifest["run"])
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent.parent, state_dir):
+            fsync_dir(folder)
+    write_atomic(path, json.dumps(manifest, separators=(",", ":")).encode())
+
+
+def read(state_dir: Path, job: str, run: int) -> dict[str, Any] | None:
+    """Give the manifest of a run, or None when it has not committed."""
+    try:
+        found: dict[str, Any] = json.loads(path_of(state_dir, job, run).read_bytes())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def committed(state_dir: Path, job: str) -> Iterator[dict[str, Any]]:
+    """Give the manifests of a job's committed runs, the newest first. Raises UsageError when there is none."""
+    folder = state_dir / "manifests" / job
+    runs = sorted((int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal()), reverse=True)
+    if not runs:
+        raise UsageError(f"job {job!r} has no output yet: no run of it has succeeded (see `mrcore history`)")
+    for run in runs:
+        if (found := read(state_dir, job, run)) is not None:
+            yield found

@@ -1,0 +1,184 @@
+"""Reads splits and calls the map function on every line."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from mrcore import task
+from mrcore.errors import JobFault
+from mrcore.inputs import Reader
+from mrcore.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_item, is_plain_tuple
+from mrcore.shuffler import DirectOutput, Shuffle
+from mrcore.usercode import Function, describe_text, raised_by_user, user_fault
+
+SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers that frames must be sized
+
+
+class Map:
+    """Calls `function(line, auxiliary)` for the lines of splits and hands its items to `sink`.
+
+    `on_bad_text` says what happens to bytes that are no UTF-8: "fail" or "replace". Items that got into the shuffle
+    unchecked (see `sorter`) are checked at the spill; when one is bad, the lines since the last spill are mapped again
+    with every item checked, only to name the line.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        name: str,
+        auxiliary: Any,
+        sink: Shuffle | DirectOutput,
+        reader: Reader,
+        *,
+        on_bad_text: str = "fail",
+    ) -> None:
+        self._function, self._name, self._auxiliary = function, name, auxiliary
+        self._sink, self._reader, self._on_bad_text = sink, reader, on_bad_text
+        self._snapshot = Snapshot()
+        self._since_spill: list[Sequence[Any]] = []
+        self._emit = self._to_shuffle if isinstance(sink, Shuffle) else self._to_parts
+        self.lines = self.items = 0
+        self._held = 0
+
+    def map(self, pieces: Sequence[Sequence[Any]]) -> dict[str, int]:
+        """Map the pieces of one bundle and give `{"lines", "items", "bytes"}` read and emitted by them.
+
+        Raises JobFault naming function, file, offset and line for whatever the user's code or data does wrong.
+        """
+        lines, items, read = self.lines, self.items, self._reader.bytes_read
+        for piece in pieces:
+            self._since_spill.append(piece)
+            self._map_piece(piece, self._emit)
+        return {"lines": self.lines - lines, "items": self.items - items, "bytes": self._reader.bytes_read - read}
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Seal the output and give its runs (or its parts, for a job without a reduce function)."""
+        try:
+            if isinstance(self._sink, DirectOutput):
+                return self._sink.close()
+            return self._sink.shuffle()
+        except (ValueError, OverflowError, TypeError) as error:
+            raise self._name_the_line(error) from error
+
+    def _map_piece(self, piece: Sequence[Any], emit: Any) -> None:
+        path = piece[0]
+        task.set_surroundings(input_file=path)
+        for offset, block in self._reader.blocks(piece):
+            text = self._decode(path, offset, block)
+            stream = io.StringIO(text, newline="\n")
+
+            def line_offset(offset: int = offset, text: str = text, stream: io.StringIO = stream) -> int:
+                start = text.rfind("\n", 0, max(0, stream.tell() - 1)) + 1
+                return offset + len(text[:start].encode("utf-8", "surrogatepass"))
+
+            task.set_offset(line_offset)
+            emit(stream)
+            self.lines += text.count("\n") + (not text.endswith("\n"))
+        task.set_offset(None)
+
+    def _decode(self, path: str, offset: int, block: bytes) -> str:
+        try:
+            return block.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self._on_bad_text == "replace":
+                return block.decode("utf-8", "replace")
+            raise JobFault(
+                f"input file {path} is not UTF-8 at byte {offset + error.start} ({error.reason}): convert it, or set "
+                "on_bad_text: replace to read it with replacement characters",
+                file=path,
+                offset=offset + error.start,
+            ) from error
+
+    def _to_shuffle(self, stream: io.StringIO) -> None:
+        """The hot loop: one dict operation per item that is a tuple of a scalar or flat key and a small scalar."""
+        assert isinstance(self._sink, Shuffle)
+        function, auxiliary = self._function, self._auxiliary
+        sorter, watch, limit = self._sink.sorter, self._sink.watch, self._sink.max_items
+        groups, held, spilled = sorter.groups, self._held, 0
+        line, item, inside = "", None, False
+        try:
+            for line in stream:
+                inside = False
+                items = function(line, auxiliary)
+                inside = True
+                for item in items:
+                    if item.__class__ is tuple:
+                        key, value = item
+                        if (key.__class__ in SCALARS or is_plain_tuple(key)) and (
+                            value.__class__ in NUMBERISH or (value.__class__ is str and len(value) < SMALL_TEXT)
+                        ):
+                            groups[key].append(value)
+                        else:
+                            sorter.add(item)
+                    else:
+                        sorter.add(item)
+                    held += 1
+                    if watch.due or held >= limit:
+                        self._spill()
+                        spilled, held = spilled + held, 0
+        except JobFault:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self._fault(error, line, item, inside) from error
+        self.items += spilled + held - self._held
+        self._held = held
+
+    def _to_parts(self, stream: io.StringIO) -> None:
+        """Every item checked and written straight away: jobs without a reduce function, and `_name_the_line`."""
+        add = self._check_only if isinstance(self._sink, Shuffle) else self._sink.add
+        line, item, inside = "", None, False
+        try:
+            for line in stream:
+                inside = False
+                items = self._function(line, self._auxiliary)
+                inside = True
+                for item in items:
+                    add(item)
+                    self.items += 1
+        except (Exception, SystemExit) as error:
+            raise self._fault(error, line, item, inside) from error
+
+    def _check_only(self, item: Any) -> None:
+        check_item(item, self._snapshot)
+
+    def _spill(self) -> None:
+        assert isinstance(self._sink, Shuffle)
+        try:
+            self._sink.spill()
+        except (ValueError, OverflowError, TypeError) as error:
+            raise self._name_the_line(error) from error
+        del self._since_spill[:-1]  # the piece that is being read may go on
+
+    def _name_the_line(self, error: Exception) -> JobFault:
+        for piece in self._since_spill:
+            try:
+                self._map_piece(piece, self._to_parts)
+            except JobFault as named:
+                return named
+        return JobFault(f"map function {self._name}: {error}", function=self._name)
+
+    def _fault(self, error: BaseException, line: str, item: Any, inside: bool) -> JobFault:
+        """Say what went wrong at a line: the function raised, or gave what is no item."""
+        where: dict[str, Any] = {
+            "function": self._name,
+            "file": task.input_file,
+            "offset": task.offset,
+            "line": describe_text(line, 500),
+        }
+        place = f"{where['file']}, byte {where['offset']}: {describe_text(line.rstrip(chr(10)), 120)!r}"
+        if isinstance(error, BadItem):
+            return JobFault(f"map function {self._name} emitted a bad item: {error}; at {place}", **where)
+        if raised_by_user(error) or isinstance(error, MemoryError | RecursionError):
+            return user_fault(error, f"map function {self._name} failed at {place}", **where)
+        if not inside:  # calling it failed: wrong number of parameters
+            return JobFault(f"map function {self._name} cannot be called as f(line, auxiliary_data): {error}", **where)
+        try:
+            if item is not None:
+                check_item(item, self._snapshot)
+        except BadItem as bad:
+            return JobFault(f"map function {self._name} emitted a bad item: {bad}; at {place}", **where)
+        return JobFault(
+            f"map function {self._name} returned no iterable of (key, value) pairs: {error}; at {place}", **where
+        )

@@ -1,0 +1,315 @@
+"""The node agent: one per node; lists inputs, serves run files and parts, keeps snapshots and publishes output.
+
+`python -m mrcore.node_agent SPEC.json`. The spec has node, address, port, cluster (id), compute_dir, pki_dir,
+members (names of nodes). Every name that comes over the wire is matched against a strict pattern before it becomes
+part of a path, and no path ever comes over the wire.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import shutil
+import signal
+import sys
+import tarfile
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from mrcore import WIRE_VERSION, __version__, inputs, procfs, runs, usercode
+from mrcore.errors import ClusterFault, Refused
+from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
+from mrcore.rpc.data import DataHandler, Range, Upload
+from mrcore.rpc.service import Method, Server
+from mrcore.rpc.tls import Identity, Pki
+
+FILES_A_PAGE = 5_000
+MAX_LISTINGS = 4  # begun and not read to their end
+KEPT_PROJECTS = 20
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_HASH = re.compile(r"[0-9a-f]{32,64}")
+_PART = re.compile(r"part-(\d{1,12})-\d{1,9}-\d{1,9}\.data(\.gz)?")
+
+Json = dict[str, Any]
+log = logging.getLogger("mrcore.node_agent")
+
+
+def _named(pattern: re.Pattern[str], text: Any) -> str:
+    if not isinstance(text, str) or not pattern.fullmatch(text):
+        raise Refused(f"not a valid name: {text!r:.200}")
+    return text
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise Refused(f"not a valid number: {value!r:.200}")
+    return value
+
+
+class NodeAgent:
+    """What the agent of one node does; public methods are RPC methods, `resolve` and `receive` serve data requests."""
+
+    def __init__(self, spec: Json) -> None:
+        self._spec = spec
+        self._layout = Layout(Path(spec["compute_dir"]))
+        self._layout.make()
+        self._listings: OrderedDict[str, Json] = OrderedDict()
+        self._lock = threading.Lock()  # listings and snapshots; never held while listing
+        self.data = DataHandler(self.resolve, self.receive)
+        remove_tree(self._layout.projects_dir / PARTIAL)
+
+    def methods(self) -> dict[str, Method]:
+        """The RPC methods: `health` for any member, the others for the master only."""
+        names = "list_inputs project_state auxiliary start_run publish end_run sweep end_server"
+        masters = {name: Method(getattr(self, name), "master") for name in names.split()}
+        return masters | {"health": Method(self.health, "member")}
+
+    # ---- state of the node
+
+    def health(self, caller: Identity) -> Json:
+        """Who answers, its versions and clock (seconds since 1970), free disk in bytes, bytes served by kind."""
+        return {
+            "name": self._spec["node"],
+            "version": __version__,
+            "wire_version": WIRE_VERSION,
+            "python": platform.python_version(),
+            "time": time.time(),
+            "disk_free_bytes": shutil.disk_usage(self._layout.compute_dir).free,
+            "served_bytes": self.data.served(),
+        }
+
+    def end_server(self, caller: Identity, name: str) -> bool:
+        """SIGKILL the server child of a cluster server of this node, which its supervisor then starts afresh.
+
+        For one that is stopped or hangs. Its supervisor is continued, should it be stopped too. False: not running.
+        """
+        pids_dir = self._layout.pids_dir
+        ended = False
+        for record, number in (
+            (f"{_named(_NAME, name)}.server.json", signal.SIGKILL),
+            (f"{name}.json", signal.SIGCONT),
+        ):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                known = json.loads((pids_dir / record).read_text())
+                if procfs.environment_value(known["pid"], "MRCORE_SERVER") == f"{self._spec['cluster']}/{name}":
+                    ended |= procfs.send_signal(known["pid"], known["start_ticks"], number) and number == signal.SIGKILL
+        return ended
+
+    # ---- before a run
+
+    def list_inputs(self, caller: Identity, job: Json, node_names: list[str], cursor: str | None = None) -> Json:
+        """List the input files of a job (`input_dirs`, `shared_input`) on this node, at most FILES_A_PAGE a call.
+
+        Gives what `inputs.list_inputs` does, and "next", the cursor for the next page or None. A listing stays as it
+        was when its first page was read. Raises Refused when it is no longer held: begin anew.
+        """
+        token, _, start_text = (cursor or "").partition(":")
+        if cursor is None:
+            listing = inputs.list_inputs(
+                job | {"sibling_dirs": self._spec.get("sibling_dirs")}, self._layout, node_names, self._spec["node"]
+            )
+            token, start_text = secrets.token_hex(8), "0"
+        else:
+            with self._lock:
+                if token not in self._listings or not start_text.isdecimal():
+                    raise Refused("this listing of inputs is no longer held: begin anew")
+                listing = self._listings.pop(token)
+        start, end = int(start_text), int(start_text) + FILES_A_PAGE
+        more = end < len(listing["files"])
+        if more:
+            with self._lock:
+                self._listings[token] = listing
+                while len(self._listings) > MAX_LISTINGS:
+                    self._listings.popitem(last=False)
+        return listing | {"files": listing["files"][start:end], "next": f"{token}:{end}" if more else None}
+
+    def project_state(self, caller: Identity, hash: str) -> bool:
+        """Whether this snapshot of a project is here; if it is, it counts as used just now."""
+        folder = self._layout.projects_dir / _named(_HASH, hash)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(folder)
+            return True
+        return False
+
+    def auxiliary(self, caller: Identity, name: str) -> bool:
+        """Whether auxiliary data of this name is on this node."""
+        return (self._layout.auxiliary_dir / f"{_named(_NAME, name)}.data").is_file()
+
+    def start_run(self, caller: Identity, job: str, run: int) -> Json:
+        """Make the working folder of a run; gives {"disk_free_bytes"}. Raises ClusterFault if it cannot be written."""
+        folder = self._layout.run_dir(_named(_NAME, job), _number(run))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ClusterFault(f"node {self._spec['node']}: cannot make {folder}: {error.strerror}") from None
+        return {"disk_free_bytes": shutil.disk_usage(folder).free}
+
+    # ---- after a run
+
+    def publish(
+        self, caller: Identity, job: str, run: int, attempt: int, parts: list[str], delete_job_data: bool
+    ) -> Json:
+        """Give the parts of a committed run that lie on this node their place; remove those of earlier runs if asked.
+
+        May be repeated, also after a crash in its middle. Raises ClusterFault when a part is in neither place.
+        """
+        source = self._layout.parts_dir(_named(_NAME, job), _number(run), _number(attempt))
+        target = self._layout.reduce_dir(job)
+        names = {_named(_PART, part) for part in parts}
+        if not names and not target.is_dir():
+            return {"published": 0, "removed": 0}
+        target.mkdir(parents=True, exist_ok=True)
+        published = 0
+        for name in sorted(names):
+            if (source / name).exists():
+                fsync_file(source / name)
+                os.replace(source / name, target / name)
+                published += 1
+            elif not (target / name).exists():
+                raise ClusterFault(
+                    f"node {self._spec['node']}: part {name} of {job} is neither in {source} nor published"
+                )
+        for folder in (target, target.parent, self._layout.base_dir):
+            fsync_dir(folder)
+        old = []
+        for path in target.iterdir() if delete_job_data else ():
+            found = _PART.fullmatch(path.name)
+            if found and int(found[1]) <= run and path.name not in names:
+                old.append(path)
+        for path in old:
+            path.unlink(missing_ok=True)
+        return {"published": published, "removed": len(old)}
+
+    def end_run(self, caller: Identity, job: str, run: int) -> bool:
+        """Remove everything temporary of a run; fine when there is nothing (left)."""
+        folder = self._layout.run_dir(_named(_NAME, job), _number(run))
+        self._remove(folder)
+        with contextlib.suppress(OSError):  # other runs of the job
+            folder.parent.rmdir()
+        return True
+
+    def sweep(self, caller: Identity, keep: list[list[Any]]) -> Json:
+        """Remove what dead runs left: all working folders but those of `keep` ([job, run], …), and old snapshots."""
+        kept = {self._layout.run_dir(_named(_NAME, job), _number(run)) for job, run in keep}
+        removed = [
+            folder
+            for job_folder in self._layout.working_dir.iterdir()
+            for folder in (job_folder.iterdir() if job_folder.is_dir() else [job_folder])
+            if folder not in kept
+        ]
+        for folder in removed:
+            self._remove(folder)
+        for job_folder in self._layout.working_dir.iterdir():
+            with contextlib.suppress(OSError):
+                job_folder.rmdir()
+        snapshots = [path for path in self._layout.projects_dir.iterdir() if _HASH.fullmatch(path.name)]
+        snapshots.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for folder in snapshots[KEPT_PROJECTS:]:
+            self._remove(folder)
+        return {"working": len(removed), "projects": len(snapshots[KEPT_PROJECTS:])}
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink() if path.is_symlink() or path.is_file() else remove_tree(path)
+        except OSError as error:
+            raise ClusterFault(f"node {self._spec['node']}: cannot remove {path}: {error.strerror}") from None
+
+    # ---- data requests
+
+    def resolve(self, caller: Identity, request: Json) -> list[Range]:
+        """Where the bytes lie that a GET asks for.
+
+        Any member: {"run": {"job", "run", "attempt", "id", and "partition" or "low" and "high"}}, ranges of a spill
+        run. The master: {"part": {"job", "name"}}, a whole published part. Raises Refused.
+        """
+        if isinstance(asked := request.get("run"), dict):
+            ids = _named(_NAME, asked["job"]), _number(asked["run"]), _number(asked["attempt"])
+            folder, name = self._layout.runs_dir(*ids), _named(_RUN_ID, asked["id"])
+            try:
+                ranges = runs.select(folder, name, asked)
+            except FileNotFoundError:
+                raise Refused(f"node {self._spec['node']} has no run {name} of {ids}") from None
+            return [Range(folder / f"{name}.data", offset, length, "run") for offset, length in ranges]
+        if isinstance(asked := request.get("part"), dict) and caller.role == "master":
+            path = self._layout.reduce_dir(_named(_NAME, asked["job"])) / _named(_PART, asked["name"])
+            if not path.is_file():
+                raise Refused(f"node {self._spec['node']} has no part {path.name} of {asked['job']}")
+            return [Range(path, 0, path.stat().st_size, "part")]
+        raise Refused(f"not served to a {caller.role}: {', '.join(request)!r:.100}")
+
+    def receive(self, caller: Identity, request: Json) -> Upload:
+        """Where a PUT writes to, and what takes the file in. The master: {"project": hash}, a tar of that content."""
+        if caller.role != "master" or "project" not in request:
+            raise Refused(f"not taken from a {caller.role}: {', '.join(request)!r:.100}")
+        content = _named(_HASH, request["project"])
+        partial = self._layout.projects_dir / PARTIAL
+        partial.mkdir(exist_ok=True)
+        archive = partial / f"{content}.tar"
+        return Upload(archive, lambda: self._take_in(archive, content))
+
+    def _take_in(self, archive: Path, content: str) -> None:
+        """Unpack a snapshot beside its place, check it, and give it its name; one that is here already stays."""
+        folder, final = archive.with_suffix(""), self._layout.projects_dir / content
+        try:
+            unpack(archive, folder)
+            if (found := usercode.project_hash(folder)) != content:
+                raise ClusterFault(f"the snapshot of project {content} arrived as {found}: send it again")
+            with self._lock:
+                if not final.is_dir():
+                    os.replace(folder, final)
+                    fsync_dir(final.parent)
+        except OSError as error:
+            raise ClusterFault(f"node {self._spec['node']}: cannot unpack a project: {error}") from None
+        finally:
+            archive.unlink(missing_ok=True)
+            remove_tree(folder)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a tar of plain files with relative names into a new folder. Raises Refused for anything else in it."""
+    folder.mkdir()
+    try:
+        with tarfile.open(archive, "r:") as members:
+            for member in members:
+                parts = member.name.split("/")
+                if not member.isreg() or not all(parts) or {".", ".."} & set(parts) or "\0" in member.name:
+                    raise Refused(f"a project archive holds {member.name!r:.200}, which is no plain file inside it")
+                path = folder.joinpath(*parts)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("xb") as stream:
+                    shutil.copyfileobj(members.extractfile(member) or io.BytesIO(), stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+    except (tarfile.TarError, FileExistsError, NotADirectoryError) as error:
+        raise Refused(f"a project archive cannot be unpacked: {error}") from None
+
+
+def main(spec_file: str) -> int:
+    """Run the agent that a spec file describes until SIGTERM; gives the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    spec: Json = json.loads(Path(spec_file).read_text())
+    agent = NodeAgent(spec)
+    pki = Pki(Path(spec["pki_dir"]), "node")
+    stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread, so that only the wait below takes them
+    server = Server(spec["address"], spec["port"], pki, set(spec["members"]), agent.methods(), agent.data)
+    server.start()
+    procfs.announce_ready()
+    signal.sigwait(stop)
+    server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

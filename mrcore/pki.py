@@ -1,0 +1,113 @@
+"""The cluster's own certificate authority: EC P-256, one certificate for the master and one for each node.
+
+The subject says who a peer is: O = cluster, CN = name, OU = role ("master" may order, "node" may fetch). The
+alternative names hold the name and the addresses, so that clients can verify whom they reached. Only the controller
+and the first start of a local cluster import this module: daemons read the finished files through `rpc.tls`.
+A certificate is withdrawn by its serial on the servers' deny list; that is why its life may be long.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from mrcore.errors import UsageError
+from mrcore.paths import write_atomic
+
+VALID_DAYS = 3650
+CLOCK_SKEW_DAYS = 1  # a node whose clock lags must not refuse a certificate made a moment ago
+NAME_CHARACTERS = 64  # X.509's upper bound of a common name
+
+
+def make_authority(folder: Path, cluster_name: str) -> None:
+    """Write `ca.crt` and `ca.key` (mode 0600) into `folder`. Raises UsageError if there is an authority already."""
+    if (folder / "ca.key").exists() or (folder / "ca.crt").exists():
+        raise UsageError(f"{folder} holds a certificate authority already; a new one would cut off every node")
+    _check_name(cluster_name)
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([_part(NameOID.ORGANIZATION_NAME, cluster_name), _part(NameOID.COMMON_NAME, "mrcore CA")])
+    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # sign certificates and CRLs
+    builder = _builder(subject, subject, key.public_key(), key.public_key())
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    certificate = builder.add_extension(usage, critical=True).sign(key, hashes.SHA256())
+    _write(folder, "ca", certificate, key)
+
+
+def issue(
+    authority_folder: Path,
+    target_folder: Path,
+    file_stem: str,
+    name: str,
+    role: Literal["master", "node"],
+    addresses: Sequence[str],
+) -> str:
+    """Write STEM.crt, STEM.key (mode 0600) and a copy of ca.crt into `target_folder`.
+
+    `addresses`: the IP addresses and host names under which the holder serves. Gives the certificate's serial as the
+    deny list wants it (upper-case hexadecimal). Raises UsageError for a bad name or role, or without an authority.
+    """
+    _check_name(name)
+    if role not in ("master", "node"):
+        raise UsageError(f"unknown role {role!r} for the certificate of {name}: master or node")
+    try:
+        authority = x509.load_pem_x509_certificate((authority_folder / "ca.crt").read_bytes())
+        signer = serialization.load_pem_private_key((authority_folder / "ca.key").read_bytes(), password=None)
+    except OSError as error:
+        raise UsageError(f"no certificate authority in {authority_folder}: {error.strerror}; make one first") from error
+    assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    organization = authority.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0]
+    subject = x509.Name([organization, _part(NameOID.ORGANIZATIONAL_UNIT_NAME, role), _part(NameOID.COMMON_NAME, name)])
+    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # signatures only
+    purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    alternatives = x509.SubjectAlternativeName([_alternative(n) for n in dict.fromkeys([name, *addresses])])
+    builder = _builder(subject, authority.subject, key.public_key(), signer.public_key())
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(usage, critical=True).add_extension(purposes, critical=False)
+    certificate = builder.add_extension(alternatives, critical=False).sign(signer, hashes.SHA256())
+    _write(target_folder, file_stem, certificate, key)
+    write_atomic(target_folder / "ca.crt", authority.public_bytes(serialization.Encoding.PEM))
+    return f"{certificate.serial_number:X}"
+
+
+def _check_name(name: str) -> None:
+    if not 0 < len(name) <= NAME_CHARACTERS or not name.isascii() or not name.isprintable() or "*" in name:
+        raise UsageError(f"{name!r} cannot be a name in a certificate: 1 to {NAME_CHARACTERS} ASCII characters, no *")
+
+
+def _part(oid: x509.ObjectIdentifier, text: str) -> x509.NameAttribute[str]:
+    return x509.NameAttribute(oid, text)
+
+
+def _alternative(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, issuer_key: ec.EllipticCurvePublicKey
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(issuer, subject, key, x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=CLOCK_SKEW_DAYS))
+    builder = builder.not_valid_after(now + timedelta(days=VALID_DAYS))
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key)
+    return builder.add_extension(authority, critical=False)
+
+
+def _write(folder: Path, stem: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    encoding, plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    write_atomic(folder / f"{stem}.key", key.private_bytes(encoding, plain, serialization.NoEncryption()), mode=0o600)
+    write_atomic(folder / f"{stem}.crt", certificate.public_bytes(encoding))

@@ -1,0 +1,256 @@
+"""What a key, a value and an item are: which are allowed, how keys are ordered and dealt to partitions.
+
+Nothing here knows how the engine moves data, so another engine can keep the same meaning.
+
+Keys: None, bool, int, finite float, str, tuples and lists of these. Keys that Python calls equal are one key and
+are written in one form (`canonical_key`). Order: None < numbers < str < tuples, tuples element by element.
+Values: the scalars above, lists, tuples and dicts of them, with the meaning of a JSON round trip.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from zlib import crc32
+
+import ujson
+
+Key = Any  # None | bool | int | float | str | tuple[Key, ...]
+Value = Any
+
+SCALARS = frozenset((str, int, float, bool, type(None)))
+NUMBERISH = frozenset((int, float, bool, type(None)))
+MAX_DEPTH = 100  # of nested keys and values; ujson itself gives up at 1,024
+LARGE = 1024  # a str of so many characters or a value of so many nodes is sized before it is encoded
+_MAX_INT = 10**4300  # Python's own limit for turning text into int, on which a reader would fail
+
+
+class BadItem(ValueError):
+    """An item that is no pair, or a key or value that is not allowed; the text says which and why."""
+
+
+def dumps(value: Any) -> str:
+    """Encode as compact JSON text. Raises ValueError, OverflowError or TypeError on what JSON cannot hold."""
+    text: str = ujson.dumps(value, ensure_ascii=False, escape_forward_slashes=False, allow_nan=False)
+    return text
+
+
+loads: Callable[[str | bytes], Any] = ujson.loads
+
+
+def describe(value: Any) -> str:
+    """Give a short `repr` for error messages, at most 120 characters."""
+    try:
+        text = repr(value)
+    except Exception as error:  # noqa: BLE001 - a user's own __repr__ may raise anything
+        text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
+    return text if len(text) <= 120 else text[:100] + f"… ({len(text)} characters)"
+
+
+def _check_scalar(value: Any, what: str) -> None:
+    kind = value.__class__
+    if kind is float and not math.isfinite(value):
+        raise BadItem(f"{what} is {value!r}, and only finite numbers can be written as JSON")
+    if kind is int and not -_MAX_INT < value < _MAX_INT:
+        raise BadItem(f"{what} is an integer of more than 4,300 digits, which could not be read back")
+    if kind is str and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadItem(f"{what} {describe(value)} holds a lone surrogate (half a character): {error}") from None
+
+
+def canonical_key(key: Any, depth: int = 0) -> Key:
+    """Give the one form in which all keys equal to `key` are kept (True → 1, 2.0 → 2, list → tuple).
+
+    Raises BadItem for a type that is no key, NaN, infinity, a lone surrogate or an int over 4,300 digits.
+    """
+    kind = key.__class__
+    if kind is str or key is None:
+        _check_scalar(key, "the key")
+        return key
+    if kind is bool:
+        return int(key)
+    if kind is int or kind is float:
+        _check_scalar(key, "the key")
+        return int(key) if kind is float and key.is_integer() else key
+    if kind is tuple or kind is list:
+        if depth >= MAX_DEPTH:
+            raise BadItem(f"the key is nested more than {MAX_DEPTH} deep")
+        return tuple([canonical_key(element, depth + 1) for element in key])
+    allowed = "None, bool, numbers, str, and tuples and lists of these"
+    raise BadItem(f"the key {describe(key)} is of type {kind.__name__}; allowed are {allowed}")
+
+
+def is_plain_tuple(key: Any) -> bool:
+    """Tell whether `key` is a tuple of scalars only, which can enter a dict of groups as it is."""
+    return key.__class__ is tuple and SCALARS.issuperset(map(type, key))
+
+
+class Snapshot:
+    """Copies a value at emit, so that a list which the function goes on to change does no harm.
+
+    `nodes` counts what the last copy holds, strings by length: the caller learns that a value is large.
+    """
+
+    def __init__(self) -> None:
+        self.nodes = 0
+
+    def take(self, value: Any) -> Value:
+        """Copy `value` with the meaning of a JSON round trip. Raises BadItem for what is not allowed."""
+        self.nodes = 0
+        return self._copy(value, 0)
+
+    def _copy(self, value: Any, depth: int) -> Value:
+        kind = value.__class__
+        if kind in SCALARS:
+            _check_scalar(value, "the value")
+            self.nodes += len(value) if kind is str else 1
+            return value
+        if depth >= MAX_DEPTH:
+            raise BadItem(f"the value is nested more than {MAX_DEPTH} deep (or holds itself)")
+        self.nodes += 1
+        if kind is list or kind is tuple:
+            return [self._copy(element, depth + 1) for element in value]
+        if kind is dict:
+            return {self._dict_key(name): self._copy(element, depth + 1) for name, element in value.items()}
+        raise BadItem(
+            f"the value {describe(value)} is of type {kind.__name__}; "
+            "allowed are None, bool, numbers, str, and lists, tuples and dicts of these"
+        )
+
+    def _dict_key(self, name: Any) -> str:
+        kind = name.__class__
+        if kind is str:
+            _check_scalar(name, "the dict key")
+            self.nodes += len(name)
+            return str(name)
+        if kind is bool or name is None:
+            return {True: "true", False: "false", None: "null"}[name]
+        if kind is int:
+            _check_scalar(name, "the dict key")
+            return str(name)
+        raise BadItem(f"the dict key {describe(name)} is of type {kind.__name__}; allowed are str, int, bool and None")
+
+
+def check_item(item: Any, snapshot: Snapshot) -> tuple[Key, Value]:
+    """Give the canonical key and the copied value of one item. Raises BadItem saying what is wrong with it."""
+    if (item.__class__ is not tuple and item.__class__ is not list) or len(item) != 2:
+        raise BadItem(f"{describe(item)} is no (key, value) pair")
+    return canonical_key(item[0]), snapshot.take(item[1])
+
+
+def order_key(key: Key) -> tuple[Any, ...]:
+    """Give a sort key that orders keys of all kinds: None < numbers < str < tuples."""
+    kind = key.__class__
+    if kind is str:
+        return (2, key)
+    if kind is tuple:
+        return (3, tuple([order_key(element) for element in key]))
+    return (0,) if key is None else (1, key)
+
+
+def sort_keys(keys: Iterable[Key]) -> list[Key]:
+    """Sort canonical keys. Python's own order agrees with ours wherever it does not raise, and is 5 times faster."""
+    keys = list(keys)
+    try:
+        keys.sort()
+    except TypeError:
+        keys.sort(key=order_key)
+    return keys
+
+
+def value_order_key(value: Value) -> tuple[Any, ...]:
+    """Give a sort key for `sort_values`: None < numbers < str < lists < dicts (by canonical JSON)."""
+    kind = value.__class__
+    if kind is str:
+        return (2, value)
+    if kind is list or kind is tuple:
+        return (3, tuple([value_order_key(element) for element in value]))
+    if kind is dict:
+        return (4, ujson.dumps(value, ensure_ascii=False, sort_keys=True))
+    return (0,) if value is None else (1, value)
+
+
+def sort_values(values: list[Value]) -> None:
+    """Sort one group's values in place by `value_order_key`, taking the short way for plain scalars."""
+    kinds = set(map(type, values))
+    if kinds <= {str} or kinds <= {int, float, bool}:
+        values.sort()
+    else:
+        values.sort(key=value_order_key)
+
+
+def key_hash(key: Key, start: int = 0) -> int:
+    """Hash a canonical key to 32 bits: the same in every process, and equal for equal keys (chained crc32)."""
+    kind = key.__class__
+    if kind is str:
+        return crc32(key.encode("utf-8"), start)
+    if kind is tuple:
+        state = crc32(b"(", start)
+        for element in key:
+            state = crc32(b",", key_hash(element, state))
+        return state
+    # hash() of a number is fixed by the language (modulo 2**61 - 1) and agrees with == across int and float.
+    return crc32(b"n" if key is None else struct.pack("<q", hash(key)), start)
+
+
+def partition_keys(keys: Sequence[Key], partitions: int) -> list[list[Key]]:
+    """Deal canonical keys to `partitions` lists by their hash, in one pass."""
+    dealt: list[list[Key]] = [[] for _ in range(partitions)]
+    if partitions == 1:
+        dealt[0] = list(keys)
+    elif set(map(type, keys)) == {str}:
+        adders = [part.append for part in dealt]
+        for key in keys:
+            adders[crc32(key.encode()) % partitions](key)
+    else:
+        for key in keys:
+            dealt[key_hash(key) % partitions].append(key)
+    return dealt
+
+
+# --- Frames: what spill runs are made of -----------------------------------------------------------------------------
+
+FRAME_HEADER = struct.Struct("<III")  # payload length in bytes, number of groups, crc32 of the payload
+
+
+def encode_frame(keys: Sequence[Key], lists: Sequence[list[Value]]) -> bytes:
+    """Encode groups as one frame: header, then the JSON text `[[key, …], [[value, …], …]]`."""
+    payload = dumps((keys, lists)).encode()
+    return FRAME_HEADER.pack(len(payload), len(keys), crc32(payload)) + payload
+
+
+def decode_payload(payload: bytes, count: int, checksum: int) -> tuple[list[Key], list[list[Value]]]:
+    """Decode a frame's payload. Raises ValueError when the checksum or the count does not fit."""
+    if crc32(payload) != checksum:
+        raise ValueError("checksum of a frame does not fit: the file is damaged")
+    keys, lists = loads(payload)
+    if not len(keys) == len(lists) == count:
+        raise ValueError(f"a frame says that it holds {count} groups and holds {len(keys)}")
+    if list in set(map(type, keys)):
+        keys = [as_tuple(key) if key.__class__ is list else key for key in keys]
+    return keys, lists
+
+
+def as_tuple(key: list[Any]) -> tuple[Any, ...]:
+    """Turn a key that JSON made a list into a tuple again, inner ones too (flat ones without recursion)."""
+    if list in set(map(type, key)):
+        return tuple([as_tuple(element) if element.__class__ is list else element for element in key])
+    return tuple(key)
+
+
+def encode_items(items: Sequence[tuple[Key, Value]]) -> str:
+    """Encode items as JSON lines, each `[key,value]` and a newline.
+
+    One call encodes them all, three times faster than item by item; the text is then cut at `],[`, which is safe
+    exactly when that occurs as often as there are borders between items.
+    """
+    if not items:
+        return ""
+    text = dumps(items)
+    if text.count("],[") == len(items) - 1:
+        return text[1:-1].replace("],[", "]\n[") + "\n"
+    return "\n".join(map(dumps, items)) + "\n"

@@ -1,0 +1,124 @@
+"""The read side of the shuffle: merge the runs of one partition, call the reduce function, write the parts."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mrcore.disk_list import DiskList
+from mrcore.disk_sort import DiskSort, group_too_large
+from mrcore.errors import JobFault
+from mrcore.memory import MemoryWatch
+from mrcore.output import PartWriter
+from mrcore.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe
+from mrcore.usercode import Function, raised_by_user, user_fault
+
+BATCH_ITEMS = 1000
+BATCH_NODES = 1 << 16  # what large values may add up to before a batch is written
+PAIR_BYTES = 72  # a (key, value) tuple and its place in the group's list
+
+
+class Reduce:
+    """Reduces one partition: `sort()` makes the runs ready to be merged, `reduce()` calls the function per group.
+
+    `disk_based_input` gives the function a DiskList as group; with `disk_based_output` its second argument becomes
+    `(empty DiskList, auxiliary)` and it returns the list that it filled.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        name: str,
+        auxiliary: Any,
+        sorter: DiskSort,
+        parts: PartWriter,
+        watch: MemoryWatch,
+        folder: Path,
+        *,
+        disk_based_input: bool = False,
+        disk_based_output: bool = False,
+    ) -> None:
+        self._function, self._name, self._auxiliary = function, name, auxiliary
+        self._sorter, self._parts, self._watch, self._folder = sorter, parts, watch, folder
+        self._disk_based_input, self._disk_based_output = disk_based_input, disk_based_output
+        self._snapshot = Snapshot()
+        self._batch: list[tuple[Key, Value]] = []
+        self._large = 0
+        self.groups = self.values = self.items = 0
+        self.keys_kept = True  # every item carries its group's key, in ascending order: `merge_output` relies on it
+
+    def sort(self) -> None:
+        """Bring the runs to a number that can be merged within the memory budget."""
+        self._sorter.prepare()
+
+    def reduce(self) -> list[dict[str, Any]]:
+        """Reduce all groups and give the finished parts. Raises JobFault naming function and key."""
+        for key, values in self._sorter.groups(self._disk_based_input):
+            self.groups += 1
+            self.values += len(values)
+            if isinstance(values, list):
+                if len(values) > 4096:
+                    self._check_fits(key, len(values))
+                group: Any = [(key, value) for value in values]
+            else:
+                group = values
+            self._reduce_group(key, group)
+            if self._watch.due:
+                self._flush(key)
+                gc.collect()
+                self._watch.due = False
+        self._flush(None)
+        return self._parts.close()
+
+    def _check_fits(self, key: Key, count: int) -> None:
+        if self._watch.anonymous_bytes() + count * PAIR_BYTES > self._watch.budget_bytes:
+            raise group_too_large(key, count, self._watch.budget_bytes)
+
+    def _reduce_group(self, key: Key, group: Any) -> None:
+        auxiliary = (DiskList(self._folder), self._auxiliary) if self._disk_based_output else self._auxiliary
+        item, inside = None, False
+        try:
+            items: Iterable[Any] = self._function(group, auxiliary)
+            inside = True
+            for item in items:
+                if item.__class__ is tuple and len(item) == 2 and item[0] is key and item[1].__class__ in NUMBERISH:
+                    self._batch.append(item)
+                else:
+                    checked = check_item(item, self._snapshot)
+                    self._large += self._snapshot.nodes
+                    self.keys_kept = self.keys_kept and checked[0] == key
+                    self._batch.append(checked)
+                if len(self._batch) >= BATCH_ITEMS or self._large > BATCH_NODES:
+                    self._flush(key)
+        except JobFault:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self._fault(error, key, item, inside) from error
+
+    def _flush(self, key: Key | None) -> None:
+        try:
+            self._parts.write(self._batch)
+        except (ValueError, OverflowError, TypeError) as error:
+            for item in self._batch:  # find it, to name it
+                try:
+                    check_item(item, self._snapshot)
+                except BadItem as bad:
+                    raise self._fault(bad, item[0], item, True) from error
+            raise
+        self.items += len(self._batch)
+        self._batch, self._large = [], 0
+
+    def _fault(self, error: BaseException, key: Key, item: Any, inside: bool) -> JobFault:
+        where = {"function": self._name, "key": describe(key)}
+        place = f"on the group of key {where['key']}"
+        if isinstance(error, BadItem):
+            return JobFault(f"reduce function {self._name} returned a bad item {place}: {error}", **where)
+        if raised_by_user(error) or isinstance(error, MemoryError | RecursionError):
+            return user_fault(error, f"reduce function {self._name} failed {place}", **where)
+        if isinstance(error, OSError):
+            raise error
+        if not inside:
+            return JobFault(f"reduce function {self._name} cannot be called as f(group, auxiliary): {error}", **where)
+        return JobFault(f"reduce function {self._name} returned no iterable of pairs {place}: {error}", **where)

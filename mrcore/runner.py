@@ -1,0 +1,367 @@
+"""The Runner drains the queue, one job at a time: cycles, priorities, groups, holds, recovery.
+
+A state folder has one Runner (a lock that dies with it). It sleeps on a doorbell, a FIFO that every change rings,
+so it neither polls nor lets a submitter wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mrcore import manifest
+from mrcore.config import Settings, load_settings
+from mrcore.errors import ClusterFault, JobFault, MrcoreError, UsageError
+from mrcore.store import Store
+
+WAKE_SECONDS = 5.0  # the doorbell's fallback: a ring that came before the FIFO was there
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+QUEUED = (
+    "SELECT job_name, state, reason, job_type, group_name, job_priority, force_run, every, not_before, "
+    "submitted, cycle, last_run, last_start, number FROM jobs WHERE state != 'out'"
+)
+
+
+def order(row: dict[str, Any]) -> tuple[bool, float, int]:
+    """Sort key of queued jobs: forced ones, then the highest priority, then the order of submission."""
+    return not row["force_run"], -row["job_priority"], row["number"]
+
+
+def due(row: dict[str, Any]) -> float:
+    """The time from which a queued job may start (0: at once). `force_run` waits for nothing."""
+    if row["force_run"]:
+        return 0.0
+    first = datetime.fromisoformat(row["not_before"]).timestamp() if row["not_before"] else 0.0
+    return max(first, row["last_start"] + row["every"] if row["every"] and row["last_start"] else 0.0)
+
+
+def pick(rows: list[dict[str, Any]], cycle: int, now: float) -> dict[str, Any] | None:
+    """The job to run next: of those that are due and have not had their turn in this cycle, the first by `order`."""
+    return min((row for row in rows if row["cycle"] < cycle and due(row) <= now), key=order, default=None)
+
+
+class Doorbell:
+    """A FIFO in the state folder: anyone rings, the Runner wakes. Needs no address, leaves nothing in memory."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / "doorbell"
+        self._descriptor: int | None = None
+
+    def ring(self) -> bool:
+        """Wake the Runner; False if none listens."""
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return False
+        with contextlib.suppress(BlockingIOError):  # full: it is awake anyhow
+            os.write(descriptor, b".")
+        os.close(descriptor)
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until somebody rings, at most `seconds`."""
+        if self._descriptor is None:
+            with contextlib.suppress(FileExistsError):
+                os.mkfifo(self.path, 0o600)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)  # RDWR: no end of file between ringers
+        if select.select([self._descriptor], [], [], max(0.0, seconds))[0]:
+            os.read(self._descriptor, 65536)
+
+    def close(self) -> None:
+        """Listen no longer."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+@dataclass
+class Execution:
+    """One attempt under way: what an executor gets, and what it leaves (`manifest` or `error`)."""
+
+    job: dict[str, Any]
+    run: int
+    progress: Callable[..., None]
+    number: int = 0
+    attempt: int = 1
+    stop: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    why_stopped: str | None = None
+    manifest: dict[str, Any] | None = None
+    error: BaseException | None = None
+
+
+class Runner:
+    """Drains the queue: cycles, priorities, groups, holds, recovery. `report(event, **facts)` hears what happens:
+    `started`, `progress`, `ended`, `hold`, `idle`, `paused`, `recovered`."""
+
+    def __init__(
+        self, settings: Settings | None = None, manage_cluster: Any = None, report: Callable[..., None] | None = None
+    ) -> None:
+        self.settings = settings or load_settings()
+        self.store = Store(self.settings.state_dir)
+        self.report = report or (lambda event, **facts: None)
+        self.executors: dict[str, Callable[[Execution], dict[str, Any]]] = {"mapreduce": self._mapreduce}
+        self._manager = manage_cluster
+        self._doorbell = Doorbell(self.settings.state_dir)
+        self._stopping = False
+        self.ended: dict[str, int] = {}
+
+    def run(self, once: bool = False) -> dict[str, int]:
+        """Drain the queue until `stop()`, SIGTERM or SIGINT (a run under way is handed back), with `once` to the end
+        of one cycle. Gives how many runs ended how. UsageError if another Runner has the state folder."""
+        with self._lock(), self._signals():
+            self._doorbell.wait(0)
+            self._begin_cycle()
+            while not self._stopping:
+                now = time.time()
+                try:
+                    wait = self.step(now)
+                    if wait is None:
+                        if once:
+                            break
+                        wait = self._until_next_cycle(now)
+                except ClusterFault as error:  # the queue itself cannot be written: what was running is recovered
+                    self.report("hold", reason=error.message, seconds=WAKE_SECONDS)
+                    wait = WAKE_SECONDS
+                self._doorbell.wait(min(WAKE_SECONDS, wait))
+            self._doorbell.close()
+        return self.ended
+
+    def stop(self) -> None:
+        """Make `run` return soon, from another thread or a signal handler."""
+        self._stopping = True
+        self._doorbell.ring()
+
+    def step(self, now: float) -> float | None:
+        """One iteration: recover, or run the next job. Gives the seconds to wait, None when the cycle is over."""
+        hold = self.store.get("hold")
+        if hold and now < hold["until"]:
+            return float(hold["until"] - now)
+        if self.store.running():
+            self._recover(now)
+            return 0.0
+        if self.store.get("paused"):
+            self.report("paused")
+            return WAKE_SECONDS
+        with self.store.change():
+            for row in self.store.rows("SELECT job_name FROM jobs WHERE state = 'held'"):
+                self.store.move_job(row["job_name"], "queued", None, now)
+        cycle = self.store.get("cycle")
+        job = pick(self.store.rows(QUEUED), cycle["number"], now)
+        if job is None:
+            if not cycle["drained"]:
+                self.store.put("cycle", cycle | {"drained": now})
+                self.report("idle")
+            return None
+        self._execute(job["job_name"], now)
+        return 0.0
+
+    def _mapreduce(self, execution: Execution) -> dict[str, Any]:
+        facts = {key: getattr(execution, key) for key in ("run", "attempt", "progress", "stop")}
+        result: dict[str, Any] = self._manage_cluster().run(execution.job, **facts)
+        return result
+
+    def _manage_cluster(self) -> Any:
+        if self._manager is None:
+            from mrcore.manage_cluster import ManageCluster  # late: an empty queue needs no cluster
+
+            self._manager = ManageCluster(self.settings)
+        return self._manager
+
+    def _execute(self, name: str, now: float) -> None:
+        """Run one attempt in a thread of its own; meanwhile watch for cancel, timeout and the end of our own time."""
+        with self.store.change():
+            job = self.store.job(name)
+            if not job or job["state"] != "queued":
+                return  # deleted since it was picked
+            run = self.store.start_run(name, now)
+        execution = Execution(job["spec"], run, self._progress(name, run), number=job["number"])
+        self.report("started", job_name=name, run=run)
+        threading.Thread(target=self._work, args=(execution,), name=f"{name}-{run}", daemon=True).start()
+        try:
+            self._watch(execution, now + (job["spec"]["timeout_seconds"] or float("inf")))
+        finally:
+            execution.stop.set()  # nothing may go on that nobody watches
+        self._conclude(execution, time.time())
+
+    def _watch(self, execution: Execution, deadline: float) -> None:
+        while not execution.done.is_set():
+            self._doorbell.wait(min(WAKE_SECONDS, deadline - time.time()) if not execution.stop.is_set() else 1.0)
+            if execution.why_stopped is None and not execution.done.is_set():
+                running = self.store.running()
+                if running and running["cancel"]:
+                    execution.why_stopped = "cancelled"
+                elif time.time() >= deadline:
+                    execution.why_stopped = "failed"
+                elif self._stopping:
+                    execution.why_stopped = "handed back"
+                if execution.why_stopped:
+                    execution.stop.set()
+
+    def _work(self, execution: Execution) -> None:
+        try:
+            kind = execution.job["job_type"]
+            if kind not in self.executors:
+                raise JobFault(f"this version of mrcore cannot run {kind} jobs yet: update it, then `mrcore requeue`")
+            execution.manifest = self.executors[kind](execution)
+        except BaseException as error:  # noqa: BLE001  whatever it is, the run must end with it in the history
+            execution.error = error
+        finally:
+            execution.done.set()
+            self._doorbell.ring()
+
+    def _progress(self, name: str, run: int) -> Callable[..., None]:
+        last: list[str] = []
+
+        def progress(phase: str, **facts: Any) -> None:
+            if last != [phase]:
+                last[:] = [phase]
+                self.store.enter_phase(name, run, phase, time.time())
+            self.report("progress", job_name=name, run=run, phase=phase, **facts)
+
+        return progress
+
+    def _conclude(self, execution: Execution, now: float) -> None:
+        name, run, error = execution.job["job_name"], execution.run, execution.error
+        if execution.manifest is not None:
+            self._end(execution.job, run, execution.number, "succeeded", now, counts=execution.manifest.get("counts"))
+        elif self._committed(name, run):  # but not all followed from it yet: `_recover` goes on
+            if execution.why_stopped != "handed back":
+                self._hold(f"run {run} of {name} is committed, its output not yet in place: {error}", now)
+        else:
+            fault = {
+                "failed": JobFault(f"timeout: ran longer than its timeout_seconds {execution.job['timeout_seconds']}"),
+                "cancelled": MrcoreError("cancelled by the user"),
+                "handed back": MrcoreError("the Runner was stopped; the job runs again when one is started"),
+            }.get(execution.why_stopped or "", _as_fault(error))
+            ending = execution.why_stopped or ("handed back" if isinstance(fault, ClusterFault) else "failed")
+            with self.store.change():
+                self._end(execution.job, run, execution.number, ending, now, exception=fault.to_dict())
+                if ending == "handed back" and execution.why_stopped is None:
+                    self._hold(fault.message, now, name)
+
+    def _end(self, spec: dict[str, Any], run: int, number: int, ending: str, now: float, **facts: Any) -> None:
+        """End a run, and let follow what it means for the job and its group, in one change."""
+        name = spec["job_name"]
+        with self.store.change() as db:
+            self.store.end_run(name, run, ending, now, **facts)
+            job = self.store.job(name) or {}
+            mine = job["state"] != "out" and job["number"] == number  # else replaced or deleted in the meantime
+            if ending != "handed back":
+                self.store.put("hold", None)
+                cycle = self.store.get("cycle", {"number": 0})["number"]
+                values = (cycle, name, number)
+                db.execute("UPDATE jobs SET cycle = ?, force_run = 0 WHERE job_name = ? AND number = ?", values)
+            if mine and spec["run_once"] and ending in ("succeeded", "cancelled"):
+                self.store.move_job(name, "out", ending, now)
+            if ending == "failed":
+                reason = facts["exception"]["message"]
+                if mine:
+                    self.store.move_job(name, "out", f"failed: {reason}", now)
+                others = "SELECT job_name FROM jobs WHERE state != 'out' AND group_name = ? AND job_name != ?"
+                for row in self.store.rows(others, spec["group_name"], name):
+                    self.store.move_job(row["job_name"], "out", f"group failed: {name} run {run}: {reason}", now)
+            self.store.prune(self.settings.history_keep_runs)
+        self.ended[ending] = self.ended.get(ending, 0) + 1
+        self.report("ended", job_name=name, run=run, state=ending, **facts)
+
+    def _hold(self, reason: str, now: float, name: str | None = None) -> None:
+        """Stop the queue as a whole because of the cluster; each time in a row for twice as long."""
+        with self.store.change():
+            before = self.store.get("hold") or {"since": now, "tries": 0}
+            first, most = self.settings.hold_backoff_first_seconds, self.settings.hold_backoff_max_seconds
+            seconds = min(first * 2 ** min(before["tries"], 30), most)
+            times = {"since": before["since"], "tries": before["tries"] + 1, "until": now + seconds}
+            self.store.put("hold", {"reason": reason, **times})
+            if name and (self.store.job(name) or {}).get("state") == "queued":
+                self.store.move_job(name, "held", reason, now)
+        self.report("hold", reason=reason, seconds=seconds)
+
+    def _committed(self, name: str, run: int) -> bool:
+        return manifest.path_of(self.settings.state_dir, name, run).exists()
+
+    def _recover(self, now: float) -> None:
+        """A run that a dead Runner left: completed if it had committed, else handed back; never repeated after."""
+        running = self.store.running() or {}
+        name, run = running["job_name"], running["run"]
+        if self._committed(name, run):
+            try:
+                counts = (manifest.read(self.settings.state_dir, name, run) or {}).get("counts")
+                self._manage_cluster().finish(running["spec"], run)
+            except Exception as error:  # noqa: BLE001  what is committed may wait, but must not be lost
+                self._hold(f"run {run} of {name} is committed, its output not yet in place: {error}", now)
+                return
+            self._end(running["spec"], run, running["number"], "succeeded", now, counts=counts)
+        else:
+            ending = "cancelled" if running["cancel"] else "handed back"
+            gone = MrcoreError("its Runner ended before the run was committed").to_dict()
+            self._end(running["spec"], run, running["number"], ending, now, exception=gone)
+        self.report("recovered", job_name=name, run=run)
+
+    def _begin_cycle(self) -> None:
+        """Begin the next cycle, unless a dead Runner left the last one unfinished."""
+        cycle = self.store.get("cycle")
+        if cycle is None or cycle["drained"]:
+            self.store.put("cycle", {"number": (cycle or {"number": 0})["number"] + 1, "drained": None})
+
+    def _until_next_cycle(self, now: float) -> float:
+        """Seconds until something may be due; begins the next cycle when its time has come."""
+        rows, cycle = self.store.rows(QUEUED), self.store.get("cycle")
+        begins = float(cycle["drained"] + self.settings.cycle_interval_seconds)
+        times = [max(due(row), begins if row["cycle"] >= cycle["number"] else 0) for row in rows]
+        soonest = min(times, default=now + WAKE_SECONDS)
+        if begins <= now and soonest <= now:
+            self._begin_cycle()
+        return soonest - now
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        path = self.settings.state_dir / "runner.lock"
+        with path.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+                raise UsageError(
+                    f"a Runner (process {holder}) already drains the queue of {self.settings.state_dir}: "
+                    f"one is enough; stop it with `kill {holder}`"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            yield
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers = {each: signal.signal(each, lambda *_: self.stop()) for each in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for each, handler in handlers.items():
+                signal.signal(each, handler)
+
+
+def _as_fault(error: BaseException | None) -> MrcoreError:
+    """Any exception as one of ours; a full disk of the master is the cluster's fault."""
+    if isinstance(error, MrcoreError):
+        return error
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return ClusterFault(f"the master cannot go on: {error}")
+    frames = "".join(traceback.format_exception(error))
+    return MrcoreError(f"internal error: {type(error).__name__}: {error}", internal_traceback=frames)

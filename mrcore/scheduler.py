@@ -1,0 +1,218 @@
+"""Everything that can be asked of the queue, from any process, also while its Runner runs (`mrcore.runner`)."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import statistics
+import time
+from datetime import datetime
+from typing import Any
+
+from mrcore import job as jobs
+from mrcore.config import Settings, load_settings
+from mrcore.errors import UsageError
+from mrcore.runner import QUEUED, Doorbell, Runner, order
+from mrcore.store import Store
+from mrcore.validation import nearest
+
+__all__ = ["Runner", "Scheduler"]
+
+ESTIMATE_RUNS = 20
+_LEFT_BY_FAULT = ("failed", "group failed", "cancelled")
+_HISTORY = (
+    "SELECT job_name, run, state, json_extract(spec, '$.job_type') AS job_type, "
+    "json_extract(spec, '$.group_name') AS group_name, started, ended, phases, counts, attempts, exception FROM runs"
+)
+
+
+class Scheduler:
+    """Puts jobs into the queue, takes them out, and tells about them."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or load_settings()
+        self.store = Store(self.settings.state_dir)
+        self._doorbell = Doorbell(self.settings.state_dir)
+
+    def get_mapreduce_job_template(self) -> dict[str, Any]:
+        """A mapreduce job with every key."""
+        return jobs.template("mapreduce")
+
+    def get_script_template(self) -> dict[str, Any]:
+        """A script job with every key."""
+        return jobs.template("script")
+
+    def get_file_transfer_template(self) -> dict[str, Any]:
+        """A file_transfer job with every key."""
+        return jobs.template("file_transfer")
+
+    def submit_job(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Validate and queue one job; it is on disk when this returns. See `submit_jobs`."""
+        return self.submit_jobs([job])[0]
+
+    def submit_jobs(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Queue all of these jobs or, if one of them has a fault, none (UsageError naming every fault).
+
+        Gives for each `{"job_name", "replaced", "recurs", "message"}`.
+        """
+        valid: list[dict[str, Any]] = []
+        refusals: list[UsageError] = []
+        for each in batch:
+            try:
+                valid.append(jobs.validate(each, self.settings.projects_dir))
+            except UsageError as error:
+                refusals.append(error)
+        names = [each["job_name"] for each in valid]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            refusals.append(UsageError(f"job {name!r} stands in the list more than once", faults=[name]))
+        if refusals:
+            faults = [fault for error in refusals for fault in error.details.get("faults", [error.message])]
+            raise UsageError("; ".join(error.message for error in refusals), faults=faults)
+        now, answers = time.time(), []
+        with self.store.change():
+            running = self.store.running()
+            for each in valid:
+                each["job_submitter"] = each["job_submitter"] or getpass.getuser()
+                before = self.store.submit(each, now)
+                active = running is not None and running["job_name"] == each["job_name"]
+                answers.append(_answer(each, before in ("queued", "held"), active))
+        self._doorbell.ring()
+        return answers
+
+    def delete_job(self, job_name: str) -> dict[str, Any]:
+        """Take a job out of the queue; a run under way goes on to its end (`cancel` ends that)."""
+        with self.store.change():
+            job = self._known(job_name, "SELECT job_name FROM jobs WHERE state != 'out'", "is not in the queue")
+            self.store.move_job(job_name, "out", "deleted", time.time())
+        return job
+
+    def queue(self) -> list[dict[str, Any]]:
+        """The jobs in the queue in the order in which they will run, the running one with its `phase`."""
+        running = self.store.running()
+        rows = sorted(self.store.rows(QUEUED), key=order)
+        for row in rows:
+            active = running is not None and running["job_name"] == row["job_name"]
+            row["force_run"] = bool(row["force_run"])
+            row["running"] = active
+            row["phase"] = next(reversed(json.loads(running["phases"])), None) if running and active else None
+        return sorted(rows, key=lambda row: not row["running"])
+
+    def state(self) -> dict[str, Any]:
+        """The queue as a whole: `paused`, `hold` (reason, since, until, tries), `runner` (is there one), `running`."""
+        running = self.store.running()
+        return {
+            "paused": bool(self.store.get("paused")),
+            "hold": self.store.get("hold"),
+            "runner": self._doorbell.ring(),
+            "cycle": self.store.get("cycle", {"number": 0})["number"],
+            "running": {key: running[key] for key in ("job_name", "run", "started")} if running else None,
+        }
+
+    def history(self, job_name: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+        """Runs, newest first: state, start_time, end_time, seconds, phases, counts, attempts, exception."""
+        where = " WHERE job_name = ?" if job_name else ""
+        values = [job_name] if job_name else []
+        rows = self.store.rows(f"{_HISTORY}{where} ORDER BY id DESC LIMIT ?", *values, -1 if limit is None else limit)
+        return [_told(row) for row in rows]
+
+    def show(self, job_name: str) -> dict[str, Any]:
+        """A job's whole story: `job`, `state`, `reason`, `runs` (newest first), `events`, `estimate`."""
+        self._known(job_name, "SELECT job_name FROM jobs", "is not known")
+        row = self.store.job(job_name) or {}
+        events = self.store.rows("SELECT time, run, text FROM events WHERE job_name = ? ORDER BY id", job_name)
+        return {
+            **{key: row[key] for key in ("job_name", "state", "reason")},
+            "job": row["spec"],
+            "runs": self.history(job_name),
+            "estimate": self.estimate_next_runtime(job_name),
+            "events": [each | {"time": _moment(each["time"])} for each in events],
+        }
+
+    def requeue(self, group: str) -> list[str]:
+        """Bring back the jobs of a group that left because of a failure (or one job by its name); gives the names."""
+        now = time.time()
+        with self.store.change() as db:
+            rows = self.store.rows("SELECT job_name, reason, group_name FROM jobs WHERE state = 'out'")
+            fallen = [row for row in rows if (row["reason"] or "").split(":")[0] in _LEFT_BY_FAULT]
+            names = [row["job_name"] for row in fallen if row["group_name"] == group]
+            names = names or [row["job_name"] for row in rows if row["job_name"] == group]
+            if not names:
+                groups = {row["group_name"] or row["job_name"] for row in fallen}
+                hint = f"; to be had: {', '.join(sorted(groups)[:10])}" if groups else "; nothing waits to be requeued"
+                raise UsageError(f"no job of the group {group!r} left the queue by a failure{hint}")
+            for name in names:
+                db.execute("UPDATE jobs SET cycle = 0 WHERE job_name = ?", (name,))
+                self.store.move_job(name, "queued", None, now)
+        self._doorbell.ring()
+        return names
+
+    def cancel(self, job_name: str) -> int:
+        """End the run of this job that is under way; gives its number. `run_once` jobs leave the queue by it."""
+        with self.store.change() as db:
+            running = self.store.running()
+            if not running or running["job_name"] != job_name:
+                raise UsageError(f"job {job_name!r} is not running; `mrcore delete {job_name}` takes it from the queue")
+            db.execute("UPDATE runs SET cancel = 1 WHERE state = 'running'")
+        self._doorbell.ring()
+        return int(running["run"])
+
+    def pause(self) -> None:
+        """Start no further run until `resume`; the one under way goes on."""
+        self.store.put("paused", True)
+
+    def resume(self) -> None:
+        """End a pause, and end a hold's waiting: the queue tries again at once."""
+        now = time.time()
+        with self.store.change():
+            self.store.put("paused", False)
+            hold = self.store.get("hold")
+            self.store.put("hold", hold and hold | {"until": now})
+        self._doorbell.ring()
+
+    def estimate_next_runtime(self, job_name: str) -> dict[str, float] | None:
+        """Median and range in seconds of the last successful runs, and their number; None with fewer than two."""
+        return self.estimates(job_name).get(job_name)
+
+    def estimates(self, job_name: str | None = None) -> dict[str, dict[str, float]]:
+        """`estimate_next_runtime` of one job or of all, by name; jobs without enough data are missing."""
+        times: dict[str, list[float]] = {}
+        where = "WHERE state = 'succeeded' AND ? IN (job_name, '')"
+        query = f"SELECT job_name, ended - started AS seconds FROM runs {where} ORDER BY id DESC"
+        for row in self.store.rows(query, job_name or ""):
+            times.setdefault(row["job_name"], []).append(row["seconds"])
+        newest = {name: each[:ESTIMATE_RUNS] for name, each in times.items() if len(each) > 1}
+        keys = ("median_seconds", "min_seconds", "max_seconds", "runs")
+        return {
+            name: dict(zip(keys, (statistics.median(each), min(each), max(each), len(each)), strict=True))
+            for name, each in newest.items()
+        }
+
+    def _known(self, name: str, query: str, problem: str) -> dict[str, Any]:
+        rows = self.store.rows(query)
+        found = [row for row in rows if row["job_name"] == name]
+        if not found:
+            raise UsageError(f"job {name!r} {problem}{nearest(name, [row['job_name'] for row in rows])}")
+        return found[0]
+
+
+def _answer(job: dict[str, Any], replaced: bool, active: bool) -> dict[str, Any]:
+    recurs = not job["run_once"]
+    text = "replaces the one in the queue" if replaced else "queued"
+    text += "; the run under way goes on, this is for the next" if active else ""
+    often = f"every {job['every']:g} s at most" if job["every"] else "each cycle"
+    text += f"; it recurs {often} (run_once: true runs it once)" if recurs else "; it runs once"
+    return {"job_name": job["job_name"], "replaced": replaced, "recurs": recurs, "message": text}
+
+
+def _moment(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """A run's row as listings show it."""
+    started, ended = row.pop("started"), row.pop("ended")
+    row |= {key: json.loads(row[key]) for key in ("phases", "counts", "exception")}
+    times = {"start_time": _moment(started), "end_time": _moment(ended)}
+    for phase in row["phases"].values():
+        phase["seconds"] = round((phase["ended"] or time.time()) - phase["started"], 3)
+    return row | times | {"seconds": round((ended or time.time()) - started, 3)}

@@ -1,0 +1,76 @@
+"""The write side of the shuffle: items in, sorted runs by partition out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mrcore.memory import MemoryWatch
+from mrcore.output import PartWriter
+from mrcore.records import Key, Snapshot, Value, check_item
+from mrcore.sorter import Combine, SpillSorter
+
+BATCH_ITEMS = 1000
+
+
+class Shuffle:
+    """Takes a map task's items and publishes them as spill runs for the reducing nodes.
+
+    `partitions` is the number of hash partitions; with `by_range`, runs are sorted by key alone and keep their first
+    keys, and the ranges are cut later. `max_items` bounds the items held before a spill (None: memory alone).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        watch: MemoryWatch,
+        *,
+        partitions: int,
+        by_range: bool = False,
+        combine: Combine | None = None,
+        max_items: int | None = None,
+    ) -> None:
+        self.sorter = SpillSorter(
+            folder, name, watch, partitions=1 if by_range else partitions, combine=combine, keep_first_keys=by_range
+        )
+        self.watch = watch
+        self.max_items = max_items or 1 << 62
+
+    def append(self, key: Key, value: Value) -> None:
+        """Take one item. Raises BadItem when it is not allowed."""
+        self.sorter.add((key, value))
+
+    def spill(self) -> None:
+        """Write what is held as one run."""
+        self.sorter.spill()
+
+    def shuffle(self) -> list[dict[str, Any]]:
+        """Seal: write what is left and give what `RunWriter.close` told of every run."""
+        self.sorter.spill()
+        return self.sorter.runs
+
+
+class DirectOutput:
+    """Stands where Shuffle stands in a job without a reduce function: items go to parts, unsorted."""
+
+    def __init__(self, parts: PartWriter) -> None:
+        self._parts = parts
+        self._snapshot = Snapshot()
+        self._batch: list[tuple[Key, Value]] = []
+
+    def add(self, item: Any) -> None:
+        """Take one item of any shape. Raises BadItem."""
+        self._batch.append(check_item(item, self._snapshot))
+        if len(self._batch) >= BATCH_ITEMS or self._snapshot.nodes > 1 << 16:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        self._parts.write(self._batch)
+        self._batch = []
+
+    def close(self) -> list[dict[str, Any]]:
+        """Finish and give the parts."""
+        self.flush()
+        return self._parts.close()

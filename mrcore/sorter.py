@@ -1,0 +1,109 @@
+"""Groups items by key in memory and spills them to disk as sorted runs: the write side of every sort.
+
+The caller may reach into `groups` and append there itself: one dict operation per item is what makes the map loop
+fast. Keys and values that get in that way are checked when they are spilled, where a check costs one pass per
+different key (`BadItem`); whoever needs to know the input line then looks for it again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mrcore.memory import MemoryWatch
+from mrcore.records import (
+    LARGE,
+    Key,
+    Snapshot,
+    Value,
+    canonical_key,
+    check_item,
+    partition_keys,
+    sort_keys,
+)
+from mrcore.runs import RunWriter, frame_bytes_for
+
+Combine = Callable[[Key, list[Value]], list[Value]]
+_ALREADY_CANONICAL = {str, int, type(None)}
+
+
+class SpillSorter:
+    """Collects items until `watch` says that memory is short, then writes one sorted run.
+
+    Runs are named `<name>-<number>` in `folder`; `runs` holds what `RunWriter.close` told of each. `combine` gets a
+    key and its values and gives the values to keep.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        watch: MemoryWatch,
+        *,
+        partitions: int = 1,
+        combine: Combine | None = None,
+        keep_first_keys: bool = False,
+    ) -> None:
+        self.runs: list[dict[str, Any]] = []
+        self.groups: defaultdict[Key, list[Value]] = defaultdict(list)
+        self.large = False  # some value may be: frames are then sized before they are encoded
+        self._folder, self._name, self._watch = folder, name, watch
+        self._partitions, self._combine, self._keep_first_keys = partitions, combine, keep_first_keys
+        self._snapshot = Snapshot()
+        watch.watch_growth(self.groups)
+
+    def add(self, item: Any) -> None:
+        """Take one item of any shape, checked. Raises BadItem."""
+        key, value = check_item(item, self._snapshot)
+        self.large = self.large or self._snapshot.nodes > LARGE
+        self.groups[key].append(value)
+
+    def spill(self) -> None:
+        """Write what is held as one run and let go of it. Raises BadItem, or what `combine` raises."""
+        if not self.groups:
+            self._watch.release()
+            return
+        try:
+            self.runs.append(self._write_run())
+        except (ValueError, OverflowError, TypeError):
+            self._check_all()
+            raise
+        self.groups.clear()  # the same dict again: the map loop holds a reference to it
+        self.large = False
+        self._watch.release()
+
+    def _write_run(self) -> dict[str, Any]:
+        # A function of its own, so that nothing of the run is referred to when memory is given back.
+        keys = self._keys()
+        if self._combine is not None:
+            self._combine_all(self._combine, keys)
+        writer = RunWriter(
+            self._folder,
+            f"{self._name}-{len(self.runs)}",
+            frame_bytes_for(self._watch.budget_bytes),
+            keep_first_keys=self._keep_first_keys,
+        )
+        for partition, dealt in enumerate(partition_keys(keys, self._partitions)):
+            writer.write(partition, sort_keys(dealt), self.groups, self.large)
+        return writer.close()
+
+    def _keys(self) -> list[Key]:
+        keys = list(self.groups)
+        if set(map(type, keys)) <= _ALREADY_CANONICAL:
+            return keys
+        return [canonical_key(key) for key in keys]  # each equals the key that it stands for, so lookups still work
+
+    def _combine_all(self, combine: Combine, keys: list[Key]) -> None:
+        groups = self.groups
+        for key in keys:
+            values = groups[key]
+            if len(values) > 1:
+                groups[key] = combine(key, values)
+
+    def _check_all(self) -> None:
+        """Find the item that could not be written. Raises BadItem when there is one."""
+        for key, values in self.groups.items():
+            for value in values:
+                check_item((key, value), self._snapshot)

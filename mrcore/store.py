@@ -1,0 +1,242 @@
+"""The durable queue: jobs, their runs and what happened to them, in one SQLite file that survives kill -9.
+
+Any number of processes may open it at once. A change is one `BEGIN IMMEDIATE` transaction, flushed to disk before
+it returns (WAL, `synchronous=FULL`); nested changes join the outer one. States move along `JOB_MOVES` and
+`RUN_MOVES` and no other way: an illegal move raises with the job's history and changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mrcore.errors import ClusterFault, MrcoreError, UsageError
+
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 60.0
+EVENTS_PER_RUN = 10
+
+# held: its last run was handed back and the queue waits for the cluster; out: in the history, with the reason.
+JOB_MOVES = {
+    (None, "queued"),  # submitted
+    ("queued", "queued"),  # replaced
+    ("queued", "held"),
+    ("held", "queued"),
+    ("queued", "out"),
+    ("held", "out"),
+    ("out", "queued"),  # submitted again, or requeued
+}
+ENDINGS = ("succeeded", "failed", "cancelled", "handed back")
+RUN_MOVES = {(None, "running")} | {("running", ending) for ending in ENDINGS}
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS jobs (
+    job_name TEXT PRIMARY KEY, state TEXT NOT NULL, reason TEXT, number INTEGER NOT NULL UNIQUE,
+    job_type TEXT NOT NULL, group_name TEXT, job_priority REAL NOT NULL, force_run INTEGER NOT NULL,
+    every REAL, not_before TEXT, spec TEXT NOT NULL, submitted REAL NOT NULL,
+    cycle INTEGER NOT NULL DEFAULT 0, last_run INTEGER NOT NULL DEFAULT 0, last_start REAL);
+CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state);
+CREATE TABLE IF NOT EXISTS runs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, job_name TEXT NOT NULL, run INTEGER NOT NULL, state TEXT NOT NULL,
+    number INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 1, cancel INTEGER NOT NULL DEFAULT 0,
+    started REAL NOT NULL, ended REAL, phases TEXT NOT NULL DEFAULT '{}', counts TEXT NOT NULL DEFAULT '{}',
+    exception TEXT NOT NULL DEFAULT 'null', spec TEXT NOT NULL, UNIQUE (job_name, run));
+CREATE UNIQUE INDEX IF NOT EXISTS one_running_run ON runs (state) WHERE state = 'running';
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job_name TEXT NOT NULL, run INTEGER, text TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS events_by_job ON events (job_name);
+"""
+
+
+class Store:
+    """The queue file `state_dir/queue.sqlite`; one object may be shared by the threads of a process."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / "queue.sqlite"
+        self._lock = threading.RLock()
+        self._depth = 0
+        try:
+            state_dir.mkdir(parents=True, exist_ok=True)
+            # The switch to WAL does not wait for other openers as everything else does: hence a lock of our own.
+            with (state_dir / "queue.lock").open("w") as gate:
+                fcntl.flock(gate, fcntl.LOCK_EX)
+                self._db = sqlite3.connect(self.path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+                self._open()
+        except (OSError, sqlite3.Error) as error:
+            raise ClusterFault(f"cannot open the queue {self.path}: {error}; check the folder and the disk") from None
+
+    def _open(self) -> None:
+        self._db.row_factory = sqlite3.Row
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        tables = self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'meta'").fetchone()[0]
+        version = self.get("schema") if tables else None
+        if version is None:
+            self._db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
+            self.put("schema", SCHEMA_VERSION)
+        elif version != SCHEMA_VERSION:
+            raise UsageError(f"the queue {self.path} has schema {version}, this mrcore {SCHEMA_VERSION}: update mrcore")
+
+    def close(self) -> None:
+        """Close the file; what was changed is already on disk."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of what is done inside, durable when it ends, or nothing if it raises."""
+        with self._lock:
+            if self._depth:
+                yield self._db
+                return
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._depth = 1
+                yield self._db
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise ClusterFault(f"cannot write the queue {self.path}: {error}; free the disk and go on") from error
+            finally:
+                self._depth = 0
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    def rows(self, query: str, *values: Any) -> list[dict[str, Any]]:
+        """The rows of a SELECT as dicts."""
+        try:
+            with self._lock:
+                return [dict(row) for row in self._db.execute(query, values)]
+        except sqlite3.Error as error:
+            raise ClusterFault(f"cannot read the queue {self.path}: {error}; check the folder and the disk") from error
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A JSON value of the queue as a whole (`cycle`, `hold`, `paused`, …)."""
+        found = self.rows("SELECT value FROM meta WHERE key = ?", key)
+        return json.loads(found[0]["value"]) if found else default
+
+    def put(self, key: str, value: Any) -> None:
+        """Set what `get` gives."""
+        with self.change() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    def submit(self, job: dict[str, Any], now: float) -> str | None:
+        """Queue a validated job, in place of one of its name; gives the state that one had, or None."""
+        name = job["job_name"]
+        with self.change() as db:
+            number = db.execute("SELECT coalesce(max(number), 0) + 1 FROM jobs").fetchone()[0]
+            before = self._check_job_move(name, "queued")
+            columns = {key: job[key] for key in ("job_type", "group_name", "job_priority", "every", "not_before")}
+            columns |= {"state": "queued", "reason": None, "number": number, "force_run": int(job["force_run"])}
+            columns |= {"spec": json.dumps(job), "submitted": now, "cycle": 0}
+            updates = ", ".join(f"{key} = excluded.{key}" for key in columns)
+            db.execute(
+                f"INSERT INTO jobs (job_name, {', '.join(columns)}) VALUES (?{', ?' * len(columns)}) "
+                f"ON CONFLICT (job_name) DO UPDATE SET {updates}",
+                (name, *columns.values()),
+            )
+            self.note(name, None, "replaced" if before in ("queued", "held") else "queued", now)
+        return before
+
+    def job(self, name: str) -> dict[str, Any] | None:
+        """A job's row with `spec` decoded, or None."""
+        found = self.rows("SELECT * FROM jobs WHERE job_name = ?", name)
+        if not found:
+            return None
+        spec = json.loads(found[0]["spec"]) | {"force_run": bool(found[0]["force_run"])}  # the flag falls, once run
+        return found[0] | {"spec": spec}
+
+    def move_job(self, name: str, state: str, reason: str | None, now: float) -> None:
+        """Bring a job to another state, with the reason that listings show."""
+        with self.change() as db:
+            self._check_job_move(name, state)
+            db.execute("UPDATE jobs SET state = ?, reason = ? WHERE job_name = ?", (state, reason, name))
+            self.note(name, None, f"{state}: {reason}" if reason else state, now)
+
+    def start_run(self, name: str, now: float) -> int:
+        """Begin the next run of a queued job; gives its number (1, 2, …), which is never used again."""
+        with self.change() as db:
+            job = db.execute("SELECT * FROM jobs WHERE job_name = ?", (name,)).fetchone()
+            if not job or job["state"] != "queued" or self.running():
+                raise self._illegal(name, "another run or none queued", "running")
+            run = int(job["last_run"]) + 1
+            db.execute("UPDATE jobs SET last_run = ?, last_start = ? WHERE job_name = ?", (run, now, name))
+            db.execute(
+                "INSERT INTO runs (job_name, run, state, number, started, spec) VALUES (?, ?, 'running', ?, ?, ?)",
+                (name, run, job["number"], now, job["spec"]),
+            )
+            self.note(name, run, "running", now)
+        return run
+
+    def enter_phase(self, name: str, run: int, phase: str, now: float) -> None:
+        """Note that a run is now in this phase (the one before ends)."""
+        with self.change() as db:
+            phases = self._phases(name, run, now)
+            phases.setdefault(phase, {"started": now})["ended"] = None
+            db.execute("UPDATE runs SET phases = ? WHERE job_name = ? AND run = ?", (json.dumps(phases), name, run))
+
+    def end_run(self, name: str, run: int, state: str, now: float, counts: Any = None, exception: Any = None) -> None:
+        """Bring a running run to its end, one of ENDINGS, with counts and the error as a dict."""
+        with self.change() as db:
+            found = db.execute("SELECT state FROM runs WHERE job_name = ? AND run = ?", (name, run)).fetchone()
+            if ((found and found["state"]), state) not in RUN_MOVES:
+                raise self._illegal(f"{name} run {run}", found and found["state"], state, name)
+            values = (json.dumps(self._phases(name, run, now)), json.dumps(counts or {}), json.dumps(exception))
+            db.execute(
+                "UPDATE runs SET state = ?, ended = ?, phases = ?, counts = ?, exception = ? "
+                "WHERE job_name = ? AND run = ?",
+                (state, now, *values, name, run),
+            )
+            self.note(name, run, f"{state}: {exception['message']}" if exception else state, now)
+
+    def running(self) -> dict[str, Any] | None:
+        """The run that is under way (or was, when its Runner died), or None."""
+        columns = "job_name, run, number, cancel, started, phases, spec"
+        found = self.rows(f"SELECT {columns} FROM runs WHERE state = 'running'")
+        return found[0] | {"spec": json.loads(found[0]["spec"])} if found else None
+
+    def note(self, name: str, run: int | None, text: str, now: float) -> None:
+        """Add a line to a job's story."""
+        with self.change() as db:
+            db.execute("INSERT INTO events (time, job_name, run, text) VALUES (?, ?, ?, ?)", (now, name, run, text))
+
+    def prune(self, keep_runs: int) -> None:
+        """Forget all but the newest `keep_runs` runs, and their events."""
+        with self.change() as db:
+            for table, keep in (("runs", keep_runs), ("events", keep_runs * EVENTS_PER_RUN)):
+                running = "AND state != 'running'" if table == "runs" else ""
+                db.execute(f"DELETE FROM {table} WHERE id <= (SELECT max(id) - ? FROM {table}) {running}", (keep,))
+
+    def check(self) -> None:
+        """Raise MrcoreError if an invariant is broken (tests call it at their end)."""
+        broken = self.rows("PRAGMA integrity_check")[0]["integrity_check"]
+        wrong = self.rows("SELECT job_name FROM jobs WHERE state NOT IN ('queued', 'held', 'out')")
+        wrong += self.rows("SELECT r.job_name FROM runs r LEFT JOIN jobs j USING (job_name) WHERE r.run > j.last_run")
+        wrong += self.rows("SELECT job_name FROM runs WHERE (ended IS NULL) != (state = 'running')")
+        if broken != "ok" or wrong:
+            raise MrcoreError(f"the queue {self.path} is damaged: {broken}, {wrong}")
+
+    def _phases(self, name: str, run: int, now: float) -> dict[str, Any]:
+        found = self.rows("SELECT phases FROM runs WHERE job_name = ? AND run = ?", name, run)
+        phases: dict[str, Any] = json.loads(found[0]["phases"]) if found else {}
+        for times in phases.values():
+            times["ended"] = times["ended"] or now
+        return phases
+
+    def _check_job_move(self, name: str, state: str) -> str | None:
+        found = self.rows("SELECT state FROM jobs WHERE job_name = ?", name)
+        before = found[0]["state"] if found else None
+        if (before, state) not in JOB_MOVES:
+            raise self._illegal(name, before, state)
+        return before
+
+    def _illegal(self, what: str, before: str | None, state: str, name: str | None = None) -> MrcoreError:
+        events = self.rows("SELECT run, text FROM events WHERE job_name = ? ORDER BY id DESC LIMIT 20", name or what)
+        story = " → ".join(each["text"] for each in reversed(events)) or "none"
+        text = f"job {what}: no way from {before or 'nothing'} to {state}; its history: {story}"
+        return MrcoreError(text, events=events)

@@ -1,0 +1,276 @@
+"""The single-threaded guard of one cluster server: forks the server, forks a fresh process per task, ends what is left.
+
+    supervisor (this file; subreaper, no threads, no user code)
+      ├── server   `cluster_server.serve`: threads and RPC; started again when it dies
+      └── task     one order's user code: own process group, and whatever it forked
+
+Why three processes: a parent-death signal fires when the forking *thread* ends, so tasks cannot be forked from RPC
+handlers; and orphans of a task (setsid, daemons) are only sure to be found by a parent that is their subreaper.
+
+Messages on the control socket (SOCK_SEQPACKET, one JSON object each; `serial` tells tasks of one server apart):
+  server → supervisor  {"ready": port} · {"spawn": serial} with the task's end of its connection · {"kill": serial}
+  supervisor → server  {"spawned": serial, "pid"} · {"ended": serial, "status"|"signal", "message"}
+A task gets its order as the first thing on its connection: 4 bytes of length (big-endian), then JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mrcore import procfs
+
+RunTask = Callable[[dict[str, Any], socket.socket], None]
+
+MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 30.0
+SWEEP_SECONDS = 5.0  # SIGKILL acts at once, except on a process stuck in the kernel (a dead NFS server)
+GRACE_SECONDS = 3.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+log = logging.getLogger("mrcore.supervisor")
+
+
+class Supervisor:
+    """Keeps one server child and its tasks. `serve` and `run_task` are called in the forked children.
+
+    `record` is the file that tells the server child's pid and start ticks; `ready` is called once, with the port.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        serve: Callable[[socket.socket], None],
+        run_task: RunTask,
+        record: Path,
+        ready: Callable[[int], None],
+    ) -> None:
+        self._name, self._serve, self._run_task, self._record, self._ready = name, serve, run_task, record, ready
+        self._announced = self._stopping = False
+        self._server = self._task = self._serial = 0
+        self._starts: list[float] = []
+        self._terminal = os.isatty(0)
+        self._wake, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        procfs.become_subreaper()
+        for number in (*_STOP_SIGNALS, signal.SIGCHLD):
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # else taking the terminal back would stop us
+        signal.set_wakeup_fd(wake_in, warn_on_full_buffer=False)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._stopping = self._stopping or number != signal.SIGCHLD
+
+    def run(self) -> int:
+        """Serve until SIGTERM, SIGINT or SIGHUP (gives 0), or until the server child cannot be kept alive (gives 1)."""
+        gc.collect()
+        gc.freeze()  # the collector would otherwise touch, and so copy, every page that the children share
+        self._start_server()
+        while not self._stopping:
+            readable, _, _ = select.select([self._wake, self._control.fileno()], [], [])
+            if self._wake in readable:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake, 4096)
+                if not self._reap():
+                    return 1
+            else:
+                self._obey()
+        self._end_task("the cluster server is stopped")
+        for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, SWEEP_SECONDS)):
+            if self._server:
+                os.kill(self._server, number)
+                self._server = self._server if self._wait(self._server, seconds) is None else 0
+        self._record.unlink(missing_ok=True)
+        return 0
+
+    # ---- the server child
+
+    def _start_server(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._starts.append(time.monotonic())
+        pid = self._fork(theirs, lambda: self._serve(theirs))
+        theirs.close()
+        self._server = pid
+        partial = self._record.with_suffix(".partial")
+        partial.write_text(json.dumps({"pid": pid, "start_ticks": procfs.start_ticks(pid)}))
+        partial.replace(self._record)
+
+    def _restart_server(self, status: int) -> bool:
+        self._server = 0
+        self._end_task("its server ended")
+        self._starts = [start for start in self._starts if start > time.monotonic() - RESTART_WINDOW_SECONDS]
+        give_up = not self._announced or len(self._starts) > MAX_RESTARTS
+        what_next = "giving up" if give_up else "starting it again"
+        log.error("the server child of %s %s; %s", self._name, _describe(status)["message"], what_next)
+        if give_up:
+            self._record.unlink(missing_ok=True)
+        else:
+            self._start_server()
+        return not give_up
+
+    def _obey(self) -> None:
+        """Receive and carry out one message of the server child; nothing, when it died meanwhile."""
+        try:
+            data, handles, _, _ = socket.recv_fds(self._control, 4096, 1)
+        except OSError:
+            return
+        message = json.loads(data or b"{}")
+        if "spawn" in message:
+            self._end_task("replaced by a newer order")
+            self._spawn(message["spawn"], socket.socket(fileno=handles[0]))
+        elif message.get("kill") == self._serial:
+            self._end_task("cancelled")
+        elif "ready" in message and not self._announced:
+            self._announced = True
+            self._ready(message["ready"])
+
+    def _tell(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # a dead server needs no news; its end is noticed by SIGCHLD
+            self._control.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
+
+    # ---- the task
+
+    def _fork(self, kept: socket.socket, life: Callable[[], None]) -> int:
+        """Fork a child that dies with us, holds no descriptor but `kept` and 0–2, lives `life` and ends."""
+        parent = os.getpid()
+        sys.stdout.flush()
+        if (pid := os.fork()) != 0:
+            return pid
+        code: object = 1
+        try:
+            procfs.die_with_parent(parent)
+            signal.set_wakeup_fd(-1)
+            for number in (*_STOP_SIGNALS, signal.SIGCHLD, signal.SIGTTOU):
+                signal.signal(number, signal.SIG_DFL)
+            os.closerange(3, kept.fileno())
+            os.closerange(kept.fileno() + 1, 1 << 20)  # the kernel's usual ceiling for any process
+            life()
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        except BaseException:  # noqa: BLE001  the last frame of this process
+            traceback.print_exc()
+        return _leave(code)
+
+    def _spawn(self, serial: int, connection: socket.socket) -> None:
+        self._serial = serial
+        self._sweep()
+        try:
+            self._task = pid = self._fork(connection, lambda: self._be_task(connection))
+        except OSError as error:
+            self._tell(ended=serial, message=f"cannot fork a task process: {error}")
+        else:
+            with contextlib.suppress(OSError):  # here and in the child, so that neither has to wait for the other
+                os.setpgid(pid, pid)
+            self._give_terminal(pid)
+            self._tell(spawned=serial, pid=pid)
+        connection.close()
+
+    def _be_task(self, connection: socket.socket) -> None:
+        """The life of a task process."""
+        os.setpgid(0, 0)
+        if self._terminal:
+            signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # nobody would continue it
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            self._give_terminal(os.getpid())
+            signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        else:
+            os.dup2(nothing := os.open(os.devnull, os.O_RDONLY), 0)
+            os.close(nothing)
+            sys.breakpointhook = self._no_breakpoint
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):  # short of memory, the kernel is to choose user code, not its guard
+            Path("/proc/self/oom_score_adj").write_text("500")
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(line_buffering=True)
+        size = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
+        data = connection.recv(size, socket.MSG_WAITALL)
+        if not size or len(data) < size:
+            sys.exit("the order was cut off")
+        self._run_task(json.loads(data), connection)
+
+    def _no_breakpoint(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            f"breakpoint() needs a terminal and {self._name} has none: debug with `mrcore try`, or in a screen window"
+        )
+
+    def _give_terminal(self, group: int) -> None:
+        if self._terminal:
+            with contextlib.suppress(OSError):  # a terminal on stdin need not be our controlling one
+                os.tcsetpgrp(0, group)
+
+    def _end_task(self, reason: str = "") -> None:
+        """End the task and all it left, then report how it ended (`reason`: why we end it, if it did not by itself)."""
+        pid, self._task = self._task, 0
+        if pid:
+            for kill in (os.killpg, os.kill):  # before reaping, while neither id can be used again
+                with contextlib.suppress(OSError):
+                    kill(pid, signal.SIGKILL)
+            status = self._wait(pid, SWEEP_SECONDS)
+        self._sweep()
+        if pid:
+            self._give_terminal(os.getpgrp())
+            told = {"message": "does not end: stuck in the kernel"} if status is None else _describe(status)
+            self._tell(ended=self._serial, **(told | {"message": reason or told["message"]}))
+
+    def _wait(self, pid: int, seconds: float) -> int | None:
+        """Reap one child and give its wait status, or None if it does not end in time."""
+        deadline, pause_seconds = time.monotonic() + seconds, 0.0002
+        while True:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found or time.monotonic() > deadline:
+                return status if found else None
+            time.sleep(pause_seconds)
+            pause_seconds = min(pause_seconds * 2, 0.05)
+
+    def _sweep(self) -> None:
+        """SIGKILL every child but the server, and theirs as they become ours, until none is left."""
+        deadline = time.monotonic() + SWEEP_SECONDS
+        while left := procfs.children(os.getpid()) - {self._server}:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            for pid in left:
+                self._wait(pid, deadline - time.monotonic())
+            if time.monotonic() > deadline:
+                log.error("processes that a task left do not end: %s", sorted(left))
+                return
+
+    def _reap(self) -> bool:
+        """Handle every child that has ended, orphans of tasks too; False when the server child is to be given up."""
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if ended.si_pid == self._task:
+                self._end_task()
+                continue
+            _, status = os.waitpid(ended.si_pid, 0)
+            if ended.si_pid == self._server and not self._restart_server(status):
+                return False
+        return True
+
+
+def _leave(code: object) -> NoReturn:
+    """End this forked process at once, its output written, without the parent's exit handlers; `code` as sys.exit."""
+    for stream in (sys.stderr, sys.stdout):
+        with contextlib.suppress(Exception):
+            if stream is sys.stderr and not isinstance(code, int | None):
+                print(code, file=stream)
+            stream.flush()
+    os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
+
+
+def _describe(status: int) -> dict[str, Any]:
+    """What a wait status says: {"status": n} or {"signal": n}, and a message for people."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return {"status": code, "message": f"ended with exit status {code}"}
+    name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+    return {"signal": -code, "message": f"was killed by {name}"}

@@ -1,0 +1,43 @@
+"""What user code may ask about its surroundings: `from mrcore import task`.
+
+    task.input_file   path of the file that the current line comes from (map), or None
+    task.offset       byte offset of the current line in it (uncompressed bytes), or None
+    task.job, task.run, task.attempt, task.phase     what is running: "word_count", 3, 1, "MAP" or "REDUCE"
+    task.server, task.node                           where: "S_0", "127.0.0.1"
+    task.partition    the partition that is being reduced, or None
+
+Outside a job every name is None, so modules that import it can be tested by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+job: str | None = None
+run: int | None = None
+attempt: int | None = None
+phase: str | None = None
+server: str | None = None
+node: str | None = None
+partition: int | None = None
+input_file: str | None = None
+
+_offset: Callable[[], int] | None = None
+
+
+def __getattr__(name: str) -> Any:
+    # The offset is worked out only when somebody asks: keeping it up to date would cost every line.
+    if name == "offset":
+        return None if _offset is None else _offset()
+    raise AttributeError(f"mrcore.task has no {name!r}")
+
+
+def set_surroundings(**facts: Any) -> None:
+    """Set any of the names above (the task process does, never user code)."""
+    globals().update(facts)
+
+
+def set_offset(source: Callable[[], int] | None) -> None:
+    """Set the function that works out the current line's byte offset."""
+    globals()["_offset"] = source

@@ -1,0 +1,91 @@
+"""`mrcore try`: a job in this process, over the same modules as on a cluster, to develop functions."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mrcore import task
+from mrcore.disk_sort import DiskSort
+from mrcore.errors import JobFault
+from mrcore.inputs import Reader, list_inputs, plan_bundles
+from mrcore.mapper import Map
+from mrcore.memory import MemoryWatch
+from mrcore.output import PartWriter
+from mrcore.paths import Layout
+from mrcore.records import Key, Value, as_tuple, loads
+from mrcore.reducer import Reduce
+from mrcore.runs import Segment
+from mrcore.shuffler import DirectOutput, Shuffle
+from mrcore.usercode import load_function, make_combiner
+
+
+def run_trial(
+    project_dir: Path,
+    map_name: str,
+    reduce_name: str | None,
+    inputs: Sequence[str],
+    *,
+    combine: str | None = None,
+    auxiliary: Any = None,
+    memory_bytes: int = 1 << 30,
+    on_bad_text: str = "fail",
+    max_line_bytes: int = 64 << 20,
+    sort_values: bool = False,
+    disk_based_input: bool = False,
+    disk_based_output: bool = False,
+) -> Iterator[tuple[Key, Value]]:
+    """Map and reduce `inputs` (folders, files, globs; relative to the current folder) and yield the items.
+
+    Without a reduce function the map function's items come as they are, in order. `memory_bytes` is the budget of
+    this process. Raises JobFault as a cluster would report it.
+    """
+    task.set_surroundings(job="trial", run=0, attempt=0, phase="MAP", server="local", node="local")
+    with tempfile.TemporaryDirectory(prefix="mrcore-try-") as name, MemoryWatch(memory_bytes) as watch:
+        folder = Path(name)
+        layout = Layout(folder)
+        layout.make()
+        listing = list_inputs({"input_dirs": [str(Path(entry).absolute()) for entry in inputs]}, layout, ["me"], "me")
+        missing = [entry for entry, count in listing["matched"].items() if not count]
+        if listing["faults"] or missing:
+            raise JobFault("; ".join(listing["faults"] + [f"input {entry} matches no file" for entry in missing]))
+        parts = PartWriter(folder, run=0, partition=0, attempt_try=0, max_items=None, compress=False)
+        combiner = make_combiner(load_function(project_dir, "reduce", combine), combine, auxiliary) if combine else None
+        sink = Shuffle(folder, "map", watch, partitions=1, combine=combiner) if reduce_name else DirectOutput(parts)
+        reader = Reader(max_line_bytes=max_line_bytes, block_bytes=1 << 20)
+        mapper = Map(
+            load_function(project_dir, "map", map_name), map_name, auxiliary, sink, reader, on_bad_text=on_bad_text
+        )
+        for bundle in plan_bundles(listing["files"], 1):
+            mapper.map(bundle["pieces"])
+        sealed = mapper.finish()
+        if reduce_name:
+            task.set_surroundings(phase="REDUCE", input_file=None, partition=0)
+            sorter = DiskSort(folder, watch, combine=combiner, ascending_values=sort_values)
+            for run in sealed:
+                sorter.add_run(Segment(folder / f"{run['id']}.data", 0, run["bytes"], run["max_decoded"]))
+            reducer = Reduce(
+                load_function(project_dir, "reduce", reduce_name),
+                reduce_name,
+                auxiliary,
+                sorter,
+                parts,
+                watch,
+                folder,
+                disk_based_input=disk_based_input,
+                disk_based_output=disk_based_output,
+            )
+            sealed = reducer.reduce()
+        gc.collect()
+        yield from _items(folder, sealed)
+
+
+def _items(folder: Path, parts: Sequence[dict[str, Any]]) -> Iterator[tuple[Key, Value]]:
+    for part in parts:
+        with open(folder / part["name"], encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                key, value = loads(line)
+                yield (as_tuple(key) if isinstance(key, list) else key), value

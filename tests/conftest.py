@@ -1,0 +1,58 @@
+"""What all tests share: waiting with a deadline instead of sleeping, a home of their own, a small project."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def wait_until(condition: Callable[[], Any], deadline_seconds: float = 10.0, message: str = "the condition") -> Any:
+    """Call `condition` until it gives something true and return that; fail naming `message` at the deadline."""
+    deadline = time.monotonic() + deadline_seconds
+    pause_seconds = 0.002
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            pytest.fail(f"{message}: not true within {deadline_seconds} s (last: {result!r})")
+        time.sleep(pause_seconds)
+        pause_seconds = min(pause_seconds * 1.5, 0.1)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty MRCORE_HOME, with the current folder beside it, so that no test meets the user's own cluster."""
+    folder = tmp_path / "home"
+    work = tmp_path / "work"
+    folder.mkdir()
+    work.mkdir()
+    monkeypatch.setenv("MRCORE_HOME", str(folder))
+    monkeypatch.delenv("MRCORE_CONFIG", raising=False)
+    monkeypatch.chdir(work)
+    return folder
+
+
+@pytest.fixture
+def projects_dir(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`projects/` of the current folder, holding `word_count` in the original's style."""
+    folder = home.parent / "work" / "projects"
+    project = folder / "word_count"
+    project.mkdir(parents=True)
+    (project / "map_functions.py").write_text(
+        "class MapFunctions():\n"
+        "    def __init__(self, map_function_name):\n"
+        "        self.map_function = globals()[map_function_name]\n"
+        "    def get_map_function(self):\n"
+        "        return self.map_function\n\n"
+        "def count_map(line, auxiliary_data):\n"
+        "    return [(word, 1) for word in line.split()]\n"
+    )
+    (project / "reduce_functions.py").write_text(
+        "def count_reduce(group, auxiliary_data):\n    return [(group[0][0], sum(value for _, value in group))]\n"
+    )
+    return folder

@@ -1,0 +1,159 @@
+"""The queue file: transitions, durability, many processes."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrcore.errors import ClusterFault, MrcoreError, UsageError
+from mrcore.job import validate
+from mrcore.store import ENDINGS, JOB_MOVES, Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    made = Store(tmp_path / "state")
+    yield made
+    made.check()
+    made.close()
+
+
+def job(name: str = "a", **keys: Any) -> dict[str, Any]:
+    return validate({"job_name": name, "project_name": "p", "input_dirs": ["x"], "map_function_name": "m"} | keys)
+
+
+def test_a_jobs_way_through_the_queue(store: Store) -> None:
+    assert store.submit(job(), 1.0) is None
+    run = store.start_run("a", 2.0)
+    store.enter_phase("a", run, "MAP", 2.5)
+    store.enter_phase("a", run, "SORT", 3.5)
+    assert store.running()["job_name"] == "a"  # type: ignore[index]
+    store.end_run("a", run, "succeeded", 4.0, counts={"items": 1})
+    assert store.running() is None
+    (row,) = store.rows("SELECT * FROM runs")
+    assert (row["run"], row["state"], row["ended"]) == (1, "succeeded", 4.0)
+    assert row["phases"] == '{"MAP": {"started": 2.5, "ended": 3.5}, "SORT": {"started": 3.5, "ended": 4.0}}'
+    store.move_job("a", "out", "succeeded", 4.0)
+    assert store.submit(job(), 5.0) == "out"
+    assert store.submit(job(), 5.0) == "queued"
+    assert store.start_run("a", 6.0) == 2
+    texts = [row["text"] for row in store.rows("SELECT text FROM events ORDER BY id")]
+    assert texts == ["queued", "running", "succeeded", "out: succeeded", "queued", "replaced", "running"]
+
+
+@pytest.mark.parametrize("before", ["queued", "held", "out"])
+@pytest.mark.parametrize("after", ["queued", "held", "out", "nonsense"])
+def test_jobs_move_only_along_the_table(store: Store, before: str, after: str) -> None:
+    store.submit(job(), 1.0)
+    if before != "queued":
+        store.move_job("a", before, "why", 2.0)
+    if (before, after) in JOB_MOVES:
+        store.move_job("a", after, None, 3.0)
+    else:
+        with pytest.raises(MrcoreError, match=f"no way from {before} to {after}; its history: queued"):
+            store.move_job("a", after, None, 3.0)
+        assert store.job("a")["state"] == before  # type: ignore[index]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_runs_end_once(store: Store, ending: str) -> None:
+    store.submit(job(), 1.0)
+    store.start_run("a", 2.0)
+    with pytest.raises(MrcoreError, match="to running"):
+        store.start_run("a", 2.0)
+    with pytest.raises(MrcoreError, match="from running to nonsense"):
+        store.end_run("a", 1, "nonsense", 3.0)
+    store.end_run("a", 1, ending, 3.0)
+    with pytest.raises(MrcoreError, match=f"from {ending} to succeeded"):
+        store.end_run("a", 1, "succeeded", 4.0)
+    with pytest.raises(MrcoreError, match="from nothing"):
+        store.end_run("a", 9, "succeeded", 4.0)
+
+
+def test_a_change_is_all_or_nothing(store: Store) -> None:
+    with pytest.raises(ZeroDivisionError), store.change():
+        store.submit(job("a"), 1.0)
+        store.submit(job("b"), 1.0)
+        raise ZeroDivisionError
+    assert store.rows("SELECT * FROM jobs") == []
+    with store.change():
+        store.submit(job("a"), 1.0)
+    assert len(store.rows("SELECT * FROM events")) == 1
+
+
+def test_values_of_the_queue(store: Store) -> None:
+    assert store.get("hold", "none") == "none"
+    store.put("hold", {"reason": "é"})
+    assert store.get("hold") == {"reason": "é"}
+
+
+def test_a_newer_schema_is_refused(store: Store) -> None:
+    store.put("schema", 99)
+    with pytest.raises(UsageError, match="has schema 99, this mrcore 1"):
+        Store(store.path.parent)
+
+
+def test_a_file_that_is_no_queue_is_named(tmp_path: Path) -> None:
+    (tmp_path / "queue.sqlite").write_text("not a database, but long enough to look at" * 100)
+    with pytest.raises(ClusterFault, match="cannot open the queue"):
+        Store(tmp_path)
+
+
+def test_a_full_disk_changes_nothing_and_is_named(store: Store) -> None:
+    store.submit(job("a"), 1.0)
+    pages = store.rows("PRAGMA page_count")[0]["page_count"]
+    store.rows(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(ClusterFault, match="full; free the disk"):
+        for number in range(1000):
+            store.submit(job(f"b{number}"), 1.0)
+    store.rows("PRAGMA max_page_count = 1000000")
+    count = len(store.rows("SELECT * FROM jobs"))
+    store.submit(job("c"), 1.0)
+    assert len(store.rows("SELECT * FROM jobs")) == count + 1
+
+
+def test_what_was_committed_survives_kill_9(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
+        "from mrcore.store import Store; from test_store import job\n"
+        "store = Store(pathlib.Path(sys.argv[1]))\n"
+        "store.submit(job('a'), 1.0)\n"
+        "with store.change():\n    store.submit(job('b'), 1.0); os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], check=False)
+    assert done.returncode == -9
+    store = Store(tmp_path)
+    assert [row["job_name"] for row in store.rows("SELECT job_name FROM jobs")] == ["a"]
+    store.check()
+    store.close()
+
+
+def test_many_processes_open_and_write_a_new_queue(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
+        "from mrcore.store import Store; from test_store import job\n"
+        "store = Store(pathlib.Path(sys.argv[1]))\n"
+        "for n in range(10): store.submit(job(f'j{sys.argv[3]}_{n}'), 1.0)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "s"), str(Path(__file__).parent)]
+    processes = [subprocess.Popen([*command, str(number)]) for number in range(8)]
+    assert [process.wait(60) for process in processes] == [0] * 8
+    store = Store(tmp_path / "s")
+    numbers = [row["number"] for row in store.rows("SELECT number FROM jobs")]
+    assert sorted(numbers) == list(range(1, 81))
+    store.close()
+
+
+def test_check_finds_a_broken_invariant(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.submit(job(), 1.0)
+    with sqlite3.connect(store.path) as other:
+        other.execute("UPDATE jobs SET state = 'nowhere'")
+    with pytest.raises(MrcoreError, match="damaged"):
+        store.check()
+    store.close()
