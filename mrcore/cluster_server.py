@@ -35,17 +35,16 @@ from mrcore.paths import Layout
 from mrcore.rpc.data import DataClient
 from mrcore.rpc.service import Method, Server
 from mrcore.rpc.tls import LIMITS, Pki
-from mrcore.supervisor import RunTask, Supervisor
+from mrcore.supervisor import Json, Supervisor
 
 MAX_EVENTS = 10_000  # held for a silent master; then tasks wait
-MAX_EVENTS_A_POLL = 1_000
-MAX_LINE_BYTES = 8 << 20
+MAX_POLL_EVENTS, MAX_POLL_BYTES = 1_000, 4 << 20  # a poll gives at least one event, whatever its size
+MAX_LINE_BYTES = 24 << 20  # one message of a task; must fit a frame of the wire
 MAX_POLL_SECONDS = 30.0
 TASK_DEADLINE_SECONDS = 8.0  # to start or to end one: beyond the supervisor's own, below the callers'
 SEND_SECONDS = 5
 
-Json = dict[str, Any]
-log = logging.getLogger("mrcore.cluster_server")
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,53 +60,45 @@ class _Task:
     def key(self, *names: str) -> tuple[Any, ...]:
         return tuple(self.identity[name] for name in names)
 
-    def send(self, *messages: Json) -> None:
-        self.connection.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
-
 
 class ClusterServer:
     """What a cluster server knows and answers; each public method is an RPC method for the master."""
 
     def __init__(self, spec: Json, control: socket.socket) -> None:
-        self._spec = spec
-        self._control = control
+        self._spec, self._name, self._control = spec, spec["name"], control
         self._incarnation = secrets.token_hex(8)
         self._changed = threading.Condition()
-        self._serials = itertools.count(1)
-        self._sequence = itertools.count(1)
-        self._events: deque[tuple[int, Json]] = deque()
+        self._serials, self._sequence = itertools.count(1), itertools.count(1)
+        self._events: deque[tuple[int, Json, int]] = deque()  # number, event, bytes
         self._task: _Task | None = None  # the newest, also after its end
         self._open: dict[int, _Task] = {}  # those whose end the supervisor has not told yet
 
+    def methods(self) -> dict[str, Method]:
+        """The RPC methods, all for the master only."""
+        ours = (self.hello, self.order, self.give, self.poll, self.cancel, self.status)
+        return {function.__name__: Method(function, "master") for function in ours}
+
     def hello(self, caller: Any) -> Json:
         """Who this is: name, incarnation, version, wire_version, python, pid, anonymous_bytes (server + supervisor)."""
-        return {
-            "name": self._spec["name"],
-            "incarnation": self._incarnation,
-            "version": __version__,
-            "wire_version": WIRE_VERSION,
-            "python": platform.python_version(),
-            "pid": os.getpid(),
-            "anonymous_bytes": self._own_bytes(),
-        }
+        who = {"name": self._name, "incarnation": self._incarnation, "pid": os.getpid()}
+        versions = {"version": __version__, "wire_version": WIRE_VERSION, "python": platform.python_version()}
+        return who | versions | {"anonymous_bytes": self._own_bytes()}
 
     def order(self, caller: Any, order: Json) -> Json:
         """Start a task; replaces a task of an older attempt or try. Repeating the last order changes nothing.
 
         Raises Refused for an order older than the last and while another task of the attempt runs.
         """
-        identity = order["identity"]
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
-        task = _Task(next(self._serials), identity, ours)
+        task = _Task(next(self._serials), order["identity"], ours)
         with self._changed, theirs:
             if self._is_repeated(task):
                 return {"accepted": True}
-            memory_bytes = self._spec["memory_bytes"] - self._own_bytes()
-            data = json.dumps(order | {"memory_bytes": memory_bytes}).encode()
             if self._task:
-                self._task.silenced = self._task.silenced or not self._task.finished
+                self._task.silenced |= not self._task.finished
             self._task = self._open[task.serial] = task
+            data = json.dumps(order | {"memory_bytes": self._spec["memory_bytes"] - self._own_bytes()}).encode()
             socket.send_fds(self._control, [json.dumps({"spawn": task.serial}).encode()], [theirs.fileno()])
             theirs.close()
             threading.Thread(target=self._listen, args=(task,), name=f"task {task.serial}", daemon=True).start()
@@ -119,21 +110,21 @@ class ClusterServer:
             if not task.pid:
                 task.silenced = True
                 told = task.end["message"] if task.end else "its supervisor does not answer"
-                raise ClusterFault(f"{self._spec['name']} cannot start a task process: {told}")
+                raise ClusterFault(f"{self._name} cannot start a task process: {told}")
         return {"accepted": True}
 
     def give(self, caller: Any, identity: Json, bundles: list[Json] | None = None, no_more: bool = False) -> Json:
         """Hand bundles of splits, or the news that there are no more, on to the running task of this identity."""
+        messages = ([{"bundles": bundles}] if bundles else []) + ([{"no_more": True}] if no_more else [])
         with self._changed:
             task = self._task
             if task is None or task.identity != identity or task.end or task.finished:
-                raise Refused(f"{self._spec['name']} does not run this task (any more)", identity=identity)
-            messages: list[Json] = [{"bundles": bundles}] if bundles else []
+                raise Refused(f"{self._name} does not run this task (any more)", identity=identity)
             try:
-                task.send(*messages, *([{"no_more": True}] if no_more else []))
+                task.connection.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
             except OSError as error:
                 self._kill(task)  # a message may have been cut
-                raise Refused(f"the task on {self._spec['name']} does not listen: {error}", identity=identity) from None
+                raise Refused(f"the task on {self._name} does not listen: {error}", identity=identity) from None
         return {"given": len(bundles or ())}
 
     def poll(self, caller: Any, incarnation: str, after: int, wait_seconds: float) -> Json:
@@ -141,48 +132,41 @@ class ClusterServer:
 
         Another incarnation than ours is told ours at once, and gets no events.
         """
+        given: list[list[Any]] = []
         with self._changed:
             if incarnation == self._incarnation:
                 while self._events and self._events[0][0] <= after:
                     self._events.popleft()
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._events, min(wait_seconds, MAX_POLL_SECONDS))
-                events = [list(pair) for pair in itertools.islice(self._events, MAX_EVENTS_A_POLL)]
-                return {"incarnation": self._incarnation, "events": events}
-        return {"incarnation": self._incarnation, "events": []}
+                room = MAX_POLL_BYTES
+                for number, event, size in itertools.islice(self._events, MAX_POLL_EVENTS):
+                    room -= size
+                    if given and room < 0:
+                        break
+                    given.append([number, event])
+        return {"incarnation": self._incarnation, "events": given}
 
     def cancel(self, caller: Any, job: str, run: int) -> Json:
         """End the task of this run with all it started, if there is one, and forget its events; returns when gone."""
         with self._changed:
-            task = self._task
-            ended = task is not None and task.key("job", "run") == (job, run) and not task.end
-            if task is not None and task.key("job", "run") == (job, run):
+            task = self._task if self._task and self._task.key("job", "run") == (job, run) else None
+            running = task is not None and not task.end
+            if task is not None:
                 task.silenced = True
-                if not task.end:
-                    self._kill(task)
+                self._kill(task)
                 if not self._changed.wait_for(lambda: task.end, TASK_DEADLINE_SECONDS):
-                    raise ClusterFault(f"{self._spec['name']}: the task process of {job} does not end", pid=task.pid)
-            kept = [
-                pair for pair in self._events if (pair[1]["identity"]["job"], pair[1]["identity"]["run"]) != (job, run)
-            ]
-            self._events = deque(kept)
-        return {"cancelled": ended}
+                    raise ClusterFault(f"{self._name}: the task process of {job} does not end", pid=task.pid)
+            about = [(entry[1]["identity"], entry) for entry in self._events]
+            self._events = deque(entry for who, entry in about if (who["job"], who["run"]) != (job, run))
+        return {"cancelled": running}
 
     def status(self, caller: Any) -> Json:
         """What runs: the identity and pid of the task, or None, and the number of events not yet acknowledged."""
         with self._changed:
             task = self._task if self._task and not self._task.end else None
-            return {
-                "incarnation": self._incarnation,
-                "identity": task.identity if task else None,
-                "pid": task.pid if task else None,
-                "events": len(self._events),
-            }
-
-    def methods(self) -> dict[str, Method]:
-        """The RPC methods, all for the master only."""
-        ours = (self.hello, self.order, self.give, self.poll, self.cancel, self.status)
-        return {function.__name__: Method(function, "master") for function in ours}
+            what = {"identity": task.identity if task else None, "pid": task.pid if task else None}
+            return what | {"incarnation": self._incarnation, "events": len(self._events)}
 
     def _kill(self, task: _Task) -> None:
         self._control.send(json.dumps({"kill": task.serial}).encode())
@@ -198,24 +182,23 @@ class ClusterServer:
         if last.identity == new.identity and not last.silenced:
             return True
         if last.key("run", "attempt") > new.key("run", "attempt"):
-            raise Refused(f"{self._spec['name']}: the order is older than {last.identity}", identity=new.identity)
+            raise Refused(f"{self._name}: the order is older than {last.identity}", identity=new.identity)
         same_task = last.key("phase", "task") == new.key("phase", "task")
         if last.end or last.finished or (same_task and last.key("try") < new.key("try")):
             return False
-        raise Refused(f"{self._spec['name']} is busy with {last.identity}", identity=new.identity)
+        raise Refused(f"{self._name} is busy with {last.identity}", identity=new.identity)
 
     # ---- what task and supervisor say
 
-    def _add(self, task: _Task, event: Json) -> None:
+    def _add(self, task: _Task, event: Json, size: int) -> None:
         with self._changed:
             self._changed.wait_for(lambda: len(self._events) < MAX_EVENTS or task.silenced)
             if task.silenced:
                 return
-            task.finished = task.finished or event["event"] in ("done", "failed", "died")
-            event["identity"] = task.identity
-            if event["event"] == "progress" and self._events and self._events[-1][1].get("event") == "progress":
+            task.finished |= event["event"] in ("done", "failed", "died")
+            if event["event"] == "progress" and self._events and self._events[-1][1]["event"] == "progress":
                 self._events.pop()  # the newer says it all
-            self._events.append((next(self._sequence), event))
+            self._events.append((next(self._sequence), event | {"identity": task.identity}, size))
             self._changed.notify_all()
 
     def _listen(self, task: _Task) -> None:
@@ -223,19 +206,18 @@ class ClusterServer:
         with contextlib.suppress(OSError), task.connection.makefile("rb") as stream:
             while line := stream.readline(MAX_LINE_BYTES):
                 try:
-                    self._add(task, json.loads(line))
+                    self._add(task, json.loads(line), len(line))
                 except (ValueError, TypeError, KeyError):
                     log.error("task %s sent what is no event: %.200r", task.identity, line)
                     break
         with self._changed:
-            if not task.finished and not task.end:  # it hung up without a result: nothing more can come of it
-                self._changed.wait_for(lambda: task.end, 1.0)
-                self._kill(task)
+            if not task.finished and not self._changed.wait_for(lambda: task.end, 1.0):
+                self._kill(task)  # it hung up without a result: nothing more can come of it
             self._changed.wait_for(lambda: task.end)
         if not task.finished and task.end:
-            end: Json = {"signal": None, "status": None} | task.end
-            end["message"] = f"the task process {end['message']} without a result; see the log of {self._spec['name']}"
-            self._add(task, {"event": "died"} | end)
+            text = f"the task process {task.end['message']} without a result; see the log of {self._name}"
+            told = {"event": "died", "signal": None, "status": None} | task.end | {"message": text}
+            self._add(task, told, len(text))
         task.connection.close()
 
     def hear_supervisor(self) -> None:
@@ -257,8 +239,7 @@ def serve(spec: Json, control: socket.socket) -> None:
     """The life of the server child: answer on the spec's port until SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a screen window is meant for the task
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    ours = ClusterServer(spec, control)
-    pki = Pki(Path(spec["pki_dir"]), "node")
+    ours, pki = ClusterServer(spec, control), Pki(Path(spec["pki_dir"]), "node")
     limits = replace(LIMITS, close_seconds=0.2)  # waiting polls need not be waited for
     server = Server(spec["address"], spec["port"], pki, set(spec["members"]), ours.methods(), limits=limits)
     server.start()
@@ -287,12 +268,10 @@ def main(spec_file: str, run_task: Callable[[Json, Json, socket.socket], None] =
     spec: Json = json.loads(Path(spec_file).read_text())
     if run_task is run_process:
         import mrcore.process  # noqa: F401  once for all tasks, which share its memory
-    task: RunTask = functools.partial(run_task, spec)
     record = Layout(Path(spec["compute_dir"])).pids_dir / f"{spec['name']}.server.json"
     record.parent.mkdir(parents=True, exist_ok=True)
-    return Supervisor(
-        spec["name"], functools.partial(serve, spec), task, record, lambda port: procfs.announce_ready()
-    ).run()
+    parts = functools.partial(serve, spec), functools.partial(run_task, spec)
+    return Supervisor(spec["name"], *parts, record).run()
 
 
 if __name__ == "__main__":

@@ -102,7 +102,6 @@ class ManageCluster:
         found = self._manifest(job, run, attempt, plan, machine, clock)
         manifest.write(self.settings.state_dir, found)
         self.finish(job, run)
-        clock.enter("DONE")
         return found
 
     def finish(self, job: Json, run: int) -> None:

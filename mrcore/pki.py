@@ -31,30 +31,21 @@ def make_authority(folder: Path, cluster_name: str) -> None:
     """Write `ca.crt` and `ca.key` (mode 0600) into `folder`. Raises UsageError if there is an authority already."""
     if (folder / "ca.key").exists() or (folder / "ca.crt").exists():
         raise UsageError(f"{folder} holds a certificate authority already; a new one would cut off every node")
-    _check_name(cluster_name)
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([_part(NameOID.ORGANIZATION_NAME, cluster_name), _part(NameOID.COMMON_NAME, "mrcore CA")])
+    key, subject = ec.generate_private_key(ec.SECP256R1()), _subject(cluster_name, "authority", "mrcore CA")
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # sign certificates and CRLs
-    builder = _builder(subject, subject, key.public_key(), key.public_key())
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    certificate = builder.add_extension(usage, critical=True).sign(key, hashes.SHA256())
-    _write(folder, "ca", certificate, key)
+    builder = _builder(subject, subject, key, key, x509.BasicConstraints(ca=True, path_length=0), usage)
+    _write(folder, "ca", builder.sign(key, hashes.SHA256()), key)
 
 
 def issue(
-    authority_folder: Path,
-    target_folder: Path,
-    file_stem: str,
-    name: str,
-    role: Literal["master", "node"],
-    addresses: Sequence[str],
-) -> str:
+    authority_folder: Path, target_folder: Path, file_stem: str,
+    name: str, role: Literal["master", "node"], addresses: Sequence[str],
+) -> str:  # fmt: skip
     """Write STEM.crt, STEM.key (mode 0600) and a copy of ca.crt into `target_folder`.
 
     `addresses`: the IP addresses and host names under which the holder serves. Gives the certificate's serial as the
     deny list wants it (upper-case hexadecimal). Raises UsageError for a bad name or role, or without an authority.
     """
-    _check_name(name)
     if role not in ("master", "node"):
         raise UsageError(f"unknown role {role!r} for the certificate of {name}: master or node")
     try:
@@ -63,28 +54,26 @@ def issue(
     except OSError as error:
         raise UsageError(f"no certificate authority in {authority_folder}: {error.strerror}; make one first") from error
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
-    key = ec.generate_private_key(ec.SECP256R1())
-    organization = authority.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0]
-    subject = x509.Name([organization, _part(NameOID.ORGANIZATIONAL_UNIT_NAME, role), _part(NameOID.COMMON_NAME, name)])
+    organization = authority.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
+    key, subject = ec.generate_private_key(ec.SECP256R1()), _subject(str(organization), role, name)
     usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # signatures only
-    purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    constraints = x509.BasicConstraints(ca=False, path_length=None)
     alternatives = x509.SubjectAlternativeName([_alternative(n) for n in dict.fromkeys([name, *addresses])])
-    builder = _builder(subject, authority.subject, key.public_key(), signer.public_key())
-    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    builder = builder.add_extension(usage, critical=True).add_extension(purposes, critical=False)
-    certificate = builder.add_extension(alternatives, critical=False).sign(signer, hashes.SHA256())
+    purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    builder = _builder(subject, authority.subject, key, signer, constraints, usage)
+    builder = builder.add_extension(alternatives, critical=False).add_extension(purposes, critical=False)
+    certificate = builder.sign(signer, hashes.SHA256())
     _write(target_folder, file_stem, certificate, key)
     write_atomic(target_folder / "ca.crt", authority.public_bytes(serialization.Encoding.PEM))
     return f"{certificate.serial_number:X}"
 
 
-def _check_name(name: str) -> None:
-    if not 0 < len(name) <= NAME_CHARACTERS or not name.isascii() or not name.isprintable() or "*" in name:
-        raise UsageError(f"{name!r} cannot be a name in a certificate: 1 to {NAME_CHARACTERS} ASCII characters, no *")
-
-
-def _part(oid: x509.ObjectIdentifier, text: str) -> x509.NameAttribute[str]:
-    return x509.NameAttribute(oid, text)
+def _subject(organization: str, unit: str, name: str) -> x509.Name:
+    for text in (organization, name):
+        if not 0 < len(text) <= NAME_CHARACTERS or not text.isascii() or not text.isprintable() or "*" in text:
+            raise UsageError(f"{text!r} cannot be a name in a certificate: 1 to {NAME_CHARACTERS} ASCII signs, no *")
+    parts = {NameOID.ORGANIZATION_NAME: organization, NameOID.ORGANIZATIONAL_UNIT_NAME: unit, NameOID.COMMON_NAME: name}
+    return x509.Name([x509.NameAttribute(oid, text) for oid, text in parts.items()])
 
 
 def _alternative(name: str) -> x509.GeneralName:
@@ -95,15 +84,17 @@ def _alternative(name: str) -> x509.GeneralName:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, issuer_key: ec.EllipticCurvePublicKey
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(issuer, subject, key, x509.random_serial_number())
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePrivateKey,
+    constraints: x509.BasicConstraints, usage: x509.KeyUsage,
+) -> x509.CertificateBuilder:  # fmt: skip
+    now, public = datetime.now(UTC), key.public_key()
+    builder = x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
     builder = builder.not_valid_before(now - timedelta(days=CLOCK_SKEW_DAYS))
     builder = builder.not_valid_after(now + timedelta(days=VALID_DAYS))
-    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key)
-    return builder.add_extension(authority, critical=False)
+    builder = builder.add_extension(constraints, critical=True).add_extension(usage, critical=True)
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+    signed_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+    return builder.add_extension(signed_by, critical=False)
 
 
 def _write(folder: Path, stem: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:

@@ -32,32 +32,26 @@ from typing import Any, NoReturn
 
 from mrcore import procfs
 
-RunTask = Callable[[dict[str, Any], socket.socket], None]
-
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 30.0
 SWEEP_SECONDS = 5.0  # SIGKILL acts at once, except on a process stuck in the kernel (a dead NFS server)
 GRACE_SECONDS = 3.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-log = logging.getLogger("mrcore.supervisor")
+Json = dict[str, Any]
+Serve = Callable[[socket.socket], None]
+RunTask = Callable[[Json, socket.socket], None]
+log = logging.getLogger(__name__)
 
 
 class Supervisor:
     """Keeps one server child and its tasks. `serve` and `run_task` are called in the forked children.
 
-    `record` is the file that tells the server child's pid and start ticks; `ready` is called once, with the port.
+    `record` is the file that tells the server child's pid and start ticks; MRCORE_READY_FD gets word once it answers.
     """
 
-    def __init__(
-        self,
-        name: str,
-        serve: Callable[[socket.socket], None],
-        run_task: RunTask,
-        record: Path,
-        ready: Callable[[int], None],
-    ) -> None:
-        self._name, self._serve, self._run_task, self._record, self._ready = name, serve, run_task, record, ready
-        self._announced = self._stopping = False
+    def __init__(self, name: str, serve: Serve, run_task: RunTask, record: Path) -> None:
+        self._name, self._serve, self._run_task, self._record = name, serve, run_task, record
+        self._ready = self._stopping = False
         self._server = self._task = self._serial = 0
         self._starts: list[float] = []
         self._terminal = os.isatty(0)
@@ -76,13 +70,12 @@ class Supervisor:
         gc.collect()
         gc.freeze()  # the collector would otherwise touch, and so copy, every page that the children share
         self._start_server()
-        while not self._stopping:
+        while self._server and not self._stopping:
             readable, _, _ = select.select([self._wake, self._control.fileno()], [], [])
             if self._wake in readable:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake, 4096)
-                if not self._reap():
-                    return 1
+                self._reap()
             else:
                 self._obey()
         self._end_task("the cluster server is stopped")
@@ -91,32 +84,28 @@ class Supervisor:
                 os.kill(self._server, number)
                 self._server = self._server if self._wait(self._server, seconds) is None else 0
         self._record.unlink(missing_ok=True)
-        return 0
+        return int(not self._stopping)
 
     # ---- the server child
 
     def _start_server(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._starts.append(time.monotonic())
-        pid = self._fork(theirs, lambda: self._serve(theirs))
+        self._server = self._fork(theirs, lambda: self._serve(theirs))
         theirs.close()
-        self._server = pid
         partial = self._record.with_suffix(".partial")
-        partial.write_text(json.dumps({"pid": pid, "start_ticks": procfs.start_ticks(pid)}))
+        partial.write_text(json.dumps({"pid": self._server, "start_ticks": procfs.start_ticks(self._server)}))
         partial.replace(self._record)
 
-    def _restart_server(self, status: int) -> bool:
+    def _restart_server(self, status: int) -> None:
         self._server = 0
         self._end_task("its server ended")
         self._starts = [start for start in self._starts if start > time.monotonic() - RESTART_WINDOW_SECONDS]
-        give_up = not self._announced or len(self._starts) > MAX_RESTARTS
-        what_next = "giving up" if give_up else "starting it again"
+        again = self._ready and len(self._starts) <= MAX_RESTARTS
+        what_next = "starting it again" if again else "giving up"
         log.error("the server child of %s %s; %s", self._name, _describe(status)["message"], what_next)
-        if give_up:
-            self._record.unlink(missing_ok=True)
-        else:
+        if again:
             self._start_server()
-        return not give_up
 
     def _obey(self) -> None:
         """Receive and carry out one message of the server child; nothing, when it died meanwhile."""
@@ -130,9 +119,9 @@ class Supervisor:
             self._spawn(message["spawn"], socket.socket(fileno=handles[0]))
         elif message.get("kill") == self._serial:
             self._end_task("cancelled")
-        elif "ready" in message and not self._announced:
-            self._announced = True
-            self._ready(message["ready"])
+        elif "ready" in message:
+            self._ready = True
+            procfs.announce_ready()
 
     def _tell(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # a dead server needs no news; its end is noticed by SIGCHLD
@@ -144,9 +133,9 @@ class Supervisor:
         """Fork a child that dies with us, holds no descriptor but `kept` and 0–2, lives `life` and ends."""
         parent = os.getpid()
         sys.stdout.flush()
-        if (pid := os.fork()) != 0:
+        if pid := os.fork():
             return pid
-        code: object = 1
+        code: Any = 1
         try:
             procfs.die_with_parent(parent)
             signal.set_wakeup_fd(-1)
@@ -157,14 +146,19 @@ class Supervisor:
             life()
             code = 0
         except SystemExit as error:
-            code = error.code
+            code = error.code or 0
+            if not isinstance(code, int):
+                print(code, file=sys.stderr)
+                code = 1
         except BaseException:  # noqa: BLE001  the last frame of this process
             traceback.print_exc()
-        return _leave(code)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(code & 0xFF)  # at once: the exit handlers are the parent's
 
     def _spawn(self, serial: int, connection: socket.socket) -> None:
         self._serial = serial
-        self._sweep()
         try:
             self._task = pid = self._fork(connection, lambda: self._be_task(connection))
         except OSError as error:
@@ -212,6 +206,7 @@ class Supervisor:
     def _end_task(self, reason: str = "") -> None:
         """End the task and all it left, then report how it ended (`reason`: why we end it, if it did not by itself)."""
         pid, self._task = self._task, 0
+        status = None
         if pid:
             for kill in (os.killpg, os.kill):  # before reaping, while neither id can be used again
                 with contextlib.suppress(OSError):
@@ -245,29 +240,19 @@ class Supervisor:
                 log.error("processes that a task left do not end: %s", sorted(left))
                 return
 
-    def _reap(self) -> bool:
-        """Handle every child that has ended, orphans of tasks too; False when the server child is to be given up."""
-        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-            if ended.si_pid == self._task:
-                self._end_task()
-                continue
-            _, status = os.waitpid(ended.si_pid, 0)
-            if ended.si_pid == self._server and not self._restart_server(status):
-                return False
-        return True
+    def _reap(self) -> None:
+        """Handle every child that has ended, orphans of tasks too."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if ended.si_pid == self._task:
+                    self._end_task()
+                    continue
+                _, status = os.waitpid(ended.si_pid, 0)
+                if ended.si_pid == self._server:
+                    self._restart_server(status)
 
 
-def _leave(code: object) -> NoReturn:
-    """End this forked process at once, its output written, without the parent's exit handlers; `code` as sys.exit."""
-    for stream in (sys.stderr, sys.stdout):
-        with contextlib.suppress(Exception):
-            if stream is sys.stderr and not isinstance(code, int | None):
-                print(code, file=stream)
-            stream.flush()
-    os._exit(code & 0xFF if isinstance(code, int) else int(code is not None))
-
-
-def _describe(status: int) -> dict[str, Any]:
+def _describe(status: int) -> Json:
     """What a wait status says: {"status": n} or {"signal": n}, and a message for people."""
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:

@@ -67,6 +67,15 @@ def act(spec: dict[str, Any], order: dict[str, Any], connection: socket.socket) 
         case "hang":
             while True:
                 time.sleep(600)
+        case "fork for ever":
+            for _ in range(what["chains"]):
+                if os.fork() == 0:
+                    while True:
+                        os.setsid()  # a daemon that is never the same process for long
+                        if os.fork():
+                            os._exit(0)
+            say("forking")
+            time.sleep(600)
         case "spin":
             while True:
                 pass

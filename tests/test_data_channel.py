@@ -159,6 +159,11 @@ def test_the_answers_errors_are_raised_and_the_client_goes_on(store: Store, clie
     assert fault.value.details == {"run": 3}
     with pytest.raises(ClusterFault, match="ZeroDivisionError: oops"):
         collect(client, ["crash"])
+    for offset, length in ((-1, 10), (5, -1)):
+        with pytest.raises(Refused, match="there are no"):
+            collect(client, [["r", offset, length]])
+    with pytest.raises(ClusterFault, match="TypeError"):
+        collect(client, [["r", "0", 5]])
     with pytest.raises(ClusterFault, match="No such file"):
         collect(client, [["missing", 0, 10]])
     with pytest.raises(ClusterFault, match="ends at byte 1000, before 2000: it shrank"):
@@ -298,7 +303,7 @@ def test_an_upload_resumes_at_what_the_server_has(store: Store, client: DataClie
     copy = data._Outbox.copy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            data._Outbox, "copy", lambda out, source, at, *more: sent.append(at) or copy(out, source, at, *more)
+            data._Outbox, "copy", lambda out, source, at, *more: (sent.append(at), copy(out, source, at, *more))[1]
         )
         client.put({"name": "x", "resume": resume}, store.folder / "source")
     assert sent == [present if resume and present <= 1_000_000 else 0]

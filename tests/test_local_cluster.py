@@ -28,7 +28,9 @@ from mrcore.rpc.tls import Pki
 def ours(home: Path) -> list[int]:
     """Every living process that was executed, or inherited its environment, as part of this home's cluster."""
     mark = local.cluster_id(home) + "/"
-    found = [(pid, procfs.environment_value(pid, "MRCORE_SERVER") or "") for pid in procfs.processes()]
+    found = [
+        (pid, procfs.environment_value(pid, "MRCORE_SERVER") or "") for pids in procfs.family().values() for pid in pids
+    ]
     return [pid for pid, value in found if value.startswith(mark) and living(pid)]
 
 
@@ -209,7 +211,7 @@ def start_stubborn(settings: Settings, file: Path) -> list[int]:
     identity = {"job": "endless", "run": 1, "attempt": 1, "phase": "MAP", "task": 0, "try": 1}
     piece = [str(data), 0, found.st_size, found.st_size, found.st_mtime_ns, found.st_ino]
     order = {"identity": identity, "job": template, "project": "a" * 32, "partitions": 2, "cuts": None}
-    order |= {"splits": [{"id": 0, "pieces": [piece]}], "sources": []}
+    order |= {"bundles": [{"id": 0, "pieces": [piece]}], "sources": [], "sample_by_lines": False}
     server = settings.servers()[0]
     with master_client(settings, server.node, server.port) as client:
         client.call("order", order=order)
@@ -234,7 +236,7 @@ def test_the_end_is_certain_whatever_the_task_does(settings: Settings, tmp_path:
     supervisor = next(row["pid"] for row in rows if row["name"] == "S_0")
     if before == "supervisor stopped":
         os.kill(supervisor, signal.SIGSTOP)
-        assert next(row for row in local.status(settings) if row["name"] == "S_0")["state"] == "stopped"
+        wait_until(lambda: "stopped" in [row["state"] for row in local.status(settings) if row["name"] == "S_0"])
     elif before == "child stopped":
         os.kill(hello(settings)["pid"], signal.SIGSTOP)
     elif before == "supervisor killed":

@@ -175,6 +175,17 @@ def test_cancel_ends_a_stopped_or_spinning_task_and_the_server_is_usable_at_once
     assert listener.until("done")["identity"]["run"] == 3
 
 
+def test_daemons_that_fork_for_ever_are_caught(server: Server) -> None:
+    listener, _ = server.start("fork for ever", chains=3)
+    listener.until("forking")
+    assert server.master.call("cancel", job="j", run=1) == {"cancelled": True}
+    assert server.only_server_left()
+    listener, _ = server.start("fork for ever", chains=3, run=2)
+    listener.until("forking")
+    server.process.terminate()
+    assert server.process.wait(9) == 0
+
+
 def test_newer_orders_replace_and_older_ones_are_refused(server: Server) -> None:
     listener, _ = server.start("hang", run=2, attempt=2)
     pid = listener.until("started")["pid"]

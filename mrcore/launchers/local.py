@@ -31,19 +31,18 @@ from mrcore.errors import ClusterFault, UsageError
 from mrcore.paths import remove_tree, write_atomic
 
 READY_SECONDS = 60.0  # for all together: 96 servers on two cores took 4
-STOP_SECONDS = 10.0
-KILL_SECONDS = 15.0
+STOP_SECONDS, KILL_SECONDS = 10.0, 15.0
 LOCK_SECONDS = 90.0
 LOG_TAIL_BYTES = 2000
-_INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 Json = dict[str, Any]
-_ours: list[subprocess.Popen[bytes]] = []  # children of this very process, to be reaped when they end
+_started: list[subprocess.Popen[bytes]] = []  # children of this very process, to be reaped when they end
 
 
 @dataclass(frozen=True)
 class _Daemon:
-    """One daemon as it should be: `module` is what runs, `name` its name in records and logs ("agent", "S_0")."""
+    """One daemon as it should be; `owner` marks its process, `name` ("agent", "S_0") its spec, record and log."""
 
     name: str
     module: str
@@ -55,10 +54,6 @@ class _Daemon:
     def record(self) -> Path:
         return self.node.layout.pids_dir / f"{self.name}.json"
 
-    @property
-    def log(self) -> Path:
-        return self.node.layout.logs_dir / f"{self.name}.log"
-
     def __str__(self) -> str:
         return f"{self.name} on {self.node.name}, {self.node.address}:{self.port}"
 
@@ -68,28 +63,25 @@ def cluster_id(home: Path) -> str:
     return hashlib.sha256(os.fsencode(home.resolve())).hexdigest()[:16]
 
 
-def configure(home: Path, memory_bytes: int | None = None, **shape: int | str | None) -> Settings:
-    """Set the shape of the local cluster: `nodes`, `servers` (per node), `address` (of the first), `agent_port`,
-    `server_port`; None leaves a value as it is. Gives the settings.
+def configure(home: Path, **shape: int | str | None) -> Settings:
+    """Set the local cluster's `nodes`, `servers` (per node), `address` (of the first node), `agent_port`,
+    `server_port`, `memory_bytes` (of all servers together); None or left out: as it is. Gives the settings.
 
     Raises UsageError for values that cannot be, and for another shape while the cluster runs.
     """
-    home.mkdir(parents=True, exist_ok=True)
-    file, trial = home / "cluster.json", home / "cluster.new.json"
-    asked = {key: value for key, value in {**shape, "memory_bytes": memory_bytes}.items() if value is not None}
     with _locked(home):
-        before = json.loads(file.read_text()) if file.exists() else {}
-        after = LOCAL_SHAPE | before | asked
-        write_atomic(trial, json.dumps(after | {"home": str(home)}).encode())
+        file, trial = home / "cluster.json", home / "cluster.new.json"
+        before = LOCAL_SHAPE | (json.loads(file.read_text()) if file.exists() else {})
+        asked = {key: value for key, value in shape.items() if value is not None and value != before.get(key)}
+        write_atomic(trial, json.dumps(before | asked | {"home": str(home)}).encode())
         try:
             settings = load_settings(trial)
         finally:
             trial.unlink()
-        if after != LOCAL_SHAPE | before and any(_recorded(home)):
-            changed = ", ".join(f"{key} {value!r}" for key, value in asked.items() if before.get(key) != value)
+        if asked and _running(home):
+            changed = ", ".join(f"{key} {value}" for key, value in asked.items())
             raise UsageError(f"the local cluster runs in another shape than {changed}: `mrcore cluster stop` first")
-        if after != before:
-            write_atomic(file, json.dumps(after, indent=1).encode())
+        write_atomic(file, json.dumps(before | asked, indent=1).encode())
     return settings
 
 
@@ -100,34 +92,36 @@ def start_cluster(settings: Settings) -> list[Json]:
     when a daemon does not come up; in both cases what was started here is ended again.
     """
     with _locked(settings.home):
-        running = {record for record, _ in _recorded(settings.home)}
+        running = _running(settings.home)
         missing = [daemon for daemon in _daemons(settings) if daemon.record not in running]
-        if missing:
-            _kill(settings.home, {daemon.owner for daemon in missing})
+        owners = {daemon.owner for daemon in missing}
+        _kill(settings.home, owners)  # what a killed supervisor could not end
+        for daemon in missing:
+            _check_port(daemon)
+        try:
+            if missing:
+                _make_certificates(settings)
+                _await_ready({_launch(settings, daemon): daemon for daemon in missing})
+        except BaseException:
+            _kill(settings.home, owners)
             for daemon in missing:
-                _check_port(daemon)
-            _prepare(settings, missing)
-            try:
-                _await_ready(_launch(missing))
-            except BaseException:
-                _kill(settings.home, {daemon.owner for daemon in missing})
-                for daemon in missing:
-                    daemon.record.unlink(missing_ok=True)
-                    daemon.record.with_suffix(".server.json").unlink(missing_ok=True)
-                raise
+                daemon.record.unlink(missing_ok=True)
+                daemon.record.with_suffix(".server.json").unlink(missing_ok=True)
+            raise
     return status(settings)
 
 
 def stop_cluster(settings: Settings) -> int:
     """End the cluster: ask each daemon to, then make certain. Gives how many daemons ran."""
     with _locked(settings.home):
-        asked = list(_recorded(settings.home))
-        for _, known in asked:
-            procfs.send_signal(known["pid"], known["start_ticks"], signal.SIGTERM)
-        _await_end([known["pid"] for _, known in asked], STOP_SECONDS)
+        running = list(_running(settings.home).values())
+        for known in running:
+            for number in (signal.SIGTERM, signal.SIGCONT):  # one that is stopped could not obey
+                procfs.send_signal(known["pid"], known["start_ticks"], number)
+        _await_end([known["pid"] for known in running], STOP_SECONDS)
         _kill(settings.home)
         _clean(settings.home)
-    return len(asked)
+    return len(running)
 
 
 def kill_cluster(settings: Settings) -> int:
@@ -136,25 +130,20 @@ def kill_cluster(settings: Settings) -> int:
     Raises ClusterFault naming processes that even so do not end (stuck in the kernel).
     """
     with _locked(settings.home, patience_seconds=5, needed=False):
-        count = len(list(_recorded(settings.home)))
+        running = _running(settings.home)
         _kill(settings.home)
         _clean(settings.home)
-    return count
+    return len(running)
 
 
 def status(settings: Settings) -> list[Json]:
     """Each daemon's name, node, address, port, pid (or None) and state: "running", "stopped" (frozen), "absent"."""
-    running = dict(_recorded(settings.home))
-    rows = []
+    running, rows = _running(settings.home), []
     for daemon in _daemons(settings):
-        pids = [running[daemon.record]["pid"]] if daemon.record in running else []
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            pids.append(json.loads(daemon.record.with_suffix(".server.json").read_text())["pid"])
-        frozen = any(procfs.state(pid) == "T" for pid in pids)
-        state = "absent" if daemon.record not in running else "stopped" if frozen else "running"
-        pid = pids[0] if state != "absent" else None
+        pid = running[daemon.record]["pid"] if daemon.record in running else None
+        frozen = pid and "T" in [procfs.state(each) for each in (pid, *procfs.children(pid))]
         row = {"name": daemon.name, "node": daemon.node.name, "address": daemon.node.address, "port": daemon.port}
-        rows.append(row | {"pid": pid, "state": state})
+        rows.append(row | {"pid": pid, "state": "stopped" if frozen else "running" if pid else "absent"})
     return rows
 
 
@@ -173,31 +162,32 @@ def _daemons(settings: Settings) -> list[_Daemon]:
     ]
 
 
-def _recorded(home: Path) -> Iterator[tuple[Path, Json]]:
+def _running(home: Path) -> dict[Path, Json]:
     """The daemons that run, of whatever shape the cluster had when they were started: record file and content."""
+    found = {}
     for record in sorted(home.glob("nodes/*/pids/*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             known = json.loads(record.read_text())
-            alive = procfs.state(known["pid"]) and procfs.start_ticks(known["pid"]) == known["start_ticks"]
-            if alive and not record.name.endswith(".server.json"):
-                mark = procfs.environment_value(known["pid"], "MRCORE_SERVER") or ""
-                if mark.startswith(cluster_id(home) + "/"):
-                    yield record, known
+            pid, server_child = known["pid"], record.name.endswith(".server.json")
+            ours = procfs.environment_value(pid, "MRCORE_SERVER").startswith(cluster_id(home) + "/")
+            if ours and not server_child and procfs.state(pid) and procfs.start_ticks(pid) == known["start_ticks"]:
+                found[record] = known
+    return found
 
 
 @contextlib.contextmanager
 def _locked(home: Path, patience_seconds: float = LOCK_SECONDS, needed: bool = True) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience_seconds
     with (home / "cluster.lock").open("w") as lock:
-        deadline = time.monotonic() + patience_seconds
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if time.monotonic() > deadline and needed:
+                    raise UsageError(f"another command is starting or stopping the cluster of {home}") from None
                 if time.monotonic() > deadline:
-                    if needed:
-                        raise UsageError(f"another command is starting or stopping the cluster of {home}") from None
                     break
                 time.sleep(0.05)
         yield
@@ -207,38 +197,13 @@ def _locked(home: Path, patience_seconds: float = LOCK_SECONDS, needed: bool = T
 
 
 def _check_port(daemon: _Daemon) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((daemon.node.address, daemon.port))
-        except OSError as error:
-            option = "--agent-port" if daemon.name == "agent" else "--server-port"
-            hint = f"end what uses it, or choose another port ({option})" if error.errno == errno.EADDRINUSE else ""
-            hint = hint or f"choose another --address or {option}"
-            raise UsageError(f"cannot start {daemon}: {os.strerror(error.errno or 0).lower()}; {hint}") from None
-
-
-def _prepare(settings: Settings, missing: Iterable[_Daemon]) -> None:
-    """Make certificates and folders, and write each daemon's spec into its own node's folder."""
-    members = [node.name for node in settings.nodes]
-    _make_certificates(settings)
-    for daemon in missing:
-        node, layout = daemon.node, daemon.node.layout
-        layout.make()
-        layout.pids_dir.mkdir(exist_ok=True)
-        spec = {
-            "name": daemon.name,
-            "node": node.name,
-            "address": node.address,
-            "port": daemon.port,
-            "cluster": cluster_id(settings.home),
-            "compute_dir": str(node.compute_dir),
-            "sibling_dirs": str(settings.home / "nodes"),
-            "pki_dir": str(layout.pki_dir),
-            "members": members,
-            "memory_bytes": server_memory_bytes(settings, node),
-        }
-        write_atomic(node.compute_dir / f"{daemon.name}.json", json.dumps(spec, indent=1).encode())
+    option = "--agent-port" if daemon.name == "agent" else "--server-port"
+    try:
+        socket.create_server((daemon.node.address, daemon.port)).close()
+    except OSError as error:
+        hint = f"end what uses it, or choose another {option}"
+        hint = hint if error.errno == errno.EADDRINUSE else f"choose another --address or {option}"
+        raise UsageError(f"cannot start {daemon}: {os.strerror(error.errno or 0).lower()}; {hint}") from None
 
 
 def _make_certificates(settings: Settings) -> None:
@@ -258,39 +223,40 @@ def _make_certificates(settings: Settings) -> None:
             write_atomic(holder, wanted)
 
 
-def _launch(missing: Iterable[_Daemon]) -> dict[int, _Daemon]:
-    """Start and record the daemons; gives the descriptor on which each will say that it is ready."""
-    waiting: dict[int, _Daemon] = {}
+def _launch(settings: Settings, daemon: _Daemon) -> int:
+    """Write the daemon's spec into its own node's folder, start and record it; gives where it will say "ready"."""
+    node, layout = daemon.node, daemon.node.layout
+    layout.make()
+    layout.pids_dir.mkdir(exist_ok=True)
+    spec = {"name": daemon.name, "node": node.name, "address": node.address, "port": daemon.port}
+    spec |= {"cluster": cluster_id(settings.home), "members": [each.name for each in settings.nodes]}
+    spec |= {"compute_dir": str(node.compute_dir), "pki_dir": str(layout.pki_dir)}
+    spec |= {"sibling_dirs": str(node.compute_dir.parent), "memory_bytes": server_memory_bytes(settings, node)}
+    file = node.compute_dir / f"{daemon.name}.json"
+    write_atomic(file, json.dumps(spec, indent=1).encode())
+    ready, theirs = os.pipe()
     package = Path(mrcore.__file__).parents[1]
-    kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    roots = [] if package.name.endswith("-packages") else [str(package)]
-    search = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
-    for daemon in missing:
-        ready, theirs = os.pipe()
-        environment = kept | {
-            "PYTHONPATH": search,
-            "MALLOC_ARENA_MAX": "1",  # an arena per thread would cost each server megabytes of its budget
-            "MRCORE_SERVER": daemon.owner,
-            "MRCORE_READY_FD": str(theirs),
-        }
-        command = [sys.executable, "-P", "-m", daemon.module, str(daemon.node.compute_dir / f"{daemon.name}.json")]
-        with daemon.log.open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=daemon.node.compute_dir,
-                env=environment,
-                pass_fds=[theirs],
-                start_new_session=True,
-            )
-        os.close(theirs)
-        _ours.append(process)
-        known = {"pid": process.pid, "start_ticks": procfs.start_ticks(process.pid)}
-        write_atomic(daemon.record, json.dumps(known).encode())
-        waiting[ready] = daemon
-    return waiting
+    environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    if not package.name.endswith("-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH")]))
+    environment["MALLOC_ARENA_MAX"] = "1"  # an arena per thread would cost each server megabytes of its budget
+    environment |= {"MRCORE_SERVER": daemon.owner, "MRCORE_READY_FD": str(theirs)}
+    with (layout.logs_dir / f"{daemon.name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", daemon.module, str(file)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=node.compute_dir,
+            env=environment,
+            pass_fds=[theirs],
+            start_new_session=True,
+        )
+    os.close(theirs)
+    _started.append(process)
+    known = {"pid": process.pid, "start_ticks": procfs.start_ticks(process.pid)}
+    write_atomic(daemon.record, json.dumps(known).encode())
+    return ready
 
 
 def _await_ready(waiting: dict[int, _Daemon]) -> None:
@@ -299,11 +265,12 @@ def _await_ready(waiting: dict[int, _Daemon]) -> None:
         while waiting:
             readable, _, _ = select.select(list(waiting), [], [], max(0.0, deadline - time.monotonic()))
             for ready in readable or list(waiting)[:1]:
+                daemon = waiting[ready]
                 if not readable or not os.read(ready, 16):
-                    daemon = waiting[ready]
+                    log = daemon.node.layout.logs_dir / f"{daemon.name}.log"
+                    tail = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
                     what = "ended at once" if readable else f"is not ready after {READY_SECONDS:.0f} s"
-                    tail = daemon.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
-                    raise ClusterFault(f"{daemon} {what}; the end of {daemon.log}:\n{tail}")
+                    raise ClusterFault(f"{daemon} {what}; the end of {log}:\n{tail}")
                 del waiting[ready]
                 os.close(ready)
     finally:
@@ -315,29 +282,26 @@ def _await_ready(waiting: dict[int, _Daemon]) -> None:
 
 
 def _kill(home: Path, owners: set[str] | None = None) -> None:
-    """SIGKILL the daemons of these owners (None: all of the home) and everything that they or their tasks started.
+    """SIGKILL what carries the mark of these owners (None: any of this home's) and all that descends from it.
 
-    The daemons are stopped first, so that supervisors start nothing again, and killed last: until then they adopt, as
-    subreapers, every orphan below them, however it may have renamed or detached itself.
+    The topmost are stopped first and killed last: supervisors then start nothing again, and until their end they
+    adopt, as subreapers, every orphan below them, however it may have detached itself and wiped its environment.
     """
-    prefix = cluster_id(home) + "/"
-    deadline = time.monotonic() + KILL_SECONDS
-    roots: dict[int, int] = {}
+    deadline, tops = time.monotonic() + KILL_SECONDS, dict[int, int]()
     while True:
-        marks = {pid: procfs.environment_value(pid, "MRCORE_SERVER") or "" for pid in procfs.processes()}
-        marked = {pid for pid, mark in marks.items() if mark.startswith(prefix) and (owners is None or mark in owners)}
-        for _, known in _recorded(home):
-            if known["pid"] in marked and known["pid"] not in roots:
-                roots[known["pid"]] = known["start_ticks"]
-                procfs.send_signal(known["pid"], known["start_ticks"], signal.SIGSTOP)
-        family = (marked | procfs.descendants(*roots)) - roots.keys() - {os.getpid()}
-        victims = [pid for pid in family if procfs.state(pid)]
-        for pid in victims or roots:
-            ticks = procfs.start_ticks(pid) if victims else roots[pid]
-            if ticks is not None and (not victims or pid in family):
-                procfs.send_signal(pid, ticks, signal.SIGKILL)
-        left = _await_end(victims or roots, max(0.0, deadline - time.monotonic()))
-        if left:
+        by_parent = procfs.family()
+        marks = {pid: procfs.environment_value(pid, "MRCORE_SERVER") for pids in by_parent.values() for pid in pids}
+        marked = {pid for pid, mark in marks.items() if mark.startswith(cluster_id(home) + "/")} - {os.getpid()}
+        marked = {pid for pid in marked if owners is None or marks[pid] in owners}
+        for pid in marked - {child for parent in marked for child in by_parent.get(parent, ())} - tops.keys():
+            if ticks := procfs.start_ticks(pid):
+                tops[pid] = ticks
+                procfs.send_signal(pid, ticks, signal.SIGSTOP)
+        below = (marked | procfs.descendants(*tops)) - tops.keys()
+        victims = {pid: ticks for pid in below if procfs.state(pid) and (ticks := procfs.start_ticks(pid))}
+        for pid, ticks in (victims or tops).items():
+            procfs.send_signal(pid, ticks, signal.SIGKILL)
+        if left := _await_end(victims or tops, deadline - time.monotonic()):
             raise ClusterFault(f"processes do not end even by SIGKILL (stuck in the kernel?): {left}", pids=left)
         if not victims:
             return
@@ -347,7 +311,7 @@ def _await_end(pids: Iterable[int], seconds: float) -> list[int]:
     """Wait until none of the processes lives; gives those that still do at the deadline."""
     deadline = time.monotonic() + seconds
     while True:
-        _ours[:] = [process for process in _ours if process.poll() is None]
+        _started[:] = [process for process in _started if process.poll() is None]
         pids = [pid for pid in pids if procfs.state(pid)]
         if not pids or time.monotonic() > deadline:
             return pids
@@ -355,8 +319,6 @@ def _await_end(pids: Iterable[int], seconds: float) -> list[int]:
 
 
 def _clean(home: Path) -> None:
-    """Remove records and working files of all nodes."""
-    for node in home.glob("nodes/*"):
-        for folder in (node / "working", node / "pids"):
-            for path in folder.glob("*"):
-                remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove the records and working files of all nodes."""
+    for path in [*home.glob("nodes/*/working/*"), *home.glob("nodes/*/pids/*")]:
+        remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)

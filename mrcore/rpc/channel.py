@@ -50,7 +50,7 @@ class Stream(SocketStream):  # type: ignore[misc]
         self.limits, self.peer = limits, peer
         self._deadline: tuple[float, str] | None = None  # monotonic; what for
         self._timeout = -1.0
-        self._buffer, self._start, self._end = bytearray(BUFFER_BYTES), 0, 0
+        self._view, self._start, self._end = memoryview(bytearray(BUFFER_BYTES)), 0, 0
 
     @contextmanager
     def within(self, seconds: float, doing: str) -> Iterator[None]:
@@ -93,31 +93,30 @@ class Stream(SocketStream):  # type: ignore[misc]
     def take(self, count: int) -> memoryview:
         """Give exactly `count` bytes; the view holds them until the next `take`."""
         while self._end - self._start < count:
-            if self._start + count > len(self._buffer):
+            if self._start + count > len(self._view):
                 self._make_room(count)
-            with memoryview(self._buffer) as view:
-                self._end += self.step(self._receive_into, view[self._end :])
+            self._end += self.step(self._receive)
         self._start += count
-        return memoryview(self._buffer)[self._start - count : self._start]
+        return self._view[self._start - count : self._start]
 
-    def _receive_into(self, view: memoryview) -> int:
-        if got := self.sock.recv_into(view):
+    def _receive(self) -> int:
+        if got := self.sock.recv_into(self._view[self._end :]):
             return int(got)
         raise EOFError("the connection was closed")
 
     def _make_room(self, count: int) -> None:
         """Move what is left to the front; grow only as bytes arrive, never on the word of a header."""
-        left = self._buffer[self._start : self._end]
-        if len(left) == len(self._buffer):
-            self._buffer = bytearray(min(2 * len(left), count))
-        self._buffer[: len(left)] = left
+        left = bytes(self._view[self._start : self._end])
+        if len(left) == len(self._view):
+            self._view = memoryview(bytearray(min(2 * len(left), count)))
+        self._view[: len(left)] = left
         self._start, self._end = 0, len(left)
 
     def read(self, count: int) -> bytes:
         """Give exactly `count` bytes as an object of their own, and the memory of a large frame back."""
         data = bytes(self.take(count))
-        if self._start == self._end and len(self._buffer) > BUFFER_BYTES:
-            self._buffer, self._start, self._end = bytearray(BUFFER_BYTES), 0, 0
+        if self._start == self._end and len(self._view) > BUFFER_BYTES:
+            self._view, self._start, self._end = memoryview(bytearray(BUFFER_BYTES)), 0, 0
         return data
 
     def write(self, data: bytes | memoryview) -> None:

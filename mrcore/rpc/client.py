@@ -43,8 +43,12 @@ class Caller:
         doing = f"connect within {self._connect_seconds:g} s"
         try:
             raw = socket.create_connection((self.address, self.port), self._connect_seconds)
-            tls.tune(raw)
-            sock = self._context.wrap_socket(raw, server_hostname=self._name, do_handshake_on_connect=False)
+            try:
+                tls.tune(raw)
+                sock = self._context.wrap_socket(raw, server_hostname=self._name, do_handshake_on_connect=False)
+            except BaseException:
+                raw.close()
+                raise
         except (OSError, ValueError) as error:  # ValueError: no name that a certificate could have
             raise Unreachable(f"{peer} did not answer: {doing}: {error}") from error
         stream = Stream(sock, self.limits, peer)

@@ -20,7 +20,6 @@ import logging
 import os
 import struct
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +32,11 @@ from mrcore.errors import ClusterFault, MrcoreError, Refused
 from mrcore.rpc.channel import Stream
 from mrcore.rpc.client import Caller, received
 from mrcore.rpc.tls import DATA_PROTOCOL, Identity
+
+try:  # comes with xopen where it runs, and is ten times as fast: the crc would cost a third of the channel's speed
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
 
 log = logging.getLogger(__name__)
 MORE, LAST, FAULT = range(3)
@@ -106,8 +110,11 @@ class _Outbox:
         PIECE.pack_into(self._view, self._used, kind, size, crc)
         self._used += PIECE.size + size
 
-    def copy(self, source: str | Path | int | bytes, at: int, end: int, crc: int, last: bool) -> int:
-        """Add bytes `at` to `end` of a file or of bytes; gives the running crc32. Raises ClusterFault (unreadable)."""
+    def copy(self, source: str | Path | int | bytes, at: int, length: int, crc: int, last: bool) -> int:
+        """Add `length` bytes from `at` of a file or of bytes; gives the running crc32. Raises ClusterFault, Refused."""
+        if at < 0 or length < 0:
+            raise Refused(f"there are no {length} bytes at {at}")
+        end = at + length
         fd = self._open(source) if isinstance(source, str | Path) else source
         while True:
             view = self.room(end - at)
@@ -117,7 +124,7 @@ class _Outbox:
                 got = _asked(os.preadv, fd, [view], at) if view else 0
             if not got and at < end:
                 raise ClusterFault(f"{source!s} ends at byte {at}, before {end}: it shrank while it was sent")
-            crc, at = zlib.crc32(view[:got], crc), at + got
+            crc, at = crc32(view[:got], crc), at + got
             self.add(LAST if last and at == end else MORE, got, crc)
             if at == end:
                 return crc
@@ -128,7 +135,7 @@ class _Outbox:
         if len(data) > self._piece_bytes:
             data = json.dumps(type(error)(error.message[:1000]).to_dict()).encode()
         self.room(len(data))[:] = data
-        self.add(FAULT, len(data), zlib.crc32(data))
+        self.add(FAULT, len(data), crc32(data))
 
     def flush(self) -> None:
         """Write what was gathered. With `heed`, raises _Answered instead when the peer has said something."""
@@ -144,7 +151,7 @@ def _receive_piece(stream: Stream, crc: int) -> tuple[int, memoryview, int]:
     if kind > FAULT or size > stream.limits.piece_bytes:
         raise Refused(f"{stream.peer} sent garbled content: a piece of kind {kind} with {size} bytes")
     chunk = stream.take(size)
-    crc = zlib.crc32(chunk, 0 if kind == FAULT else crc)
+    crc = crc32(chunk, 0 if kind == FAULT else crc)
     if crc != told:
         raise Refused(
             f"content from {stream.peer} arrived corrupt: crc32 {crc:08x}, not {told:08x}; check its memory and disk"
@@ -210,11 +217,13 @@ class DataHandler:
                 try:
                     ranges, crc = _asked(list, _asked(self._resolve, identity, request)) or [Range(-1, 0, 0)], 0
                     for number, (source, offset, length, kind) in enumerate(ranges, 1):
-                        crc = out.copy(source, offset, offset + length, crc, number == len(ranges))
+                        crc = _asked(out.copy, source, offset, length, crc, number == len(ranges))
                         if length:
                             with self._lock:
                                 self._served[kind] += length
                 except MrcoreError as error:
+                    if stream.closed:
+                        raise
                     out.fault(error)
             out.flush()
 
@@ -300,7 +309,7 @@ class DataClient(Caller):
                 raise Refused(f"{stream.peer} wants to resume at byte {at} of {length}")
             with _Outbox(stream, heed=True) as out, suppress(_Answered):
                 try:
-                    out.copy(source, at, length, 0, True)
+                    out.copy(source, at, length - at, 0, True)
                 except ClusterFault as error:
                     out.fault(error)  # the server forgets the upload and answers with this error
                 out.flush()

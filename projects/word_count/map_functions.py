@@ -12,4 +12,5 @@ class MapFunctions:
 
 
 def count_words(line, auxiliary_data):
+    """`"to be or not to be"` gives `[("to", 1), ("be", 1), ("or", 1), …]`."""
     return [(word, 1) for word in line.split()]

@@ -1,0 +1,40 @@
+# Every target makes .venv first if it is not there or out of date (scripts/setup.sh). PYTHON=… chooses the interpreter,
+# ARGS=… adds arguments: make test ARGS="-k shuffle".
+
+PY := .venv/bin/python
+export PYTHON
+unexport PYTHONPATH PYTHONHOME
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick check bench setup clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+demo: setup ## start a local cluster, run two jobs over Python's own standard library, show the result, stop it
+	@$(PY) scripts/demo.py $(ARGS)
+
+test: setup ## run every test
+	$(PY) -m pytest -n 2 $(ARGS)
+
+test-quick: setup ## run the tests that are not marked slow: an answer in under 5 minutes
+	$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+
+check: setup ## format, lint, types, docstrings, import floors, sizes
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m ruff check --select D1 --ignore D104,D105,D107 mrcore
+	$(PY) -m mypy --strict mrcore
+	$(PY) tools/check_sizes.py
+
+bench: ## measure against a script by hand, PySpark, mrjob and Dask (installs these three first)
+	@scripts/setup.sh dev,bench
+	$(PY) bench/run.py $(ARGS)
+
+setup: ## only make .venv
+	@scripts/setup.sh dev
+
+clean: ## end the demo's cluster and remove what make made: .venv, .mrcore, caches
+	@if [ -x .venv/bin/mrcore ] && [ -d .mrcore ]; then MRCORE_HOME=.mrcore .venv/bin/mrcore cluster kill; fi
+	rm -rf .venv .mrcore .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,245 @@
+"""`make demo`: a local cluster of two nodes counts and indexes the names in Python's own standard library.
+
+Everything it does a user can do: it calls the `mrcore` command and prints each call. The cluster's state is in
+`.mrcore` of the project. Whatever happens, the cluster is stopped at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import heapq
+import ipaddress
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+PROJECT = Path(__file__).resolve().parent.parent
+MRCORE = Path(sys.executable).parent / "mrcore"
+NODES, SERVERS, AGENT_PORT, SERVER_PORT = 2, 1, 45678, 23456
+TRIES = 20  # of addresses for the cluster
+TOP = 12  # names that are shown
+END_SECONDS = 20.0  # for a command that is told to end
+OUTSIDE = {"site-packages", "dist-packages", "__pycache__"}  # in the library's folder, but no part of it
+
+
+class Failed(Exception):
+    """A command failed; it has said why."""
+
+
+class Demo:
+    """One demonstration in the folder `home` over the .py files below `source`."""
+
+    def __init__(self, home: Path, source: Path, address: str | None = None) -> None:
+        self.home, self.source, self.address = home, source, address
+        self.environment = os.environ | {"MRCORE_HOME": str(home)}
+        self.environment.pop("MRCORE_CONFIG", None)
+
+    def run(self) -> None:
+        """Do it all. Raises Failed."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        if (self.home / "cluster.json").exists():  # one that was left running, perhaps in another shape
+            self.mrcore("cluster", "stop", quiet=True)
+        self.address = self.address or free_address()
+        shape = ["--nodes", str(NODES), "--servers", str(SERVERS), "--address", self.address]
+        try:
+            self.mrcore("cluster", "start", *shape)
+            job_file = self.home / "demo-jobs.json"
+            job_file.write_text(json.dumps(self.jobs(), indent=2) + "\n")
+            self.mrcore("submit", str(job_file))
+            self.mrcore("run", "--once")
+            self.show_results()
+        finally:
+            with at_peace():
+                self.mrcore("cluster", "stop")
+        self.show_next_steps(shape)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The two jobs; the others of their keys keep their defaults (`mrcore template mapreduce`)."""
+        inputs = [glob.escape(str(self.source)) + "/*.py"]
+        for folder in sorted(self.source.iterdir()):
+            if folder.is_dir() and folder.name not in OUTSIDE:
+                inputs.append(glob.escape(str(folder)) + "/**/*.py")
+        found = [pattern for pattern in inputs if next(glob.iglob(pattern, recursive=True), None)]
+        if not found:
+            raise Failed(f"there is no .py file in {self.source}")
+        common = {"job_type": "mapreduce", "run_once": True, "input_dirs": found, "on_bad_text": "replace"}
+        count = {"map_function_name": "names_used", "combine_function_name": "add_up", "reduce_function_name": "add_up"}
+        index = {
+            "map_function_name": "names_and_file",
+            "combine_function_name": "each_file_once",
+            "reduce_function_name": "list_files",
+        }
+        return [
+            {"job_name": "identifiers", "project_name": "identifiers"} | common | count,
+            {"job_name": "identifier_files", "project_name": "inverted_index"} | common | index,
+        ]
+
+    def show_results(self) -> None:
+        """Print the names used most and where they stand, where the output lies, and how long each phase took."""
+        runs = {row["job_name"]: row for row in json.loads(self.output("history", "--json", "--limit", "2"))}
+        counts = runs["identifiers"]["counts"]
+        lines, size = counts["lines"], counts["input_bytes"]
+        items = counts["output_items"]
+        print(
+            f"\nRead {counts['input_files']:,} files, {size / 1e6:.1f} MB, {lines:,} lines: {items:,} different names."
+        )
+        top = heapq.nlargest(TOP, self.items("identifiers"), key=lambda item: item[1])
+        wanted = {name for name, _ in top}
+        files = {name: found for name, found in self.items("identifier_files") if name in wanted}
+        print(f"\n{'name':<16}{'times used':>12}{'in files':>10}   for example")
+        for name, count in top:
+            where = sorted(Path(file).relative_to(self.source) for file in files[name])
+            examples = ", ".join(map(str, where[:: max(1, len(where) // 3)][:3]))
+            print(f"{name:<16}{count:>12,}{len(where):>10,}   {examples}")
+        print("\nSeconds in each phase:")
+        for job in ("identifiers", "identifier_files"):
+            row = runs[job]
+            phases = ", ".join(f"{phase} {times['seconds']:.2f}" for phase, times in row["phases"].items())
+            crossed = row["counts"]["remote_bytes"] / 1e6
+            print(f"  {job:<18}{phases}; in all {row['seconds']:.2f}; {crossed:.1f} MB crossed between the nodes")
+        print("\nThe output, one JSON item a line, lies where it was reduced:")
+        for node in addresses(str(self.address)):
+            for folder in sorted(self.home.glob(f"nodes/{node}/cluster/identifier*/reduce")):
+                print(f"  {display(folder)}: {len(list(folder.iterdir()))} parts")
+        print()
+
+    def items(self, job: str) -> Iterator[list[Any]]:
+        """The items of a job's output, from `mrcore cat`."""
+        command = [str(MRCORE), "cat", job]
+        print(f"$ {display(command)}", flush=True)
+        with subprocess.Popen(command, env=self.environment, cwd=PROJECT, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                yield json.loads(line)
+        if process.returncode:
+            raise Failed(f"mrcore cat {job} failed")
+
+    def output(self, *arguments: str) -> str:
+        """What a command prints."""
+        command = [str(MRCORE), *arguments]
+        found = subprocess.run(command, env=self.environment, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+        if found.returncode:
+            raise Failed(f"mrcore {' '.join(arguments)} failed")
+        return found.stdout
+
+    def mrcore(self, *arguments: str, quiet: bool = False) -> None:
+        """Print and run one command of `mrcore`, and end it if we are to end. Raises Failed."""
+        command = [str(MRCORE), *arguments]
+        if not quiet:
+            print(f"$ {display(command)}", flush=True)
+        target = subprocess.DEVNULL if quiet else None
+        process = subprocess.Popen(command, env=self.environment, cwd=PROJECT, stdout=target)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # the Runner hands back what it is at
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            raise
+        if status:
+            raise Failed(f"mrcore {' '.join(arguments[:2])} failed")
+
+    def show_next_steps(self, shape: list[str]) -> None:
+        """Print what to try next."""
+        mrcore = display([str(MRCORE)])
+        print("\nTry next, in this folder:")
+        for command, meaning in (
+            (f"export MRCORE_HOME={shlex.quote(display(self.home))}", ""),
+            (f"{mrcore} cluster start {' '.join(shape)}", "the same cluster again, with its queue and output"),
+            (f"{mrcore} show identifiers", "the job, its runs, phases and counts"),
+            (f"{mrcore} cat identifiers --head 5", ""),
+            (f"{mrcore} submit projects/word_count/job.yml", "another project; its README.md says more"),
+            (f"{mrcore} run --once", ""),
+            (f"{mrcore} cluster stop", ""),
+        ):
+            print(f"  {command}" + (f"   # {meaning}" if meaning else ""))
+
+
+def display(what: Path | list[str]) -> str:
+    """A path or a command as one would type it in the project's folder."""
+    words = what if isinstance(what, list) else [str(what)]
+    text = [word.removeprefix(f"{PROJECT}{os.sep}") for word in words]
+    return shlex.join(text) if isinstance(what, list) else text[0]
+
+
+def addresses(first: str) -> list[str]:
+    """The addresses of the nodes, as the local cluster counts them from the first."""
+    return [str(ipaddress.IPv4Address(first) + index) for index in range(NODES)]
+
+
+def free_address() -> str:
+    """The address for the first node, 127.0.0.1 unless another cluster has its ports; says so if it has."""
+    for number in range(TRIES):
+        first = f"127.0.{number}.1"
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for address in addresses(first):
+                for port in (AGENT_PORT, *range(SERVER_PORT, SERVER_PORT + SERVERS)):
+                    probe = probes.enter_context(socket.socket())
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((address, port))
+            if number:
+                print(f"The usual ports are in use on 127.0.0.1 or its neighbour: this cluster begins at {first}.\n")
+            return first
+    raise Failed(
+        f"port {AGENT_PORT} or {SERVER_PORT} is in use on all loopback addresses that were tried: end what uses them, "
+        'or choose an address: make demo ARGS="--address 127.1.1.1"'
+    )
+
+
+@contextlib.contextmanager
+def at_peace() -> Iterator[None]:
+    """What is inside is not interrupted: a second Ctrl-C must not leave a cluster behind."""
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number: int, frame: object) -> NoReturn:
+    """SIGTERM and SIGHUP end the demo as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Run the demo; give the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--home", type=Path, default=PROJECT / ".mrcore", help="where the cluster's state goes")
+    source = Path(sysconfig.get_paths()["stdlib"])
+    parser.add_argument("--source", type=Path, default=source, help="folder of .py files to read")
+    parser.add_argument("--address", help="of the first node; by default the first of 127.0.0.1, 127.0.1.1, … free")
+    chosen = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    started = time.monotonic()
+    try:
+        Demo(chosen.home.absolute(), chosen.source.absolute(), chosen.address).run()
+    except Failed as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130
+    print(f"\nThe demo took {time.monotonic() - started:.0f} s.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
