@@ -10,22 +10,25 @@ import heapq
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mrcore.memory import MemoryWatch
 from mrcore.records import Key, Snapshot, Value, as_tuple, check_item, dumps, loads, sort_values, value_order_key
-from mrcore.runs import size_of
+from mrcore.runs import frame_bytes_for, size_of
 
 CHUNK_RECORDS = 4096
 CHUNK_BYTES = 256 * 1024
+MAX_PIECES = 32  # of a group that is sorted on disk
+MAX_PIECE_VALUES = 16 * CHUNK_RECORDS
 
 
 class _Chunks:
     """Records (anything JSON holds) in insertion order: a memory chunk and, before it, chunks on disk."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._folder, self._chunk_bytes = folder, chunk_bytes
         self._file: BinaryIO | None = None
         self._ends: list[int] = []  # how many records lie before the end of each chunk on disk
         self._offsets = [0]
@@ -38,7 +41,7 @@ class _Chunks:
     def add(self, record: Any, size: int) -> None:
         self._tail.append(record)
         self._tail_bytes += size
-        if self._tail_bytes > CHUNK_BYTES or len(self._tail) >= CHUNK_RECORDS:
+        if self._tail_bytes > self._chunk_bytes or len(self._tail) >= CHUNK_RECORDS:
             self._flush()
 
     def _flush(self) -> None:
@@ -85,7 +88,7 @@ class DiskList:
     def __init__(self, folder: Path) -> None:
         self._chunks = _Chunks(folder)
         self._snapshot = Snapshot()
-        self._cursor: Iterator[tuple[Key, Value]] | None = None
+        self._cursor: Iterator[Any] | None = None  # over the chunks: one over self would make a cycle of us
         self._ahead: tuple[Key, Value] | None = None
 
     def append(self, item: tuple[Key, Value]) -> None:
@@ -117,11 +120,12 @@ class DiskList:
             ahead, self._ahead = self._ahead, None
             return ahead
         if self._cursor is None:
-            self._cursor = iter(self)
-        item = next(self._cursor, None)
-        if item is None:
+            self._cursor = iter(self._chunks)
+        try:
+            return self._item(next(self._cursor))
+        except StopIteration:
             self._cursor = None
-        return item
+            return None
 
     def next_group(self) -> list[tuple[Key, Value]] | None:
         """Give the next run of items that share a key, None after the last one."""
@@ -158,27 +162,36 @@ class DiskGroup(DiskList):
         return self.key, record
 
 
-def sorted_group(folder: Path, key: Key, lists: Iterable[list[Value]], due: Callable[[], bool]) -> DiskGroup:
+def sorted_group(folder: Path, key: Key, lists: Iterable[list[Value]], watch: MemoryWatch) -> DiskGroup:
     """Give one key's values in ascending order although they do not fit in memory.
 
-    Sorts what fits, stores it, and merges the stored pieces; `due` tells when memory is short.
+    Sorts what fits, stores it as a piece, and merges the pieces, at most `MAX_PIECES` at a time.
     """
     pieces: list[_Chunks] = []
     held: list[Value] = []
+    chunk_bytes = frame_bytes_for(watch.budget_bytes)
 
-    def store() -> None:
-        sort_values(held)
-        piece = _Chunks(folder)
-        for value in held:
+    def store(values: Iterable[Value]) -> None:
+        piece = _Chunks(folder, chunk_bytes)
+        for value in values:
             piece.add(value, size_of(value))
         pieces.append(piece)
+
+    def store_held() -> None:
+        sort_values(held)
+        store(held)
         held.clear()
 
     for values in lists:
         held.extend(values)
-        if due() or len(held) > 64 * CHUNK_RECORDS:
-            store()
-    store()
+        if watch.due or len(held) > MAX_PIECE_VALUES:
+            store_held()
+            watch.release()
+            if len(pieces) >= MAX_PIECES:
+                pieces.sort(key=len)  # the short ones first, so that no value is merged very often
+                shortest = [pieces.pop(0) for _ in range(MAX_PIECES // 2)]
+                store(heapq.merge(*shortest, key=value_order_key))
+    store_held()
     group = DiskGroup(folder, key)
     group.extend_values(heapq.merge(*pieces, key=value_order_key))
     return group

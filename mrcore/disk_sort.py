@@ -14,7 +14,7 @@ from pathlib import Path
 from mrcore.disk_list import DiskGroup, sorted_group
 from mrcore.errors import JobFault
 from mrcore.memory import MemoryWatch
-from mrcore.records import Key, Value, describe, order_key, sort_keys, sort_values
+from mrcore.records import Key, Value, canonical_key, describe, order_key, sort_keys, sort_values
 from mrcore.runs import RunWriter, Segment, frame_bytes_for, read_frames, size_of
 from mrcore.sorter import Combine, SpillSorter
 
@@ -46,7 +46,7 @@ class _Run:
 
     def load(self) -> None:
         """Read the next frame that has keys of the wanted range."""
-        self.position, self.keys = 0, []
+        self.position, self.keys, self.lists = 0, [], []
         while not self.keys:
             frame = next(self._frames, None)
             if frame is None:
@@ -130,7 +130,9 @@ class DiskSort:
         high: list[Key] | None = None,
     ) -> None:
         self._folder, self._watch, self._combine = folder, watch, combine
-        self._ascending_values, self._low, self._high = ascending_values, low, high
+        self._ascending_values = ascending_values
+        # Keys that came as JSON are lists where they should be tuples.
+        self._low, self._high = (bound and [canonical_key(bound[0])] for bound in (low, high))
         self._segments: list[Segment] = []
         self._sorter: SpillSorter | None = None
         self._groups: Iterator[tuple[Key, list[Value] | DiskGroup]] | None = None
@@ -223,7 +225,7 @@ class DiskSort:
 
     def _disk_group(self, key: Key, lists: Iterable[list[Value]]) -> DiskGroup:
         if self._ascending_values:
-            return sorted_group(self._folder, key, lists, lambda: self._watch.over(0.6))
+            return sorted_group(self._folder, key, lists, self._watch)
         group = DiskGroup(self._folder, key)
         for values in lists:
             group.extend_values(values)
@@ -236,7 +238,7 @@ class DiskSort:
         values = []
         for more in lists:
             values.extend(more)
-            if len(values) > 4096 and self._watch.over(0.9):
+            if len(values) > 4096 and not self._watch.fits(0, 0.9):
                 raise group_too_large(key, len(values), self._watch.budget_bytes)
         return values
 

@@ -310,7 +310,7 @@ class Reader:
             return
         number, draw = -1, self._sample.random(path, -1)
         for offset, block in blocks:
-            for line in block.splitlines(keepends=True) if b"\r" not in block else _lines(block):
+            for line in cut_lines(block):
                 if offset // SAMPLE_BLOCK_BYTES != number:
                     number = offset // SAMPLE_BLOCK_BYTES
                     draw = self._sample.random(path, number)
@@ -319,7 +319,10 @@ class Reader:
                 offset += len(line)
 
 
-def _lines(block: bytes) -> list[bytes]:
+def cut_lines(block: bytes) -> list[bytes]:
+    """Cut a block into its lines, each with its newline."""
+    if b"\r" not in block:
+        return block.splitlines(keepends=True)
     lines = [line + b"\n" for line in block.split(b"\n")]
     lines[-1] = lines[-1][:-1]
     return lines if lines[-1] else lines[:-1]

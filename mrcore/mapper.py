@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mrcore import task
 from mrcore.errors import JobFault
-from mrcore.inputs import Reader
+from mrcore.inputs import Reader, cut_lines
 from mrcore.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_item, is_plain_tuple
 from mrcore.shuffler import DirectOutput, Shuffle
-from mrcore.usercode import Function, describe_text, raised_by_user, user_fault
+from mrcore.usercode import Function, describe_text, is_disk_full, raised_by_user, user_fault
 
 SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers that frames must be sized
+
+
+def _line_offset(offset: int, text: str, stream: Iterator[str]) -> Callable[[], int]:
+    """Give a function that tells the byte offset of the line that was read last from `stream`."""
+    known = 0  # the character at byte `offset`: only what follows it is encoded again
+
+    def line_offset() -> int:
+        nonlocal known, offset
+        if isinstance(stream, io.StringIO):
+            start = text.rfind("\n", 0, max(0, stream.tell() - 1)) + 1
+            offset, known = offset + len(text[known:start].encode()), start
+        return offset
+
+    return line_offset
 
 
 class Map:
@@ -65,25 +79,24 @@ class Map:
     def _map_piece(self, piece: Sequence[Any], emit: Any) -> None:
         path = piece[0]
         task.set_surroundings(input_file=path)
-        for offset, block in self._reader.blocks(piece):
-            text = self._decode(path, offset, block)
-            stream = io.StringIO(text, newline="\n")
-
-            def line_offset(offset: int = offset, text: str = text, stream: io.StringIO = stream) -> int:
-                start = text.rfind("\n", 0, max(0, stream.tell() - 1)) + 1
-                return offset + len(text[:start].encode("utf-8", "surrogatepass"))
-
-            task.set_offset(line_offset)
-            emit(stream)
-            self.lines += text.count("\n") + (not text.endswith("\n"))
+        for block_offset, block in self._reader.blocks(piece):
+            for offset, text in self._decode(path, block_offset, block):
+                lines = text.count("\n") + (not text.endswith("\n"))
+                stream = io.StringIO(text, newline="\n") if lines > 1 else iter((text,))  # StringIO takes 4 bytes/char
+                task.set_offset(_line_offset(offset, text, stream))
+                emit(stream)
+                self.lines += lines
         task.set_offset(None)
 
-    def _decode(self, path: str, offset: int, block: bytes) -> str:
+    def _decode(self, path: str, offset: int, block: bytes) -> Iterator[tuple[int, str]]:
         try:
-            return block.decode("utf-8")
+            yield offset, block.decode("utf-8")
         except UnicodeDecodeError as error:
-            if self._on_bad_text == "replace":
-                return block.decode("utf-8", "replace")
+            if self._on_bad_text == "replace":  # line by line: the replacements move what follows them
+                for line in cut_lines(block):
+                    yield offset, line.decode("utf-8", "replace")
+                    offset += len(line)
+                return
             raise JobFault(
                 f"input file {path} is not UTF-8 at byte {offset + error.start} ({error.reason}): convert it, or set "
                 "on_bad_text: replace to read it with replacement characters",
@@ -91,16 +104,16 @@ class Map:
                 offset=offset + error.start,
             ) from error
 
-    def _to_shuffle(self, stream: io.StringIO) -> None:
+    def _to_shuffle(self, stream: Iterator[str]) -> None:
         """The hot loop: one dict operation per item that is a tuple of a scalar or flat key and a small scalar."""
         assert isinstance(self._sink, Shuffle)
         function, auxiliary = self._function, self._auxiliary
         sorter, watch, limit = self._sink.sorter, self._sink.watch, self._sink.max_items
         groups, held, spilled = sorter.groups, self._held, 0
-        line, item, inside = "", None, False
+        line, item, inside = "", None, None
         try:
             for line in stream:
-                inside = False
+                item = inside = None
                 items = function(line, auxiliary)
                 inside = True
                 for item in items:
@@ -121,24 +134,24 @@ class Map:
         except JobFault:
             raise
         except (Exception, SystemExit) as error:
-            raise self._fault(error, line, item, inside) from error
+            raise self._fault(error, line, item, bool(inside)) from error
         self.items += spilled + held - self._held
         self._held = held
 
-    def _to_parts(self, stream: io.StringIO) -> None:
+    def _to_parts(self, stream: Iterator[str]) -> None:
         """Every item checked and written straight away: jobs without a reduce function, and `_name_the_line`."""
         add = self._check_only if isinstance(self._sink, Shuffle) else self._sink.add
-        line, item, inside = "", None, False
+        line, item, inside = "", None, None
         try:
             for line in stream:
-                inside = False
+                item = inside = None
                 items = self._function(line, self._auxiliary)
                 inside = True
                 for item in items:
                     add(item)
                     self.items += 1
         except (Exception, SystemExit) as error:
-            raise self._fault(error, line, item, inside) from error
+            raise self._fault(error, line, item, bool(inside)) from error
 
     def _check_only(self, item: Any) -> None:
         check_item(item, self._snapshot)
@@ -161,6 +174,8 @@ class Map:
 
     def _fault(self, error: BaseException, line: str, item: Any, inside: bool) -> JobFault:
         """Say what went wrong at a line: the function raised, or gave what is no item."""
+        if is_disk_full(error):
+            raise error
         where: dict[str, Any] = {
             "function": self._name,
             "file": task.input_file,

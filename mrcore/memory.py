@@ -16,9 +16,10 @@ import threading
 from collections.abc import Sized
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-POLL_SECONDS = 0.005  # values that jump from 50 bytes to 1 MB outrun any count of items
+POLL_SECONDS = 0.002  # keys that jump from 50 bytes to 1 MB outrun any count of items
 SPILL_SHARE = 0.8  # of the budget: the rest is for sorting, encoding and what the user's code holds
 GROWTH_SHARE = 0.95
+MIN_SPILL_BYTES = 2 << 20  # also where auxiliary data alone is past the threshold
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -60,13 +61,15 @@ class MemoryWatch:
         growth = 2 * sys.getsizeof(self._grown)
         if held > SPILL_SHARE * self.budget_bytes or held + growth > GROWTH_SHARE * self.budget_bytes:
             # Less than this much fresh data is not worth a run of its own: it would not free what is missing.
-            self.due = held - self.floor_bytes > (self.budget_bytes - self.floor_bytes) // 8
+            enough = max(MIN_SPILL_BYTES, (self.budget_bytes - self.floor_bytes) // 8)
+            self.due = held - self.floor_bytes > enough
 
-    def over(self, share: float) -> bool:
-        """Tell whether memory is past `share` of the budget now."""
-        held = self.anonymous_bytes()
-        self.peak_bytes = max(self.peak_bytes, held)
-        return held > share * self.budget_bytes
+    def fits(self, more_bytes: int, share: float = 1.0) -> bool:
+        """Tell whether `more_bytes` fit below `share` of the budget, once what is free has been given back."""
+        room = int(share * self.budget_bytes) - more_bytes
+        if self.anonymous_bytes() > room:
+            self.release()
+        return self.anonymous_bytes() <= room
 
     def watch_growth(self, container: Sized) -> None:
         """Name the dict whose doubling must fit."""

@@ -21,7 +21,6 @@ import sys
 import tarfile
 import threading
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ class NodeAgent:
         self._spec = spec
         self._layout = Layout(Path(spec["compute_dir"]))
         self._layout.make()
-        self._listings: OrderedDict[str, Json] = OrderedDict()
+        self._listings: dict[str, tuple[Json, int]] = {}  # by cursor: what is listed, from where on
         self._lock = threading.Lock()  # listings and snapshots; never held while listing
         self.data = DataHandler(self.resolve, self.receive)
         remove_tree(self._layout.projects_dir / PARTIAL)
@@ -79,31 +78,26 @@ class NodeAgent:
 
     def health(self, caller: Identity) -> Json:
         """Who answers, its versions and clock (seconds since 1970), free disk in bytes, bytes served by kind."""
-        return {
-            "name": self._spec["node"],
-            "version": __version__,
-            "wire_version": WIRE_VERSION,
-            "python": platform.python_version(),
-            "time": time.time(),
-            "disk_free_bytes": shutil.disk_usage(self._layout.compute_dir).free,
-            "served_bytes": self.data.served(),
-        }
+        versions = {"version": __version__, "wire_version": WIRE_VERSION, "python": platform.python_version()}
+        disk = {"disk_free_bytes": shutil.disk_usage(self._layout.compute_dir).free, "served_bytes": self.data.served()}
+        return {"name": self._spec["node"], "time": time.time()} | versions | disk
 
     def end_server(self, caller: Identity, name: str) -> bool:
         """SIGKILL the server child of a cluster server of this node, which its supervisor then starts afresh.
 
         For one that is stopped or hangs. Its supervisor is continued, should it be stopped too. False: not running.
         """
-        pids_dir = self._layout.pids_dir
-        ended = False
-        for record, number in (
-            (f"{_named(_NAME, name)}.server.json", signal.SIGKILL),
-            (f"{name}.json", signal.SIGCONT),
-        ):
+        owner = f"{self._spec['cluster']}/{_named(_NAME, name)}"
+
+        def send(record: str, number: int) -> bool:
             with contextlib.suppress(OSError, ValueError, KeyError):
-                known = json.loads((pids_dir / record).read_text())
-                if procfs.environment_value(known["pid"], "MRCORE_SERVER") == f"{self._spec['cluster']}/{name}":
-                    ended |= procfs.send_signal(known["pid"], known["start_ticks"], number) and number == signal.SIGKILL
+                known = json.loads((self._layout.pids_dir / record).read_text())
+                if procfs.environment_value(known["pid"], "MRCORE_SERVER") == owner:
+                    return procfs.send_signal(known["pid"], known["start_ticks"], number)
+            return False
+
+        ended = send(f"{name}.server.json", signal.SIGKILL)
+        send(f"{name}.json", signal.SIGCONT)
         return ended
 
     # ---- before a run
@@ -114,25 +108,23 @@ class NodeAgent:
         Gives what `inputs.list_inputs` does, and "next", the cursor for the next page or None. A listing stays as it
         was when its first page was read. Raises Refused when it is no longer held: begin anew.
         """
-        token, _, start_text = (cursor or "").partition(":")
         if cursor is None:
-            listing = inputs.list_inputs(
-                job | {"sibling_dirs": self._spec.get("sibling_dirs")}, self._layout, node_names, self._spec["node"]
-            )
-            token, start_text = secrets.token_hex(8), "0"
+            asked = job | {"sibling_dirs": self._spec.get("sibling_dirs")}
+            listing, start = inputs.list_inputs(asked, self._layout, node_names, self._spec["node"]), 0
         else:
             with self._lock:
-                if token not in self._listings or not start_text.isdecimal():
+                if cursor not in self._listings:
                     raise Refused("this listing of inputs is no longer held: begin anew")
-                listing = self._listings.pop(token)
-        start, end = int(start_text), int(start_text) + FILES_A_PAGE
-        more = end < len(listing["files"])
-        if more:
+                listing, start = self._listings.pop(cursor)
+        end = start + FILES_A_PAGE
+        page = listing | {"files": listing["files"][start:end], "next": None}
+        if end < len(listing["files"]):
+            page["next"] = secrets.token_hex(8)
             with self._lock:
-                self._listings[token] = listing
+                self._listings[page["next"]] = listing, end
                 while len(self._listings) > MAX_LISTINGS:
-                    self._listings.popitem(last=False)
-        return listing | {"files": listing["files"][start:end], "next": f"{token}:{end}" if more else None}
+                    del self._listings[next(iter(self._listings))]
+        return page
 
     def project_state(self, caller: Identity, hash: str) -> bool:
         """Whether this snapshot of a project is here; if it is, it counts as used just now."""
@@ -182,11 +174,8 @@ class NodeAgent:
                 )
         for folder in (target, target.parent, self._layout.base_dir):
             fsync_dir(folder)
-        old = []
-        for path in target.iterdir() if delete_job_data else ():
-            found = _PART.fullmatch(path.name)
-            if found and int(found[1]) <= run and path.name not in names:
-                old.append(path)
+        others = (path for path in target.iterdir() if delete_job_data and path.name not in names)
+        old = [path for path in others if (found := _PART.fullmatch(path.name)) and int(found[1]) <= run]
         for path in old:
             path.unlink(missing_ok=True)
         return {"published": published, "removed": len(old)}

@@ -1,9 +1,7 @@
 """The cluster's own certificate authority: EC P-256, one certificate for the master and one for each node.
 
-The subject says who a peer is: O = cluster, CN = name, OU = role ("master" may order, "node" may fetch). The
-alternative names hold the name and the addresses, so that clients can verify whom they reached. Only the controller
-and the first start of a local cluster import this module: daemons read the finished files through `rpc.tls`.
-A certificate is withdrawn by its serial on the servers' deny list; that is why its life may be long.
+The subject says who a peer is: O = cluster, OU = role ("master" may order, "node" may fetch), CN = name. Withdrawn by
+serial on the servers' deny list, hence the long life. No daemon imports this.
 """
 
 from __future__ import annotations
@@ -22,9 +20,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from mrcore.errors import UsageError
 from mrcore.paths import write_atomic
 
-VALID_DAYS = 3650
 CLOCK_SKEW_DAYS = 1  # a node whose clock lags must not refuse a certificate made a moment ago
-NAME_CHARACTERS = 64  # X.509's upper bound of a common name
+VALID_DAYS, NAME_CHARACTERS = 3650, 64  # the latter is X.509's bound of a common name
 
 
 def make_authority(folder: Path, cluster_name: str) -> None:
@@ -57,10 +54,9 @@ def issue(
     organization = authority.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
     key, subject = ec.generate_private_key(ec.SECP256R1()), _subject(str(organization), role, name)
     usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # signatures only
-    constraints = x509.BasicConstraints(ca=False, path_length=None)
     alternatives = x509.SubjectAlternativeName([_alternative(n) for n in dict.fromkeys([name, *addresses])])
     purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
-    builder = _builder(subject, authority.subject, key, signer, constraints, usage)
+    builder = _builder(subject, authority.subject, key, signer, x509.BasicConstraints(False, None), usage)
     builder = builder.add_extension(alternatives, critical=False).add_extension(purposes, critical=False)
     certificate = builder.sign(signer, hashes.SHA256())
     _write(target_folder, file_stem, certificate, key)
@@ -89,8 +85,8 @@ def _builder(
 ) -> x509.CertificateBuilder:  # fmt: skip
     now, public = datetime.now(UTC), key.public_key()
     builder = x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(days=CLOCK_SKEW_DAYS))
-    builder = builder.not_valid_after(now + timedelta(days=VALID_DAYS))
+    first, last = now - timedelta(days=CLOCK_SKEW_DAYS), now + timedelta(days=VALID_DAYS)
+    builder = builder.not_valid_before(first).not_valid_after(last)
     builder = builder.add_extension(constraints, critical=True).add_extension(usage, critical=True)
     builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
     signed_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
@@ -99,6 +95,6 @@ def _builder(
 
 def _write(folder: Path, stem: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    encoding, plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    write_atomic(folder / f"{stem}.key", key.private_bytes(encoding, plain, serialization.NoEncryption()), mode=0o600)
-    write_atomic(folder / f"{stem}.crt", certificate.public_bytes(encoding))
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    write_atomic(folder / f"{stem}.key", key.private_bytes(pem, pkcs8, serialization.NoEncryption()), mode=0o600)
+    write_atomic(folder / f"{stem}.crt", certificate.public_bytes(pem))

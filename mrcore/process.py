@@ -10,7 +10,6 @@ One map process pulls bundles of splits until there are no more, so imports and 
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import json
 import os
@@ -32,7 +31,7 @@ from mrcore.reducer import Reduce
 from mrcore.runs import Segment, select
 from mrcore.shuffler import DirectOutput, Shuffle
 from mrcore.sorter import Combine
-from mrcore.usercode import load_auxiliary, load_function, make_combiner
+from mrcore.usercode import is_disk_full, load_auxiliary, load_function, make_combiner
 
 Json = dict[str, Any]
 Fetch = Callable[[Json, list[Json], Callable[[int, memoryview], None]], None]
@@ -102,7 +101,7 @@ class Process:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def _disk_fault(self, error: OSError) -> MrcoreError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             return ClusterFault(
                 f"the disk of {self._layout.compute_dir} is full on {self._order.get('node')}: make room there; "
                 "the job goes on by itself",
@@ -132,7 +131,7 @@ class Process:
         by_range = job["partitioner"] == "range"
         sink: Shuffle | DirectOutput
         if job["reduce_function_name"] is None:
-            sink = DirectOutput(self._part_writer(self._identity["task"]))
+            sink = DirectOutput(self._part_writer(self._identity["task"]), watch)
         else:
             sink = Shuffle(
                 self._layout.runs_dir(*self._attempt),

@@ -9,8 +9,11 @@ Values: the scalars above, lists, tuples and dicts of them, with the meaning of 
 
 from __future__ import annotations
 
+import heapq
 import math
+import operator
 import struct
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from zlib import crc32
@@ -24,6 +27,7 @@ SCALARS = frozenset((str, int, float, bool, type(None)))
 NUMBERISH = frozenset((int, float, bool, type(None)))
 MAX_DEPTH = 100  # of nested keys and values; ujson itself gives up at 1,024
 LARGE = 1024  # a str of so many characters or a value of so many nodes is sized before it is encoded
+SLICE = 8192  # as many things are sorted at a time when each needs a sort key, which outweighs it
 _MAX_INT = 10**4300  # Python's own limit for turning text into int, on which a reader would fail
 
 
@@ -79,7 +83,8 @@ def canonical_key(key: Any, depth: int = 0) -> Key:
     if kind is tuple or kind is list:
         if depth >= MAX_DEPTH:
             raise BadItem(f"the key is nested more than {MAX_DEPTH} deep")
-        return tuple([canonical_key(element, depth + 1) for element in key])
+        copy = tuple([canonical_key(element, depth + 1) for element in key])
+        return key if kind is tuple and all(map(operator.is_, copy, key)) else copy  # a copy per key would add up
     allowed = "None, bool, numbers, str, and tuples and lists of these"
     raise BadItem(f"the key {describe(key)} is of type {kind.__name__}; allowed are {allowed}")
 
@@ -135,6 +140,13 @@ class Snapshot:
         raise BadItem(f"the dict key {describe(name)} is of type {kind.__name__}; allowed are str, int, bool and None")
 
 
+def nodes_of(key: Key) -> int:
+    """Count what a key holds, strings by length, as `Snapshot.nodes` does for values."""
+    if key.__class__ is str:
+        return len(key)
+    return sum(map(nodes_of, key)) if key.__class__ is tuple else 1
+
+
 def check_item(item: Any, snapshot: Snapshot) -> tuple[Key, Value]:
     """Give the canonical key and the copied value of one item. Raises BadItem saying what is wrong with it."""
     if (item.__class__ is not tuple and item.__class__ is not list) or len(item) != 2:
@@ -158,8 +170,13 @@ def sort_keys(keys: Iterable[Key]) -> list[Key]:
     try:
         keys.sort()
     except TypeError:
-        keys.sort(key=order_key)
+        keys = _sort_by(order_key, keys)
     return keys
+
+
+def _sort_by(order: Callable[[Any], Any], things: list[Any]) -> list[Any]:
+    slices = [sorted(things[start : start + SLICE], key=order) for start in range(0, len(things), SLICE)]
+    return slices[0] if len(slices) == 1 else list(heapq.merge(*slices, key=order))
 
 
 def value_order_key(value: Value) -> tuple[Any, ...]:
@@ -180,7 +197,7 @@ def sort_values(values: list[Value]) -> None:
     if kinds <= {str} or kinds <= {int, float, bool}:
         values.sort()
     else:
-        values.sort(key=value_order_key)
+        values[:] = _sort_by(value_order_key, values)
 
 
 def key_hash(key: Key, start: int = 0) -> int:
@@ -215,12 +232,23 @@ def partition_keys(keys: Sequence[Key], partitions: int) -> list[list[Key]]:
 # --- Frames: what spill runs are made of -----------------------------------------------------------------------------
 
 FRAME_HEADER = struct.Struct("<III")  # payload length in bytes, number of groups, crc32 of the payload
+GROUP_OVERHEAD_BYTES = 100  # a group's place in the dict of a merge
+DECODED_BYTES = {",": 60, "[": 80, "{": 250}  # what such a sign stands for, decoded, beyond its text (measured)
+SIZING_CHARACTERS = 4096  # of a frame's middle are looked at to estimate its decoded size
 
 
-def encode_frame(keys: Sequence[Key], lists: Sequence[list[Value]]) -> bytes:
-    """Encode groups as one frame: header, then the JSON text `[[key, …], [[value, …], …]]`."""
-    payload = dumps((keys, lists)).encode()
-    return FRAME_HEADER.pack(len(payload), len(keys), crc32(payload)) + payload
+def encode_frame(keys: Sequence[Key], lists: Sequence[list[Value]]) -> tuple[bytes, int]:
+    """Encode groups as one frame: header, then the JSON text `[[key, …], [[value, …], …]]`.
+
+    Gives the frame and an estimate of the memory, in bytes, that it takes once decoded.
+    """
+    text = dumps((keys, lists))
+    start = max(0, (len(text) - SIZING_CHARACTERS) // 2)
+    middle = text[start : start + SIZING_CHARACTERS]
+    objects = sum(count * middle.count(sign) for sign, count in DECODED_BYTES.items()) * len(text) // len(middle)
+    decoded = sys.getsizeof(text) + objects + GROUP_OVERHEAD_BYTES * len(keys)
+    payload = text.encode()
+    return FRAME_HEADER.pack(len(payload), len(keys), crc32(payload)) + payload, decoded
 
 
 def decode_payload(payload: bytes, count: int, checksum: int) -> tuple[list[Key], list[list[Value]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from mrcore.disk_sort import DiskSort, group_too_large
 from mrcore.errors import JobFault
 from mrcore.memory import MemoryWatch
 from mrcore.output import PartWriter
-from mrcore.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe
-from mrcore.usercode import Function, raised_by_user, user_fault
+from mrcore.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe, nodes_of
+from mrcore.shuffler import BATCH_ITEMS, BATCH_NODES
+from mrcore.usercode import Function, is_disk_full, raised_by_user, user_fault
 
-BATCH_ITEMS = 1000
-BATCH_NODES = 1 << 16  # what large values may add up to before a batch is written
 PAIR_BYTES = 72  # a (key, value) tuple and its place in the group's list
 
 
@@ -67,27 +65,27 @@ class Reduce:
             self._reduce_group(key, group)
             if self._watch.due:
                 self._flush(key)
-                gc.collect()
-                self._watch.due = False
+                self._watch.release()  # its new floor keeps this from happening at every group
         self._flush(None)
         return self._parts.close()
 
     def _check_fits(self, key: Key, count: int) -> None:
-        if self._watch.anonymous_bytes() + count * PAIR_BYTES > self._watch.budget_bytes:
+        if not self._watch.fits(count * PAIR_BYTES):
             raise group_too_large(key, count, self._watch.budget_bytes)
 
     def _reduce_group(self, key: Key, group: Any) -> None:
         auxiliary = (DiskList(self._folder), self._auxiliary) if self._disk_based_output else self._auxiliary
-        item, inside = None, False
+        item, inside, key_nodes = None, False, nodes_of(key)
         try:
             items: Iterable[Any] = self._function(group, auxiliary)
             inside = True
             for item in items:
                 if item.__class__ is tuple and len(item) == 2 and item[0] is key and item[1].__class__ in NUMBERISH:
                     self._batch.append(item)
+                    self._large += key_nodes
                 else:
                     checked = check_item(item, self._snapshot)
-                    self._large += self._snapshot.nodes
+                    self._large += self._snapshot.nodes + nodes_of(checked[0])
                     self.keys_kept = self.keys_kept and checked[0] == key
                     self._batch.append(checked)
                 if len(self._batch) >= BATCH_ITEMS or self._large > BATCH_NODES:
@@ -113,6 +111,8 @@ class Reduce:
     def _fault(self, error: BaseException, key: Key, item: Any, inside: bool) -> JobFault:
         where = {"function": self._name, "key": describe(key)}
         place = f"on the group of key {where['key']}"
+        if is_disk_full(error):
+            raise error
         if isinstance(error, BadItem):
             return JobFault(f"reduce function {self._name} returned a bad item {place}: {error}", **where)
         if raised_by_user(error) or isinstance(error, MemoryError | RecursionError):

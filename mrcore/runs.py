@@ -31,7 +31,6 @@ from mrcore.records import (
 
 MAX_FRAME_GROUPS = 1000  # 300 to 1,000 measured best for encoding and for merging by blocks
 MAX_FRAME_VALUES = 4096
-GROUP_OVERHEAD_BYTES = 250  # what a decoded group takes beyond its encoded bytes (measured)
 SAMPLES_PER_RUN = 256  # first keys that a run reports for range partitioning
 
 
@@ -70,9 +69,7 @@ class RunWriter:
         """The data file's path."""
         return self.folder / f"{self.name}.data{ending}"
 
-    def write(
-        self, partition: int, keys: Sequence[Key], groups: Mapping[Key, list[Value]], large_values: bool
-    ) -> None:
+    def write(self, partition: int, keys: Sequence[Key], groups: Mapping[Key, list[Value]], large_values: bool) -> None:
         """Write the groups of `keys` (sorted). `large_values`: some may be, so size all before encoding them."""
         sized = large_values or any_large(keys)
         position = 0
@@ -96,16 +93,19 @@ class RunWriter:
 
     def _write_frames(self, partition: int, keys: Sequence[Key], lists: list[list[Value]]) -> None:
         count = sum(map(len, lists))
+        if len(keys) == 1 and count > MAX_FRAME_VALUES:
+            for start in range(0, count, MAX_FRAME_VALUES):
+                self._write_frames(partition, keys, [lists[0][start : start + MAX_FRAME_VALUES]])
+            return
         if len(keys) == 1 and count > 1:
-            whole = count <= MAX_FRAME_VALUES and sum(map(size_of, lists[0])) <= self._frame_bytes
-            if not whole:  # halve a group until its pieces fit a frame
+            if sum(map(size_of, lists[0])) > self._frame_bytes:  # halve a group until its pieces fit a frame
                 self._write_frames(partition, keys, [lists[0][: count // 2]])
                 self._write_frames(partition, keys, [lists[0][count // 2 :]])
                 return
         elif len(keys) > 1 and count > MAX_FRAME_VALUES:
             self._write_halves(partition, keys, lists)
             return
-        frame = encode_frame(keys, lists)
+        frame, decoded = encode_frame(keys, lists)
         if len(frame) > 2 * self._frame_bytes and len(keys) > 1:
             self._chunk = max(1, self._chunk // 2)
             self._write_halves(partition, keys, lists)
@@ -117,7 +117,7 @@ class RunWriter:
         self._lengths.append(len(frame))
         if self._keep_first_keys:
             self._first_keys.append(keys[0])
-        self._max_decoded = max(self._max_decoded, len(frame) + GROUP_OVERHEAD_BYTES * len(keys) + 8 * count)
+        self._max_decoded = max(self._max_decoded, decoded)
         self.groups += len(keys)
         self.values += count
 

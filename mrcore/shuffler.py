@@ -7,10 +7,11 @@ from typing import Any
 
 from mrcore.memory import MemoryWatch
 from mrcore.output import PartWriter
-from mrcore.records import Key, Snapshot, Value, check_item
+from mrcore.records import Key, Snapshot, Value, check_item, nodes_of
 from mrcore.sorter import Combine, SpillSorter
 
 BATCH_ITEMS = 1000
+BATCH_NODES = 1 << 15  # what large keys and values may add up to before a batch is written
 
 
 class Shuffle:
@@ -54,21 +55,26 @@ class Shuffle:
 class DirectOutput:
     """Stands where Shuffle stands in a job without a reduce function: items go to parts, unsorted."""
 
-    def __init__(self, parts: PartWriter) -> None:
-        self._parts = parts
+    def __init__(self, parts: PartWriter, watch: MemoryWatch) -> None:
+        self._parts, self._watch = parts, watch
+        self._nodes = 0
         self._snapshot = Snapshot()
         self._batch: list[tuple[Key, Value]] = []
 
     def add(self, item: Any) -> None:
         """Take one item of any shape. Raises BadItem."""
-        self._batch.append(check_item(item, self._snapshot))
-        if len(self._batch) >= BATCH_ITEMS or self._snapshot.nodes > 1 << 16:
+        checked = check_item(item, self._snapshot)
+        self._batch.append(checked)
+        self._nodes += self._snapshot.nodes + nodes_of(checked[0])
+        if len(self._batch) >= BATCH_ITEMS or self._nodes > BATCH_NODES:
             self.flush()
 
     def flush(self) -> None:
         """Write what is held."""
         self._parts.write(self._batch)
-        self._batch = []
+        self._batch, self._nodes = [], 0
+        if self._watch.due:
+            self._watch.release()
 
     def close(self) -> list[dict[str, Any]]:
         """Finish and give the parts."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mrcore.errors import JobFault
 from mrcore.memory import MemoryWatch
 from mrcore.records import (
     LARGE,
@@ -20,6 +21,8 @@ from mrcore.records import (
     Value,
     canonical_key,
     check_item,
+    dumps,
+    loads,
     partition_keys,
     sort_keys,
 )
@@ -32,7 +35,7 @@ _ALREADY_CANONICAL = {str, int, type(None)}
 class SpillSorter:
     """Collects items until `watch` says that memory is short, then writes one sorted run.
 
-    Runs are named `<name>-<number>` in `folder`; `runs` holds what `RunWriter.close` told of each. `combine` gets a
+    Runs are named `<name>-<number>` in `folder`; `combine` gets a
     key and its values and gives the values to keep.
     """
 
@@ -46,7 +49,7 @@ class SpillSorter:
         combine: Combine | None = None,
         keep_first_keys: bool = False,
     ) -> None:
-        self.runs: list[dict[str, Any]] = []
+        self._told: list[str] = []  # as text: small objects that outlive a spill pin arenas of the allocator
         self.groups: defaultdict[Key, list[Value]] = defaultdict(list)
         self.large = False  # some value may be: frames are then sized before they are encoded
         self._folder, self._name, self._watch = folder, name, watch
@@ -57,8 +60,15 @@ class SpillSorter:
     def add(self, item: Any) -> None:
         """Take one item of any shape, checked. Raises BadItem."""
         key, value = check_item(item, self._snapshot)
-        self.large = self.large or self._snapshot.nodes > LARGE
         self.groups[key].append(value)
+        if self._snapshot.nodes > LARGE:
+            self.large = True
+            self._watch.look()  # a few of these are past the budget before its thread looks again
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """What `RunWriter.close` told of each run."""
+        return [loads(text) for text in self._told]
 
     def spill(self) -> None:
         """Write what is held as one run and let go of it. Raises BadItem, or what `combine` raises."""
@@ -66,8 +76,8 @@ class SpillSorter:
             self._watch.release()
             return
         try:
-            self.runs.append(self._write_run())
-        except (ValueError, OverflowError, TypeError):
+            self._told.append(dumps(self._write_run()))
+        except (ValueError, OverflowError, TypeError, JobFault):
             self._check_all()
             raise
         self.groups.clear()  # the same dict again: the map loop holds a reference to it
@@ -81,7 +91,7 @@ class SpillSorter:
             self._combine_all(self._combine, keys)
         writer = RunWriter(
             self._folder,
-            f"{self._name}-{len(self.runs)}",
+            f"{self._name}-{len(self._told)}",
             frame_bytes_for(self._watch.budget_bytes),
             keep_first_keys=self._keep_first_keys,
         )

@@ -54,7 +54,9 @@ def run_trial(
             raise JobFault("; ".join(listing["faults"] + [f"input {entry} matches no file" for entry in missing]))
         parts = PartWriter(folder, run=0, partition=0, attempt_try=0, max_items=None, compress=False)
         combiner = make_combiner(load_function(project_dir, "reduce", combine), combine, auxiliary) if combine else None
-        sink = Shuffle(folder, "map", watch, partitions=1, combine=combiner) if reduce_name else DirectOutput(parts)
+        sink = (
+            Shuffle(folder, "map", watch, partitions=1, combine=combiner) if reduce_name else DirectOutput(parts, watch)
+        )
         reader = Reader(max_line_bytes=max_line_bytes, block_bytes=1 << 20)
         mapper = Map(
             load_function(project_dir, "map", map_name), map_name, auxiliary, sink, reader, on_bad_text=on_bad_text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import importlib
 import io
@@ -18,6 +19,7 @@ from mrcore.errors import JobFault
 from mrcore.records import BadItem, Key, Snapshot, Value, check_item, describe, loads
 
 Function = Callable[[Any, Any], Any]
+COMBINE_VALUES = 4096
 _IGNORED = {"__pycache__", "wheels"}  # compiled files differ by interpreter; wheels travel apart
 _OURS = str(Path(__file__).parent) + os.sep
 
@@ -78,7 +80,7 @@ def load_function(project_dir: Path, kind: str, name: str) -> Function:
     except SyntaxError as error:
         raise JobFault(f"{error.filename}, line {error.lineno}: syntax error: {error.msg}") from error
     except (Exception, SystemExit) as error:
-        raise user_fault(error, f"loading {file.name} failed") from error
+        raise user_fault(error, f"loading {name} from {file.name} failed") from error
     function = function if callable(function) else getattr(module, name, None)
     if not callable(function):
         near = difflib.get_close_matches(name, [n for n in dir(module) if callable(getattr(module, n))], 1)
@@ -117,6 +119,11 @@ def describe_text(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether the disk is full, which is no fault of the job, whoever was writing."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def raised_by_user(error: BaseException) -> bool:
     """Tell whether the exception came from the user's frames rather than from ours."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -131,6 +138,10 @@ def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Ke
     snapshot = Snapshot()
 
     def combine(key: Key, values: list[Value]) -> list[Value]:
+        if len(values) > COMBINE_VALUES:  # the pairs of a giant group would outweigh it many times
+            starts = range(0, len(values), COMBINE_VALUES)
+            fewer = [value for start in starts for value in combine(key, values[start : start + COMBINE_VALUES])]
+            return combine(key, fewer) if len(fewer) <= len(values) // 2 else fewer
         try:
             items = [check_item(item, snapshot) for item in function([(key, value) for value in values], auxiliary)]
         except BadItem as error:

@@ -156,9 +156,10 @@ class Demo:
     def show_next_steps(self, shape: list[str]) -> None:
         """Print what to try next."""
         mrcore = display([str(MRCORE)])
+        home = '"$PWD/.mrcore"' if self.home == PROJECT / ".mrcore" else shlex.quote(str(self.home))
         print("\nTry next, in this folder:")
         for command, meaning in (
-            (f"export MRCORE_HOME={shlex.quote(display(self.home))}", ""),
+            (f"export MRCORE_HOME={home}", ""),
             (f"{mrcore} cluster start {' '.join(shape)}", "the same cluster again, with its queue and output"),
             (f"{mrcore} show identifiers", "the job, its runs, phases and counts"),
             (f"{mrcore} cat identifiers --head 5", ""),

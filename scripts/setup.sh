@@ -14,6 +14,10 @@ stamp=.venv/.ready-$extras
 wanted="$(cksum <pyproject.toml)
 $PWD" # a venv knows its own place: one that was moved or copied does not work
 unset PYTHONHOME PYTHONPATH
+path= IFS=: # without .venv itself, which the user's shell may have activated, and which is perhaps about to go
+for folder in $PATH; do case $folder in "$PWD"/.venv/*) ;; *) path=$path:$folder ;; esac; done
+unset IFS
+PATH=${path#:}
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { echo "set-up: $*" >&2; }
@@ -23,7 +27,7 @@ is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/
 find_python() { # prints the first interpreter that will do
     for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
         path=$(command -v "$name") || continue
-        case $path in "$PWD"/.venv/*) continue ;; esac # activated in the user's shell, and perhaps about to go
+        case $path in "$PWD"/.venv/* | .venv/*) continue ;; esac
         if is_new_enough "$path"; then
             echo "$path"
             return
@@ -99,7 +103,7 @@ if [ $whole = no ]; then
 fi
 rm -f .venv/.ready-*
 say "installing mrcore and what it needs ($extras) into .venv; the first time takes about a minute"
-if ! .venv/bin/python -m pip install --quiet -e ".[$extras]"; then
+if ! .venv/bin/python -m pip install --quiet --quiet -e ".[$extras]"; then
     say "pip could not install everything (see above): is there a network, or a package index configured for pip?"
     exit 1
 fi

@@ -14,18 +14,19 @@ from typing import Any
 
 from mrcore.cluster_server import main
 
-STUBBORN = "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.setsid(); print(os.getpid(), file=open(sys.argv[1], 'a'), flush=True); time.sleep(600)"
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.setsid()
+print(os.getpid(), file=open(sys.argv[1], "a"), flush=True)
+time.sleep(600)
+"""
 
 
 def leave_daemon(pids: str) -> None:
     """Start a grandchild in a session of its own that ignores SIGTERM and forgets the environment it came from."""
-    subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}, {pids!r}], env={{}})",
-        ]
-    ).wait()
+    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}, {pids!r}], env={{}})"
+    subprocess.run([sys.executable, "-c", start], check=True)
 
 
 def act(spec: dict[str, Any], order: dict[str, Any], connection: socket.socket) -> None:

@@ -301,10 +301,13 @@ def test_an_upload_resumes_at_what_the_server_has(store: Store, client: DataClie
     (store.uploads / "x.partial").write_bytes((content * 2)[:present])
     sent: list[int] = []
     copy = data._Outbox.copy
+
+    def spy(outbox: data._Outbox, source: Path, at: int, *more: Any) -> int:
+        sent.append(at)
+        return copy(outbox, source, at, *more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            data._Outbox, "copy", lambda out, source, at, *more: (sent.append(at), copy(out, source, at, *more))[1]
-        )
+        patch.setattr(data._Outbox, "copy", spy)
         client.put({"name": "x", "resume": resume}, store.folder / "source")
     assert sent == [present if resume and present <= 1_000_000 else 0]
     assert (store.uploads / "x").read_bytes() == content

@@ -89,6 +89,7 @@ def test_it_shows_the_right_counts_and_stops_the_cluster(home: Path, source: Pat
 def test_it_stops_the_cluster_when_interrupted(home: Path, source: Path, number: int) -> None:
     process = start(home, source)
     wait_until(lambda: list(home.glob("nodes/*/pids/S_*.server.json")), 60, "the cluster servers run")
+    assert left_over(home), "as long as it runs there is something to find"
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -191,6 +191,11 @@ def endless(line, auxiliary_data):
         os.execve(sys.executable, [sys.executable, "-c", DETACHED, PIDS], {})
     while open(PIDS).read().count(chr(10)) < 2:
         time.sleep(0.01)
+    if os.fork() == 0:
+        while True:  # a daemon that is never the same process for long
+            os.setsid()
+            if os.fork():
+                os._exit(0)
     note()
     while True:
         pass

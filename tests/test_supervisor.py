@@ -145,7 +145,7 @@ def test_a_task_killed_from_outside_died(server: Server) -> None:
 @pytest.mark.parametrize("act", ["done", "os._exit", "hang"])
 def test_all_that_a_task_started_ends_with_it(server: Server, tmp_path: Path, act: str) -> None:
     file = tmp_path / "left"
-    listener, identity = server.start(act, leave=str(file))
+    listener, _ = server.start(act, leave=str(file))
     listener.until("left")
     pids = left_pids(file)
     assert len(pids) == 2
@@ -162,7 +162,7 @@ def test_all_that_a_task_started_ends_with_it(server: Server, tmp_path: Path, ac
 
 def test_cancel_ends_a_stopped_or_spinning_task_and_the_server_is_usable_at_once(server: Server) -> None:
     for run, (act, stop) in enumerate([("spin", False), ("hang", True)], 1):
-        listener, identity = server.start(act, run=run)
+        listener, _ = server.start(act, run=run)
         pid = listener.until("started")["pid"]
         if stop:
             os.kill(pid, signal.SIGSTOP)

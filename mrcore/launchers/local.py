@@ -297,6 +297,7 @@ def _kill(home: Path, owners: set[str] | None = None) -> None:
             if ticks := procfs.start_ticks(pid):
                 tops[pid] = ticks
                 procfs.send_signal(pid, ticks, signal.SIGSTOP)
+        _kill_below(tops, deadline)
         below = (marked | procfs.descendants(*tops)) - tops.keys()
         victims = {pid: ticks for pid in below if procfs.state(pid) and (ticks := procfs.start_ticks(pid))}
         for pid, ticks in (victims or tops).items():
@@ -305,6 +306,25 @@ def _kill(home: Path, owners: set[str] | None = None) -> None:
             raise ClusterFault(f"processes do not end even by SIGKILL (stuck in the kernel?): {left}", pids=left)
         if not victims:
             return
+
+
+def _kill_below(tops: Iterable[int], deadline: float) -> None:
+    """SIGKILL the children of stopped supervisors, and those that they adopt by it, until only zombies are left.
+
+    That is certain when all were zombies and a later look shows the same ones: each orphan is adopted before its
+    parent is seen as a zombie. A walk over /proc alone would run after daemons that fork faster than it looks.
+    """
+    zombies: set[int] = set()
+    while time.monotonic() < deadline:
+        below = {child for top in tops for child in procfs.children(top)}
+        alive = [pid for pid in below if procfs.state(pid)]
+        for pid in alive:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if not alive and below == zombies:
+            return
+        zombies = set() if alive else below
+        time.sleep(0.0005)
 
 
 def _await_end(pids: Iterable[int], seconds: float) -> list[int]:
