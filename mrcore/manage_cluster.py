@@ -306,8 +306,8 @@ class ManageCluster:
         self._on_all_nodes(cancel)
 
     def _manifest(self, job: Json, run: int, attempt: int, plan: Json, machine: Attempt, clock: _PhaseClock) -> Json:
-        pairs = [[source, target, length] for (source, target), length in sorted(machine.shuffled.items())]
-        remote = sum(length for source, target, length in pairs if source != target)
+        shuffled = machine.shuffled
+        remote = sum(length for (source, target), length in shuffled.items() if source != target)
         parts = sorted(machine.parts, key=lambda part: str(part["name"]))
         counts = {
             **machine.counters,
@@ -315,7 +315,7 @@ class ManageCluster:
             "input_bytes": plan["input"]["bytes"],
             "output_items": sum(part["records"] for part in parts),
             "output_bytes": sum(part["bytes"] for part in parts),
-            "shuffled_bytes": sum(length for *_, length in pairs),
+            "shuffled_bytes": sum(shuffled.values()),
             "remote_bytes": remote,
             "task_deaths": len(machine.deaths),
             "peak_task_bytes": machine.peak_bytes,
@@ -332,7 +332,7 @@ class ManageCluster:
             "project": plan["project"],
             "keys_kept": machine.keys_kept,
             "parts": parts,
-            "shuffle": pairs,
+            "shuffle": [[source, target, length] for (source, target), length in sorted(shuffled.items())],
             "skipped": plan["input"]["skipped"],
             "counts": counts,
             "task_seconds": {name: round(seconds, 3) for name, seconds in machine.seconds.items()},
