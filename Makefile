@@ -14,10 +14,12 @@ help: ## list the targets
 demo: setup ## start a local cluster, run two jobs over Python's own standard library, show the result, stop it
 	@$(PY) scripts/demo.py $(ARGS)
 
-test: setup ## run every test
+test: ## run every test
+	@scripts/setup.sh dev strace
 	$(PY) -m pytest -n 2 $(ARGS)
 
-test-quick: setup ## run the tests that are not marked slow: an answer in under 5 minutes
+test-quick: ## run the tests that are not marked slow: an answer in under 5 minutes
+	@scripts/setup.sh dev strace
 	$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
 
 check: setup ## format, lint, types, docstrings, import floors, sizes

@@ -11,7 +11,6 @@ import ctypes
 import importlib
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -63,6 +62,11 @@ def cpu_seconds() -> float:
     return sum(known[pid][1] for pid in tree(os.getpid(), known) if pid in known) / TICKS
 
 
+def describe(error: Exception) -> str:
+    """One line about an exception; the log has the rest."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
 def measured(competitor: Any, work: str, inputs: list[Path], out: Path) -> dict[str, Any]:
     """Let the competitor do the work once; `files` tells where its output lies."""
     shutil.rmtree(out, ignore_errors=True)
@@ -88,15 +92,17 @@ def main(name: str, folder: Path) -> None:
         tell(ready=True, versions=competitor.versions, how=competitor.how)
         for line in sys.stdin:
             order = json.loads(line)
-            inputs = [Path(path) for path in order["inputs"]]
-            out = Path(order["out"])
-            result = measured(competitor, order["work"], inputs, out)
-            files = [str(path) for path in competitor.output(order["work"], out)]
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            tell(**result, files=files, separator=competitor.separator, own_peak_bytes=peak * 1024)
-    except Exception as error:  # noqa: BLE001  whatever it is, the bench goes on without this competitor
+            try:
+                out = Path(order["out"])
+                result = measured(competitor, order["work"], [Path(path) for path in order["inputs"]], out)
+                files = [str(path) for path in competitor.output(order["work"], out)]
+                tell(**result, files=files, separator=competitor.separator)
+            except Exception as error:  # noqa: BLE001  whatever it is, the other works can still be done
+                traceback.print_exc()
+                tell(error=describe(error))
+    except Exception as error:  # noqa: BLE001  the bench goes on without this competitor
         traceback.print_exc()
-        tell(error=f"{type(error).__name__}: {error}"[:500])
+        tell(error=describe(error))
     finally:
         if competitor is not None:
             competitor.close()

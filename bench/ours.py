@@ -1,4 +1,4 @@
-"""mrcore: a local cluster with its daemons, TLS and queue, started once; every work is submitted and run by a Runner."""
+"""mrcore: a local cluster with daemons, TLS and queue, started once; each work is submitted and run by a Runner."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ class Competitor:
         project, changes = JOBS[work]
         file = PROJECTS / project / "job.yml"
         job = parse_yaml(file.read_bytes(), str(file)) | changes
-        job |= {"job_name": work, "input_dirs": [str(inputs[0].parent / "[!c]*")]}
-        if work == "join":
-            job["input_dirs"] = [str(path) for path in inputs]
+        job |= {"job_name": work, "input_dirs": [str(path) for path in inputs]}
         self._scheduler.submit_job(job)
         self._runner.ended = {}
         if self._runner.run(once=True) != {"succeeded": 1}:

@@ -83,8 +83,8 @@ class Competitor:
     """One LocalCluster of two worker processes with one thread each."""
 
     how = (
-        "LocalCluster, 2 processes of 1 thread, 6 GB each; word count: Bag.frequencies in both rows (it always combines; "
-        "groupby without would take many times longer); sort: delayed functions (Bag has none); join: Bag.join, the "
+        "LocalCluster, 2 processes of 1 thread, 6 GB each; word count: Bag.frequencies in both rows (it always "
+        "combines, groupby takes many times longer); sort: delayed functions (Bag has none); join: Bag.join, the "
         "small side whole; cluster warm"
     )
     separator = None

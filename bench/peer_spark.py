@@ -66,6 +66,7 @@ class Competitor:
         }
         conf = SparkConf().setMaster("local[2]").setAppName("bench").setAll(list(settings.items()))
         self._context = SparkContext(conf=conf)
+        self._context.addPyFile(__file__)  # the workers import the functions above from it
         self.versions = {"pyspark": pyspark.__version__}
         for _ in range(2):  # starts the Python workers and warms the JVM
             self._context.parallelize(range(200_000), PARTITIONS).map(lambda n: (n % 100, 1)).reduceByKey(add).collect()

@@ -51,6 +51,7 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
+    cpu_ratios: list[float] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     told: list[Any] = field(default_factory=list)
     error: str | None = None
@@ -63,7 +64,7 @@ class Host:
         self.name = name
         self.folder = folder / name.replace(" ", "-")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = self.folder / "log"
+        self.log = folder.parent / f"{name.replace(' ', '-')}.log"
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "host.py"), name, str(self.folder)],
@@ -72,10 +73,15 @@ class Host:
                 stderr=log,
                 bufsize=0,
             )
-        self.session = self._answer(START_SECONDS)
+        self.alive = True
+        try:
+            self.session = self._answer(START_SECONDS)
+        except RuntimeError:
+            self.close()
+            raise
 
     def run(self, work: Work, inputs: list[Path], limit_seconds: float) -> dict[str, Any]:
-        """Do the work once. Raises RuntimeError when the competitor fails or takes too long; it is ended then."""
+        """Do the work once. Raises RuntimeError when the competitor fails; one that takes too long is ended."""
         order = {"work": work.name, "inputs": [str(path) for path in inputs], "out": str(self.folder / "out")}
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -95,12 +101,14 @@ class Host:
                 raise RuntimeError(f"{self.name} {what}; see {self.log}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            self.close()
             raise RuntimeError(f"{answer['error']}; see {self.log}")
         return answer
 
     def close(self) -> None:
-        """End the session politely, then everything that is left of it."""
+        """End the session politely, then everything that is left of it. May be repeated."""
+        if not self.alive:
+            return
+        self.alive = False
         family = tree(self._process.pid, stats())
         with contextlib.suppress(BrokenPipeError):
             assert self._process.stdin is not None
@@ -172,25 +180,26 @@ def sessions(names: list[str], folder: Path) -> Iterator[dict[str, Host]]:
 
 
 def measure(work: Work, inputs: list[Path], hosts: dict[str, Host], options: argparse.Namespace) -> dict[str, Row]:
-    """Let all competitors do the work, round by round; one that fails is left out from then on."""
+    """Let all competitors do the work, round by round; one that fails does no further round of it."""
     rows = {name: Row() for name in hosts}
     for _ in range(EMPTY_REPEATS if work.name == "empty" else options.repeats):
         for name, row in rows.items():
-            if row.error or name not in hosts:
+            if row.error or not hosts[name].alive:
+                row.error = row.error or "its session has ended"
                 continue
             try:
                 answer = hosts[name].run(work, inputs, options.limit)
             except RuntimeError as error:
                 row.error = str(error)
-                del hosts[name]
                 continue
             row.seconds.append(answer["seconds"])
             row.cpu_seconds.append(answer["cpu_seconds"])
             row.told.append(answer["told"])
             row.digests.append(digest([Path(path) for path in answer["files"]], work.ordered, answer["separator"]))
-            script = rows["by hand"].seconds if "by hand" in rows else []
-            if len(script) == len(row.seconds):
-                row.ratios.append(row.seconds[-1] / script[-1])
+            script = rows.get("by hand", Row())
+            if len(script.seconds) == len(row.seconds):
+                row.ratios.append(row.seconds[-1] / script.seconds[-1])
+                row.cpu_ratios.append(row.cpu_seconds[-1] / max(script.cpu_seconds[-1], 0.01))
         print(".", end="", flush=True)
     print()
     return rows
@@ -199,7 +208,7 @@ def measure(work: Work, inputs: list[Path], hosts: dict[str, Host], options: arg
 def table(work: Work, rows: dict[str, Row]) -> bool:
     """Print a work's table; gives whether all results are equal."""
     print(f"\n{work.title}")
-    print(f"  {'':12}{'wall s':>9}{'(range)':>16}{'CPU s':>9}{'ratio':>8}  result")
+    print(f"  {'':12}{'wall s':>9}{'(range)':>16}{'CPU s':>9}{'ratio':>8}{'of CPU':>8}  result")
     reference = next((row.digests[0] for row in rows.values() if row.digests), "")
     equal = True
     for name, row in rows.items():
@@ -208,11 +217,12 @@ def table(work: Work, rows: dict[str, Row]) -> bool:
             continue
         wall, cpu = statistics.median(row.seconds), statistics.median(row.cpu_seconds)
         spread = f"{min(row.seconds):.2f}–{max(row.seconds):.2f}"
-        ratio = f"{statistics.median(row.ratios):.2f}" if row.ratios else ""
+        ratio, of_cpu = (f"{statistics.median(each):.2f}" if each else "" for each in (row.ratios, row.cpu_ratios))
         same = set(row.digests) == {reference}
         equal = equal and same
         told = "equal" if same else f"DIFFERENT: {sorted(set(row.digests))} is not {reference}"
-        print(f"  {name:12}{wall:9.2f}{spread:>16}{cpu:9.2f}{ratio:>8}  {told}{'  ' + row.error if row.error else ''}")
+        told += f"  {row.error}" if row.error else ""
+        print(f"  {name:12}{wall:9.2f}{spread:>16}{cpu:9.2f}{ratio:>8}{of_cpu:>8}  {told}")
     return equal
 
 

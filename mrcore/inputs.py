@@ -23,6 +23,7 @@ from mrcore.paths import PARTIAL, Layout
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SAMPLE_BLOCK_BYTES = 64 * 1024
+PROBE_BYTES = 4096  # read at a time to find where a line ends: a sampled block costs two such probes
 MIN_SPLIT_BYTES, MAX_SPLIT_BYTES = 1 << 20, 64 << 20
 SPLITS_PER_SERVER = 8  # so that a slow one delays the end by an eighth of a server's work at most
 OPEN_COST_BYTES = 16 * 1024  # opening a small file takes as long as reading about so many bytes
@@ -82,7 +83,7 @@ def _under(path: str, folder: str) -> bool:
 
 
 def _expand(entry: str, base_dir: Path, faults: list[str]) -> list[str]:
-    full = os.path.join(base_dir, entry)  # an absolute entry stays as it is
+    full = os.path.normpath(os.path.join(base_dir, entry))  # one spelling, or a file named twice is read twice
     if glob.has_magic(entry) and not os.path.exists(full):
         return sorted(glob.glob(full, recursive=True, include_hidden=False))
     if os.path.isdir(full):
@@ -175,7 +176,8 @@ def plan_bundles(files: Sequence[InputFile], servers: int, first_id: int = 0) ->
 class Sample:
     """A random share `p` of the lines; `by_lines` thins line by line, else whole 64 KiB blocks are kept or not.
 
-    The choice is made per aligned block of a file from `seed` and the file's name, whatever the splits are.
+    The choice is made per aligned block of a file from `seed` and the end of the file's path (its beginning may differ
+    from node to node), whatever the splits are.
     """
 
     p: float
@@ -184,7 +186,7 @@ class Sample:
 
     def random(self, path: str, block: int) -> random.Random:
         """Give the random numbers of one block of one file."""
-        return random.Random(f"{self.seed}:{os.path.basename(path)}:{block}")
+        return random.Random(f"{self.seed}:{path.split(os.sep)[-3:]}:{block}")
 
 
 class Reader:
@@ -237,7 +239,7 @@ class Reader:
             self.bytes_read += len(fresh)
             cut = fresh.rfind(b"\n") + 1
             if cut:
-                yield begin, pending + fresh[:cut]
+                yield self._whole(path, begin, pending + fresh[:cut])
                 begin, pending = position - len(fresh) + cut, fresh[cut:]
             else:
                 pending += fresh
@@ -245,14 +247,16 @@ class Reader:
         if pending:  # the last line that starts before `end` may reach past it
             line_end = self._line_end(raw, path, position, size, begin)
             raw.seek(position)
-            yield begin, pending + raw.read(line_end - position)
+            yield self._whole(path, begin, pending + raw.read(line_end - position))
 
     def _line_end(self, raw: Any, path: str, position: int, size: int, begin: int | None = None) -> int:
-        """Give the offset behind the first newline at `position` or later, `size` when there is none."""
-        begin = position if begin is None else begin
+        """Give the offset behind the first newline at `position` or later, `size` when there is none.
+
+        The line's length is checked when its `begin` is given: the split that holds it reports it.
+        """
         raw.seek(position)
         while position < size:
-            fresh = raw.read(min(SAMPLE_BLOCK_BYTES, size - position))
+            fresh = raw.read(min(PROBE_BYTES, size - position))
             if not fresh:
                 raise JobFault(f"input file {path} ended at byte {position}, before its listed size {size}", file=path)
             self.bytes_read += len(fresh)
@@ -260,8 +264,17 @@ class Reader:
             if found >= 0:
                 return position + found + 1
             position += len(fresh)
-            self._check_line(path, begin, position - begin)
+            if begin is not None:
+                self._check_line(path, begin, position - begin)
         return size
+
+    def _whole(self, path: str, begin: int, block: bytes) -> tuple[int, bytes]:
+        if len(block) > self._max_line_bytes:
+            position = begin
+            for line in cut_lines(block):
+                self._check_line(path, position, len(line))
+                position += len(line)
+        return begin, block
 
     def _check_line(self, path: str, begin: int, length: int) -> None:
         if length > self._max_line_bytes:
@@ -289,13 +302,13 @@ class Reader:
             self.bytes_read += len(fresh)
             cut = fresh.rfind(b"\n") + 1
             if cut:
-                yield begin, pending + fresh[:cut]
+                yield self._whole(path, begin, pending + fresh[:cut])
                 begin, pending = begin + len(pending) + cut, fresh[cut:]
             else:
                 pending += fresh
                 self._check_line(path, begin, len(pending))
         if pending:
-            yield begin, pending
+            yield self._whole(path, begin, pending)
 
     def _chosen_blocks(
         self, raw: BinaryIO, path: str, start: int, end: int, size: int, sample: Sample

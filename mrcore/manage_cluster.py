@@ -129,6 +129,8 @@ class ManageCluster:
 
     def _preflight(self, job: Json, run: int) -> Json:
         """Make the nodes ready and list the inputs. Gives {"project", "bundles" (by node), "input"}."""
+        if job["hold_state"]:
+            raise JobFault("hold_state is not served by this version yet: leave it out, or wait for the next one")
         folder = self.settings.projects_dir / job["project_name"]
         if not folder.is_dir():
             raise JobFault(f"project folder {folder} does not exist: create it, or set projects_dir")
@@ -155,6 +157,13 @@ class ManageCluster:
         if not agent.call("project_state", hash=snapshot):
             with contextlib.closing(DataClient(node.address, node.agent_port, self._pki, node.name)) as client:
                 client.put({"project": snapshot}, pack_project(folder))
+        for key in ("auxiliary_data_name_mapper", "auxiliary_data_name_reducer"):
+            if job[key] is not None and not agent.call("auxiliary", name=job[key]):
+                missing = node.layout.auxiliary_dir / f"{job[key]}.data"
+                raise JobFault(
+                    f"auxiliary data {job[key]!r} is not on node {node.name}: {missing} is missing; upload it"
+                )
+        agent.call("sweep", keep=[[job["job_name"], run]])  # one job runs at a time: the rest is of dead runs
         free = agent.call("start_run", job=job["job_name"], run=run)["disk_free_bytes"]
         if free < MIN_FREE_DISK_BYTES:
             raise ClusterFault(

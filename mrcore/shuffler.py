@@ -41,6 +41,8 @@ class Shuffle:
     def append(self, key: Key, value: Value) -> None:
         """Take one item. Raises BadItem when it is not allowed."""
         self.sorter.add((key, value))
+        if self.watch.due:
+            self.spill()
 
     def spill(self) -> None:
         """Write what is held as one run."""

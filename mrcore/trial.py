@@ -52,6 +52,7 @@ def run_trial(
         missing = [entry for entry, count in listing["matched"].items() if not count]
         if listing["faults"] or missing:
             raise JobFault("; ".join(listing["faults"] + [f"input {entry} matches no file" for entry in missing]))
+        reduce_function = load_function(project_dir, "reduce", reduce_name) if reduce_name else None
         parts = PartWriter(folder, run=0, partition=0, attempt_try=0, max_items=None, compress=False)
         combiner = make_combiner(load_function(project_dir, "reduce", combine), combine, auxiliary) if combine else None
         sink = (
@@ -64,13 +65,13 @@ def run_trial(
         for bundle in plan_bundles(listing["files"], 1):
             mapper.map(bundle["pieces"])
         sealed = mapper.finish()
-        if reduce_name:
+        if reduce_function and reduce_name:
             task.set_surroundings(phase="REDUCE", input_file=None, partition=0)
             sorter = DiskSort(folder, watch, combine=combiner, ascending_values=sort_values)
             for run in sealed:
                 sorter.add_run(Segment(folder / f"{run['id']}.data", 0, run["bytes"], run["max_decoded"]))
             reducer = Reduce(
-                load_function(project_dir, "reduce", reduce_name),
+                reduce_function,
                 reduce_name,
                 auxiliary,
                 sorter,

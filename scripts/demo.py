@@ -29,6 +29,7 @@ MRCORE = Path(sys.executable).parent / "mrcore"
 NODES, SERVERS, AGENT_PORT, SERVER_PORT = 2, 1, 45678, 23456
 TRIES = 20  # of addresses for the cluster
 TOP = 12  # names that are shown
+DEPLOYED = Path("/etc/mrcore/cluster.yml")
 END_SECONDS = 20.0  # for a command that is told to end
 OUTSIDE = {"site-packages", "dist-packages", "__pycache__"}  # in the library's folder, but no part of it
 
@@ -42,14 +43,17 @@ class Demo:
 
     def __init__(self, home: Path, source: Path, address: str | None = None) -> None:
         self.home, self.source, self.address = home, source, address
-        self.environment = os.environ | {"MRCORE_HOME": str(home)}
-        self.environment.pop("MRCORE_CONFIG", None)
+        # Named by MRCORE_CONFIG, the local cluster comes before a deployed one that this machine may be the master of.
+        self.settings = home / "cluster.json"
+        self.environment = os.environ | {"MRCORE_HOME": str(home), "MRCORE_CONFIG": str(self.settings)}
 
     def run(self) -> None:
         """Do it all. Raises Failed."""
         self.home.mkdir(parents=True, exist_ok=True)
-        if (self.home / "cluster.json").exists():  # one that was left running, perhaps in another shape
+        if self.settings.exists():  # a cluster may have been left running, perhaps in another shape
             self.mrcore("cluster", "stop", quiet=True)
+        else:
+            self.settings.write_text("{}\n")
         self.address = self.address or free_address()
         shape = ["--nodes", str(NODES), "--servers", str(SERVERS), "--address", self.address]
         try:
@@ -111,7 +115,8 @@ class Demo:
         print("\nThe output, one JSON item a line, lies where it was reduced:")
         for node in addresses(str(self.address)):
             for folder in sorted(self.home.glob(f"nodes/{node}/cluster/identifier*/reduce")):
-                print(f"  {display(folder)}: {len(list(folder.iterdir()))} parts")
+                parts = len(list(folder.iterdir()))
+                print(f"  {display(folder)}: {parts} {'part' if parts == 1 else 'parts'}")
         print()
 
     def items(self, job: str) -> Iterator[list[Any]]:
@@ -158,8 +163,10 @@ class Demo:
         mrcore = display([str(MRCORE)])
         home = '"$PWD/.mrcore"' if self.home == PROJECT / ".mrcore" else shlex.quote(str(self.home))
         print("\nTry next, in this folder:")
+        deployed = (f"export MRCORE_CONFIG={home}/cluster.json", "not the deployed cluster")
         for command, meaning in (
             (f"export MRCORE_HOME={home}", ""),
+            *([deployed] if DEPLOYED.exists() else []),
             (f"{mrcore} cluster start {' '.join(shape)}", "the same cluster again, with its queue and output"),
             (f"{mrcore} show identifiers", "the job, its runs, phases and counts"),
             (f"{mrcore} cat identifiers --head 5", ""),

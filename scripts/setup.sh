@@ -1,7 +1,10 @@
 #!/bin/sh
 # Makes .venv in the project: a virtual environment with mrcore and its development tools.
 #
-#   scripts/setup.sh [EXTRAS]      EXTRAS of pyproject.toml, comma-separated; default: dev
+#   scripts/setup.sh [EXTRAS [COMMAND…]]
+#
+# EXTRAS of pyproject.toml, comma-separated, default dev. COMMANDs are programs that must be there, each installed from
+# the Debian package of its name when it is not.
 #
 # Every make target calls this; when nothing has changed it is done in a few milliseconds. PYTHON=… chooses the
 # interpreter. The stamp .venv/.ready-EXTRAS is written last and removed first, so a venv without any stamp is one
@@ -10,6 +13,7 @@ set -eu
 
 cd "$(dirname "$0")/.."
 extras=${1:-dev}
+if [ $# -gt 0 ]; then shift; fi
 stamp=.venv/.ready-$extras
 wanted="$(cksum <pyproject.toml)
 $PWD" # a venv knows its own place: one that was moved or copied does not work
@@ -83,6 +87,10 @@ if command -v flock >/dev/null; then
     exec 9<pyproject.toml
     flock 9
 fi
+
+for each in "$@"; do
+    if ! command -v "$each" >/dev/null; then install_packages "$each"; fi
+done
 
 works() { .venv/bin/python -c 'import mrcore, pip' 2>/dev/null; }
 

@@ -9,6 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hypothesis import HealthCheck, settings
+
+# Machines differ: no example may fail for being slow.
+settings.register_profile("ours", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")
+
 
 def tuples(key: Any) -> Any:
     """Make lists tuples, inner ones too."""

@@ -50,7 +50,14 @@ def start(home: Path, source: Path) -> subprocess.Popen[str]:
     address = own_address()
     assert int(own_address().split(".")[3]) == int(address.split(".")[3]) + 1, "the second node's address is ours too"
     command = [sys.executable, str(PROJECT / "scripts/demo.py"), "--home", str(home), "--source", str(source)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    deployed = {"MRCORE_CONFIG": str(home / "another.yml")}  # whatever is configured, the demo has its own cluster
+    pipes = {
+        "env": os.environ | deployed,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
     return subprocess.Popen([*command, "--address", address], **pipes)  # type: ignore[call-overload, no-any-return]
 
 

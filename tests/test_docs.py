@@ -17,7 +17,6 @@ import pytest
 from mrcore import job as jobs
 from mrcore.cli import cli
 from mrcore.config import LOCAL_SHAPE, Settings
-from mrcore.trial import run_trial
 from mrcore.validation import parse_yaml
 
 PROJECT = Path(__file__).parent.parent
@@ -34,8 +33,8 @@ def text_of(name: str) -> str:
 
 def tables(text: str) -> list[list[str]]:
     """The cells of all table rows but the rules under their heads."""
-    rows = [line.strip().strip("|") for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in row.split(" | ")] for row in rows if not set(row) <= set("-| ")]
+    rows = [line.strip()[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return [re.split(r"\s*\|\s*", row.strip()) for row in rows if not set(row) <= set("-| ")]
 
 
 def words_in_code(cell: str) -> list[str]:
@@ -108,7 +107,7 @@ def test_there_are_limits() -> None:
 def test_every_key_of_a_mapreduce_job_is_explained() -> None:
     rows = [row for row in tables(text_of("docs/jobs.md")) if len(row) == 3]
     told = {name for row in rows for name in words_in_code(row[0])}
-    assert set(jobs.template("mapreduce")) <= told
+    assert set(jobs.template("mapreduce")) <= told, "a key is missing in docs/jobs.md"
     unknown = told - set(jobs.template("mapreduce"))
     assert not unknown, f"docs/jobs.md explains keys that do not exist: {unknown}"
 
@@ -146,7 +145,8 @@ def test_every_command_is_documented(command: str) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_no_document_names_a_command_or_option_that_does_not_exist(path: Path) -> None:
     known = set(commands(cli))
-    for found in re.finditer(r"\bmrcore ((?:cluster )?[a-z]+)([^\n`]*)", " ".join(code_of(path))):
+    call = re.compile(r"^(?:\w+=\S+ )?mrcore ((?:cluster )?[a-z]+)([^\n]*)", re.MULTILINE)
+    for found in call.finditer("\n".join(code_of(path))):
         command = f"mrcore {found[1]}"
         if found[1] == "cluster":
             continue
@@ -164,7 +164,7 @@ def code_of(path: Path) -> list[str]:
     """What stands in backquotes, and lines that are indented by four blanks."""
     text = path.read_text(encoding="utf-8")
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    return re.findall(r"`([^`\n]+)`", text) + [line + "\n" for line in re.findall(r"^    (.*)$", text, re.MULTILINE)]
+    return re.findall(r"`([^`\n]+)`", text) + re.findall(r"^    (.*)$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
@@ -201,7 +201,7 @@ def test_every_module_has_a_name_that_the_documents_use_rightly() -> None:
                 assert hasattr(getattr(importlib.import_module(f"mrcore.{places[kind]}"), kind), name), f"{kind}.{name}"
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+def test_the_example_of_the_readme_runs(home: Path, tmp_path: Path) -> None:
     files = {}
     for block in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text_of("README.md"), re.DOTALL):
         files[block[0]] = block[1]
@@ -209,17 +209,12 @@ def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
         (tmp_path / block[0]).write_text(block[1])
     job = jobs.validate(parse_yaml(files["longest_words.yml"], "README.md"), tmp_path / "projects")
     (tmp_path / "input.txt").write_text("An ape ate apples.\nBees buzz; bears\nbecame Boring.\n")
-    # In a process of its own, since importing map_functions is for once per process.
-    code = (
-        "import sys, json, pathlib; from mrcore.trial import run_trial; "
-        "print(json.dumps(list(run_trial(pathlib.Path(sys.argv[1]), *sys.argv[2:4], [sys.argv[4]], combine=sys.argv[3]))))"
-    )
-    names = [job["map_function_name"], job["reduce_function_name"], str(tmp_path / "input.txt")]
-    assert job["combine_function_name"] == names[1] and run_trial
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "projects/longest_words"), *names], capture_output=True, text=True
-    )
-    assert done.stdout == '[["a", "apples"], ["b", "boring"]]\n', done.stderr
+    command = [sys.executable, "-c", "from mrcore.cli import main; main()", "try", "longest_words", "input.txt"]
+    for option, key in (("map", "map_function_name"), ("combine", "combine_function_name")):
+        command += [f"--{option}", job[key]]
+    command += ["--reduce", job["reduce_function_name"]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == '["a", "apples"]\n["b", "boring"]\n', done.stderr
 
 
 def test_examples_of_python_in_the_documents_compile() -> None:

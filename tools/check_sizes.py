@@ -10,6 +10,7 @@ import ast
 import io
 import sys
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mrcore"
@@ -28,7 +29,7 @@ FLOORS = [
     {"cli"},
 ]
 ONLY = {"rpyc": {"rpc"}, "fabric": {"launchers"}, "cryptography": {"pki"}}
-HEAVY = {"pydantic", "cryptography", "fabric", "click", "rich", "yaml"}  # never in a daemon
+HEAVY = {"pydantic", "cryptography", "fabric", "click", "rich", "yaml"}  # never in a daemon: memory, start time
 DAEMONS = ("node_agent", "cluster_server")
 
 
@@ -49,15 +50,27 @@ def code_lines(path: Path) -> int:
     return len(lines - docstrings)
 
 
-def imports(path: Path) -> list[tuple[str, int]]:
-    """Give every imported module name with its line, also from imports inside functions."""
+def statements(tree: ast.AST, inside_functions: bool) -> Iterator[ast.AST]:
+    """Walk a syntax tree, on demand only through what runs when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if inside_functions or not (late or typing_only):
+            yield node
+            yield from statements(node, inside_functions)
+
+
+def imports(path: Path, inside_functions: bool = True) -> list[tuple[str, int]]:
+    """Give every imported module name with its line, also from imports inside functions if wanted."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in statements(ast.parse(path.read_text(encoding="utf-8")), inside_functions):
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             submodules = node.module in ("mrcore", "mrcore.launchers", "mrcore.rpc")
-            found += [(f"{node.module}.{alias.name}" if submodules else node.module, node.lineno) for alias in node.names]
+            found += [
+                (f"{node.module}.{alias.name}" if submodules else node.module, node.lineno) for alias in node.names
+            ]
     return found
 
 
@@ -102,6 +115,26 @@ def check_floors(files: list[Path]) -> list[str]:
     return faults
 
 
+def check_daemons() -> list[str]:
+    """Give a line for every heavy library that a daemon would load when it starts, with the way that leads there."""
+    faults = []
+    for daemon in DAEMONS:
+        ways = {f"mrcore.{daemon}": daemon}
+        todo = list(ways)
+        while todo:
+            module = todo.pop()
+            path = PACKAGE.parent / (module.replace(".", "/") + ".py")
+            for name, _ in imports(path, inside_functions=False) if path.exists() else ():
+                top = name.split(".")[0]
+                if top in HEAVY and top not in ways:
+                    ways[top] = f"{ways[module]} → {top}"
+                    faults.append(f"{daemon} loads {top}: {ways[top]}")
+                elif top == "mrcore" and name not in ways:
+                    ways[name] = f"{ways[module]} → {name.removeprefix('mrcore.')}"
+                    todo.append(name)
+    return faults
+
+
 def check_sizes(files: list[Path]) -> list[str]:
     """Give a line for every module, function and package that is too long."""
     faults = []
@@ -110,7 +143,10 @@ def check_sizes(files: list[Path]) -> list[str]:
         if (count := text.count("\n")) > MAX_MODULE_LINES:
             faults.append(f"{path.name}: {count} lines, at most {MAX_MODULE_LINES}")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and (size := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES:
+            if (
+                isinstance(node, ast.FunctionDef)
+                and (size := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+            ):
                 faults.append(f"{path.name}:{node.lineno}: {node.name} has {size} lines, at most {MAX_FUNCTION_LINES}")
     if (total := sum(map(code_lines, files))) > MAX_CODE_LINES:
         faults.append(f"mrcore/ has {total} lines of code, at most {MAX_CODE_LINES}")
@@ -121,7 +157,7 @@ def check_sizes(files: list[Path]) -> list[str]:
 def main() -> int:
     """Check everything; give the exit status."""
     files = sorted(PACKAGE.rglob("*.py"))
-    faults = check_sizes(files) + check_floors(files)
+    faults = check_sizes(files) + check_floors(files) + check_daemons()
     for fault in faults:
         print(fault)
     return int(bool(faults))
