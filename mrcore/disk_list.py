@@ -136,8 +136,9 @@ class DiskList:
         while (following := self.next()) is not None:
             if following[0] != first[0]:
                 self._ahead = following
-                break
+                return group
             group.append(following)
+        self._cursor = iter(())  # so that the next call tells the end
         return group
 
 

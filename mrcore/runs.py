@@ -223,7 +223,7 @@ def read_frames(segment: Segment) -> Iterator[tuple[list[Key], list[list[Value]]
             if len(header) < FRAME_HEADER.size:
                 raise ValueError(f"{segment.path} ends in the middle of a frame at byte {position}")
             length, count, checksum = FRAME_HEADER.unpack(header)
-            if length > end - position:
+            if length > end - position - FRAME_HEADER.size:
                 raise ValueError(f"{segment.path}: the frame at byte {position} claims {length} bytes, past its range")
             payload = os.pread(descriptor, length, position + FRAME_HEADER.size)
             try:

@@ -52,6 +52,7 @@ def run_trial(
         missing = [entry for entry, count in listing["matched"].items() if not count]
         if listing["faults"] or missing:
             raise JobFault("; ".join(listing["faults"] + [f"input {entry} matches no file" for entry in missing]))
+        map_function = load_function(project_dir, "map", map_name)
         reduce_function = load_function(project_dir, "reduce", reduce_name) if reduce_name else None
         parts = PartWriter(folder, run=0, partition=0, attempt_try=0, max_items=None, compress=False)
         combiner = make_combiner(load_function(project_dir, "reduce", combine), combine, auxiliary) if combine else None
@@ -59,9 +60,7 @@ def run_trial(
             Shuffle(folder, "map", watch, partitions=1, combine=combiner) if reduce_name else DirectOutput(parts, watch)
         )
         reader = Reader(max_line_bytes=max_line_bytes, block_bytes=1 << 20)
-        mapper = Map(
-            load_function(project_dir, "map", map_name), map_name, auxiliary, sink, reader, on_bad_text=on_bad_text
-        )
+        mapper = Map(map_function, map_name, auxiliary, sink, reader, on_bad_text=on_bad_text)
         for bundle in plan_bundles(listing["files"], 1):
             mapper.map(bundle["pieces"])
         sealed = mapper.finish()

@@ -15,14 +15,14 @@ from clusters import TestCluster
 from mrcore import procfs
 
 MIB = 1 << 20
-BUDGET = 64 * MIB
+BUDGETS = {64 * MIB: 100, 512 * MIB: 1000}  # and the length of the records that are sorted
 MAP = """
 def whole_line(line, auxiliary_data):
     return [(line[:10], line[10:].rstrip("\\n"))]
 
 def growing(line, auxiliary_data):
-    number = int(line)
-    yield number % 997, "v" * (50 if number < 20_000 else 1 << 20)
+    number, length = line.split()
+    yield int(number) % 997, "v" * int(length)
 
 def one_key(line, auxiliary_data):
     return [("all", line.rstrip("\\n"))]
@@ -71,9 +71,9 @@ class Sampler:
         self._thread.join()
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
-    with TestCluster(tmp_path_factory.mktemp("memory"), 1, 1, memory_bytes=BUDGET) as made:
+@pytest.fixture(scope="module", params=BUDGETS, ids=lambda budget: f"{budget // MIB} MiB")
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    with TestCluster(tmp_path_factory.mktemp("memory"), 1, 1, memory_bytes=request.param) as made:
         project = made.settings.projects_dir / "memory"
         project.mkdir()
         (project / "map_functions.py").write_text(MAP)
@@ -81,35 +81,43 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
         yield made
 
 
+def budget_of(cluster: TestCluster) -> int:
+    budget = cluster.settings.memory_bytes
+    assert budget is not None
+    return budget
+
+
 def run(cluster: TestCluster, entry: str, **keys: Any) -> tuple[dict[str, Any], int]:
     job = cluster.job(project_name="memory", input_dirs=[entry], job_name=entry.replace("/", "-"), **keys)
     with Sampler(cluster) as sampler:
         manifest = cluster.run(job)
-    print(f"{entry}: peak {sampler.peak_bytes / BUDGET:.2f} × budget, {manifest['counts']['spills']} spills")
+    share = sampler.peak_bytes / budget_of(cluster)
+    print(f"{entry}: peak {share:.2f} × {budget_of(cluster) // MIB} MiB, {manifest['counts']['spills']} spills")
     return manifest, sampler.peak_bytes
 
 
-def records(path: Path, count: int) -> int:
-    """Write `count` records of 99 characters and a newline; gives their bytes."""
+def records(path: Path, count: int, length: int) -> int:
+    """Write `count` records of `length` bytes, a random number first; gives their bytes."""
     rng = random.Random(7)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as out:
         for _ in range(count // 1000):
-            out.write("".join(f"{rng.getrandbits(64):020d}{'x' * 79}\n" for _ in range(1000)))
+            out.write("".join(f"{rng.getrandbits(64):020d}{'x' * (length - 21)}\n" for _ in range(1000)))
     return path.stat().st_size
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_sort_of_ten_times_the_budget(cluster: TestCluster) -> None:
     path = cluster.settings.nodes[0].layout.base_dir / "inputs/sort/records"
-    size = records(path, 6_800_000)
-    assert size >= 10 * BUDGET
+    length = BUDGETS[budget_of(cluster)]
+    count = 11 * budget_of(cluster) // length // 1000 * 1000
+    assert records(path, count, length) >= 10 * budget_of(cluster)
     manifest, peak = run(
         cluster, "inputs/sort", map_function_name="whole_line", reduce_function_name="keep", partitioner="range"
     )
-    assert manifest["counts"]["output_items"] == 6_800_000
-    assert peak <= 1.2 * BUDGET
+    assert manifest["counts"]["output_items"] == count
+    assert peak <= 1.2 * budget_of(cluster)
     path.unlink()
 
 
@@ -117,19 +125,22 @@ def test_sort_of_ten_times_the_budget(cluster: TestCluster) -> None:
 def test_values_that_jump_from_50_bytes_to_1_mb(cluster: TestCluster) -> None:
     folder = cluster.settings.nodes[0].layout.base_dir / "inputs/jump"
     folder.mkdir(parents=True)
-    (folder / "numbers").write_text("".join(f"{n}\n" for n in range(20_400)))
+    large = 6 * budget_of(cluster) // MIB  # values of 1 MB
+    lengths = [50] * 20_000 + [MIB] * large
+    (folder / "numbers").write_text("".join(f"{number} {length}\n" for number, length in enumerate(lengths)))
     _, peak = run(cluster, "inputs/jump", map_function_name="growing", reduce_function_name="lengths")
     items = dict(cluster.items("inputs-jump"))
-    assert sum(count for count, _ in items.values()) == 20_400
-    assert sum(length for _, length in items.values()) == 20_000 * 50 + 400 * MIB
-    assert peak <= 1.2 * BUDGET
+    assert sum(count for count, _ in items.values()) == len(lengths)
+    assert sum(length for _, length in items.values()) == sum(lengths)
+    assert peak <= 1.2 * budget_of(cluster)
 
 
 @pytest.mark.slow
 def test_one_giant_group_with_disk_based_input(cluster: TestCluster) -> None:
     folder = cluster.settings.nodes[0].layout.base_dir / "inputs/giant"
     folder.mkdir(parents=True)
-    (folder / "lines").write_text("".join(f"line number {n:09d} of the giant group\n" for n in range(2_000_000)))
+    count = budget_of(cluster) // 40  # as encoded text alone it is the size of the budget
+    (folder / "lines").write_text("".join(f"line number {n:09d} of the giant group\n" for n in range(count)))
     _, peak = run(
         cluster,
         "inputs/giant",
@@ -137,5 +148,5 @@ def test_one_giant_group_with_disk_based_input(cluster: TestCluster) -> None:
         reduce_function_name="count",
         disk_based_input=True,
     )
-    assert cluster.items("inputs-giant") == [["all", 2_000_000]]
-    assert peak <= 1.2 * BUDGET
+    assert cluster.items("inputs-giant") == [["all", count]]
+    assert peak <= 1.2 * budget_of(cluster)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import fcntl
 import gzip
+import itertools
 import lzma
 import os
 import random
@@ -84,7 +85,7 @@ def test_every_line_is_read_once_wherever_the_cuts_are(
     path = tmp_path_factory.getbasetemp() / "cuts"
     path.write_bytes(content)
     borders = sorted({0, len(content), *(cut % (len(content) + 1) for cut in cuts)})
-    pieces = [piece(path, start, end) for start, end in zip(borders, borders[1:], strict=False)]
+    pieces = [piece(path, start, end) for start, end in itertools.pairwise(borders)]
     assert lines(pieces, block_bytes=block_bytes) == expected(content)
 
 
@@ -170,14 +171,14 @@ def test_a_file_that_shrinks_or_is_replaced_fails(tmp_path: Path) -> None:
     path.write_bytes(b"line\n" * 1000)
     before = piece(path)
     os.truncate(path, 100)
-    with pytest.raises(JobFault, match="shrank from 5000 to 100 bytes.*run the job again"):
+    with pytest.raises(JobFault, match=r"shrank from 5000 to 100 bytes.*run the job again"):
         lines([before])
     path.write_bytes(b"line\n" * 100_000)
     before = piece(path)
     blocks = reader(block_bytes=1000).blocks(before)
     next(blocks)
     os.truncate(path, 100)
-    with pytest.raises(JobFault, match="shrank|ended at byte"):
+    with pytest.raises(JobFault, match=r"shrank|ended at byte"):
         list(blocks)
     path.write_bytes(b"line\n" * 1000)
     before = piece(path)
@@ -250,7 +251,7 @@ def test_shared_files_are_dealt_to_one_node_each(tmp_path: Path) -> None:
         names(list_inputs({"input_dirs": [str(tmp_path)], "shared_input": True}, Layout(tmp_path), nodes, node))
         for node in nodes
     ]
-    assert sorted(sum(dealt, start=list[str]())) == sorted(f"f{number}" for number in range(60))  # noqa: RUF017
+    assert sorted(itertools.chain(*dealt)) == sorted(f"f{number}" for number in range(60))
     assert all(dealt)
     moved = sum(rendezvous(f"f{n}", nodes) != rendezvous(f"f{n}", [*nodes, "n3"]) for n in range(1000))
     assert 180 < moved < 320

@@ -1,7 +1,5 @@
 """Join: both data sets by the same key, each row marked with the set that it comes from."""
 
-import os
-
 from mrcore import task
 
 
@@ -19,5 +17,5 @@ def by_customer(line, auxiliary_data):
     """Rows of a file customers* (`number, name`) become `(number, ["customer", name])`, all others (orders:
     `number, order, amount`) `(number, ["order", order, amount])`. Columns are separated by tabs."""
     number, *columns = line.rstrip("\n").split("\t")
-    kind = "customer" if os.path.basename(task.input_file).startswith("customers") else "order"
+    kind = "customer" if task.input_file.rpartition("/")[2].startswith("customers") else "order"
     return [(int(number), [kind, *columns])]
