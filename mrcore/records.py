@@ -118,7 +118,12 @@ class Snapshot:
             raise BadItem(f"the value is nested more than {MAX_DEPTH} deep (or holds itself)")
         self.nodes += 1
         if kind is list or kind is tuple:
-            return [self._copy(element, depth + 1) for element in value]
+            if not value or set(map(type, value)) - {str}:
+                return [self._copy(element, depth + 1) for element in value]
+            text = "".join(value)  # all of one kind, so one check does for all
+            _check_scalar(text, "the value")
+            self.nodes += len(text)
+            return list(value)
         if kind is dict:
             return {self._dict_key(name): self._copy(element, depth + 1) for name, element in value.items()}
         raise BadItem(

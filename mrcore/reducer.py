@@ -15,6 +15,7 @@ from mrcore.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item,
 from mrcore.shuffler import BATCH_ITEMS, BATCH_NODES
 from mrcore.usercode import Function, is_disk_full, raised_by_user, user_fault
 
+_UNCHECKED = object()  # stands for the value of an item that is not simply (this key, something)
 PAIR_BYTES = 72  # a (key, value) tuple and its place in the group's list
 
 
@@ -80,9 +81,13 @@ class Reduce:
             items: Iterable[Any] = self._function(group, auxiliary)
             inside = True
             for item in items:
-                if item.__class__ is tuple and len(item) == 2 and item[0] is key and item[1].__class__ in NUMBERISH:
+                value = item[1] if item.__class__ is tuple and len(item) == 2 and item[0] is key else _UNCHECKED
+                if value.__class__ in NUMBERISH:  # what cannot be written is found when it is encoded
                     self._batch.append(item)
                     self._large += key_nodes
+                elif value.__class__ is str:
+                    self._batch.append(item)
+                    self._large += key_nodes + len(value)
                 else:
                     checked = check_item(item, self._snapshot)
                     self._large += self._snapshot.nodes + nodes_of(checked[0])

@@ -71,12 +71,11 @@ class RunWriter:
 
     def write(self, partition: int, keys: Sequence[Key], groups: Mapping[Key, list[Value]], large_values: bool) -> None:
         """Write the groups of `keys` (sorted). `large_values`: some may be, so size all before encoding them."""
-        sized = large_values or any_large(keys)
         position = 0
         while position < len(keys):
             chunk = keys[position : position + self._chunk]
             lists = [groups[key] for key in chunk]
-            if sized:
+            if large_values or any_large(chunk):
                 chunk, lists = self._cut_to_size(chunk, lists, large_values)
             position += len(chunk)
             self._write_frames(partition, chunk, lists)

@@ -143,7 +143,11 @@ def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Ke
             fewer = [value for start in starts for value in combine(key, values[start : start + COMBINE_VALUES])]
             return combine(key, fewer) if len(fewer) <= len(values) // 2 else fewer
         try:
-            items = [check_item(item, snapshot) for item in function([(key, value) for value in values], auxiliary)]
+            found = function([(key, value) for value in values], auxiliary)
+            item = found[0] if found.__class__ is list and len(found) == 1 else None
+            if item.__class__ is tuple and len(item) == 2 and item[0] is key and item[1].__class__ is int:
+                return [item[1]]  # the usual combiner adds up: no need to look closer
+            items = [check_item(item, snapshot) for item in found]
         except BadItem as error:
             raise JobFault(f"combiner {name} on key {describe(key)}: {error}", function=name) from error
         except (Exception, SystemExit) as error:
