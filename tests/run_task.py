@@ -89,14 +89,15 @@ class Task:
         with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment) as child:
             theirs.close()
             peak = Peak(child.pid)
-            ours.sendall(json.dumps(order).encode() + b"\n")
-            with ours.makefile("rb") as lines:
-                for line in lines:
-                    self.messages.append(json.loads(line))
-                    peak.phase = self.messages[-1].get("phase", peak.phase)
-            child.wait(60)
-            phase = order["identity"]["phase"]
-            self.peaks[phase] = max(self.peaks.get(phase, 0), peak.close())
+            try:
+                ours.sendall(json.dumps(order).encode() + b"\n")
+                with ours.makefile("rb") as lines:
+                    self.messages += map(json.loads, lines)
+                child.wait(60)
+            finally:
+                child.kill()  # a test that is interrupted leaves nothing behind
+                phase = order["identity"]["phase"]
+                self.peaks[phase] = max(self.peaks.get(phase, 0), peak.close())
         return self.messages[-1] if self.messages else {}
 
 
@@ -113,7 +114,6 @@ class Peak:
 
     def __init__(self, pid: int) -> None:
         self.bytes = 0
-        self.phase = ""
         self._status = Path(f"/proc/{pid}/status")
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
