@@ -6,6 +6,7 @@ parts' final names, removal of older output, the ledger, the run's row) can be d
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,24 @@ def read(state_dir: Path, job: str, run: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return found
+
+
+def prune(state_dir: Path, job: str, kept_runs: set[int]) -> None:
+    """Forget the manifests of runs that are neither to be kept nor part of the job's output any more."""
+    with contextlib.suppress(UsageError):
+        for found in committed(state_dir, job):
+            if found.get("delete_job_data"):  # what came before it is gone
+                for path in (state_dir / "manifests" / job).glob("*.json"):
+                    if path.stem.isdecimal() and int(path.stem) < found["run"] and int(path.stem) not in kept_runs:
+                        path.unlink(missing_ok=True)
+                return
+
+
+def newest(state_dir: Path, job: str) -> dict[str, Any] | None:
+    """Give the manifest of a job's newest committed run, or None."""
+    with contextlib.suppress(UsageError):
+        return next(committed(state_dir, job), None)
+    return None
 
 
 def committed(state_dir: Path, job: str) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 `python -m mrcore.node_agent SPEC.json`. The spec has node, address, port, cluster (id), compute_dir, pki_dir,
 members (names of nodes). Every name that comes over the wire is matched against a strict pattern before it becomes
-part of a path, and no path ever comes over the wire.
+part of a path; paths come over the wire from the master only, as entries of `input_dirs` and as files listed by them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrcore import WIRE_VERSION, __version__, inputs, procfs, runs, usercode
+from mrcore import WIRE_VERSION, __version__, faults, inputs, ledger, procfs, runs, usercode
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.rpc.data import DataHandler, Range, Upload
@@ -70,7 +70,7 @@ class NodeAgent:
 
     def methods(self) -> dict[str, Method]:
         """The RPC methods: `health` for any member, the others for the master only."""
-        names = "list_inputs project_state auxiliary start_run publish end_run sweep end_server"
+        names = "list_inputs look_into project_state auxiliary start_run publish end_run sweep end_server"
         masters = {name: Method(getattr(self, name), "master") for name in names.split()}
         return masters | {"health": Method(self.health, "member")}
 
@@ -126,6 +126,11 @@ class NodeAgent:
                     del self._listings[next(iter(self._listings))]
         return page
 
+    def look_into(self, caller: Identity, files: list[list[Any]]) -> list[list[Any]]:
+        """What `ledger.look_into` finds in each of these listed files: [path, size, mtime_ns, inode, read before]."""
+        now = time.time()
+        return [ledger.look_into(path, size, inode, mtime, read, now) for path, size, mtime, inode, read in files]
+
     def project_state(self, caller: Identity, hash: str) -> bool:
         """Whether this snapshot of a project is here; if it is, it counts as used just now."""
         folder = self._layout.projects_dir / _named(_HASH, hash)
@@ -166,7 +171,9 @@ class NodeAgent:
         for name in sorted(names):
             if (source / name).exists():
                 fsync_file(source / name)
+                faults.point("part flushed")
                 os.replace(source / name, target / name)
+                faults.point("part renamed")
                 published += 1
             elif not (target / name).exists():
                 raise ClusterFault(
@@ -174,16 +181,19 @@ class NodeAgent:
                 )
         for folder in (target, target.parent, self._layout.base_dir):
             fsync_dir(folder)
+        faults.point("parts published")
         others = (path for path in target.iterdir() if delete_job_data and path.name not in names)
         old = [path for path in others if (found := _PART.fullmatch(path.name)) and int(found[1]) <= run]
         for path in old:
             path.unlink(missing_ok=True)
+            faults.point("old part removed")
         return {"published": published, "removed": len(old)}
 
     def end_run(self, caller: Identity, job: str, run: int) -> bool:
         """Remove everything temporary of a run; fine when there is nothing (left)."""
         folder = self._layout.run_dir(_named(_NAME, job), _number(run))
         self._remove(folder)
+        faults.point("working folder removed")
         with contextlib.suppress(OSError):  # other runs of the job
             folder.parent.rmdir()
         return True
@@ -219,8 +229,8 @@ class NodeAgent:
     def resolve(self, caller: Identity, request: Json) -> list[Range]:
         """Where the bytes lie that a GET asks for.
 
-        Any member: {"run": {"job", "run", "attempt", "id", and "partition" or "low" and "high"}}, ranges of a spill
-        run. The master: {"part": {"job", "name"}}, a whole published part. Raises Refused.
+        {"run": {"job", "run", "attempt", "id", and "partition" or "low" and "high"}}: ranges of a spill run.
+        {"part": {"job", "name"}}: a whole published part, which other nodes ask for to merge it. Raises Refused.
         """
         if isinstance(asked := request.get("run"), dict):
             ids = _named(_NAME, asked["job"]), _number(asked["run"]), _number(asked["attempt"])
@@ -230,7 +240,7 @@ class NodeAgent:
             except FileNotFoundError:
                 raise Refused(f"node {self._spec['node']} has no run {name} of {ids}") from None
             return [Range(folder / f"{name}.data", offset, length, "run") for offset, length in ranges]
-        if isinstance(asked := request.get("part"), dict) and caller.role == "master":
+        if isinstance(asked := request.get("part"), dict):
             path = self._layout.reduce_dir(_named(_NAME, asked["job"])) / _named(_PART, asked["name"])
             if not path.is_file():
                 raise Refused(f"node {self._spec['node']} has no part {path.name} of {asked['job']}")

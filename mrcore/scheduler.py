@@ -69,7 +69,7 @@ class Scheduler:
             faults = [fault for error in refusals for fault in error.details.get("faults", [error.message])]
             raise UsageError("; ".join(error.message for error in refusals), faults=faults)
         now, answers = time.time(), []
-        with self.store.change():
+        with self.store.change("submit"):
             running = self.store.running()
             for each in valid:
                 each["job_submitter"] = each["job_submitter"] or getpass.getuser()
