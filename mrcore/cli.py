@@ -390,6 +390,31 @@ def restore(file: Path, force: bool) -> None:
     click.echo(f"restored as of {datetime.fromtimestamp(about['time']).astimezone().isoformat(timespec='seconds')}")
 
 
+@cli.group(name="ledger")
+def ledger_group() -> None:
+    """What a job with hold_state has read of its inputs."""
+
+
+@ledger_group.command(name="show")
+@click.argument("job")
+@JSON
+def ledger_show(job: str, as_json: bool) -> None:
+    """List the files that a job has read, and how far."""
+    rows = _scheduler().ledger(job)
+    if as_json:
+        return _print_json(rows)
+    _table(rows, {"path": "FILE", "holder": "NODE", "bytes": "READ", "modified": "MODIFIED"})
+    return None
+
+
+@ledger_group.command(name="forget")
+@click.argument("job")
+def ledger_forget(job: str) -> None:
+    """Have a job's next run read all its inputs anew and replace its whole output."""
+    count = _scheduler().forget_ledger(job)
+    click.echo(f"{job}: {count} files forgotten; its next run reads all its inputs and replaces its output")
+
+
 # --- what came of it --------------------------------------------------------------------------------------------
 
 

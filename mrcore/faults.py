@@ -10,7 +10,7 @@ import os
 import signal
 
 # Transactions of the queue, by what they are for (`Store.change`).
-CHANGES = ("submit", "queue", "wake", "cycle", "start", "phase", "end", "hold")
+CHANGES = ("submit", "queue", "wake", "cycle", "start", "phase", "end", "hold", "ledger")
 POINTS = (
     *(f"{when} {change}" for change in CHANGES for when in ("before", "after")),
     # the master's files: the manifest is the commit of a run

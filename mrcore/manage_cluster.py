@@ -99,7 +99,7 @@ class ManageCluster:
             plan = self._preflight(job, run)
             if plan["nothing_new"]:
                 self._on_all_nodes(lambda node: self._agent(node).call("end_run", job=job["job_name"], run=run))
-                counts = {"input_files": 0, "input_bytes": 0, **plan["input"]["skipped"]}
+                counts = {"input_files": 0, "input_bytes": 0, "bytes": 0, "files_read_before": plan["known"]}
                 return {"job": job["job_name"], "run": run, "nothing_new": True, "counts": counts}
             machine = self._drive(job, run, attempt, plan, clock, stop)
         except BaseException:
@@ -150,7 +150,7 @@ class ManageCluster:
         listings = self._on_all_nodes(lambda node: self._prepare_node(node, job, run, snapshot, folder))
         files = {node.name: found["files"] for node, found in zip(self.settings.nodes, listings, strict=True)}
         self._check_inputs(job, listings)
-        plan: Json = {"nothing_new": False}
+        plan: Json = {"nothing_new": False, "known": 0}
         if job["hold_state"]:
             base_dirs = {node.name: str(node.layout.base_dir) for node in self.settings.nodes}
             state_dir, one_machine = self.settings.state_dir, self.settings.local
@@ -349,13 +349,16 @@ class ManageCluster:
         self._on_all_nodes(cancel)
 
     def _manifest(self, job: Json, run: int, attempt: int, plan: Json, machine: Attempt, clock: _PhaseClock) -> Json:
-        pairs = [[source, target, length] for (source, target), length in sorted(machine.shuffled.items())]
+        pairs: list[list[Any]] = [
+            [source, target, length] for (source, target), length in sorted(machine.shuffled.items())
+        ]
         remote = sum(length for source, target, length in pairs if source != target)
         parts = sorted(machine.parts, key=lambda part: str(part["name"]))
         counts = {
             **machine.counters,
             "input_files": plan["input"]["files"],
             "input_bytes": plan["input"]["bytes"],
+            "files_read_before": plan["known"],
             "output_items": sum(part["records"] for part in parts),
             "output_bytes": sum(part["bytes"] for part in parts),
             "shuffled_bytes": sum(length for *_, length in pairs),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mrcore import WIRE_VERSION, __version__, faults, inputs, ledger, procfs, runs, usercode
+from mrcore.agent_files import FileMethods
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.rpc.data import DataHandler, Range, Upload
@@ -56,13 +57,14 @@ def _number(value: Any) -> int:
     return value
 
 
-class NodeAgent:
+class NodeAgent(FileMethods):
     """What the agent of one node does; public methods are RPC methods, `resolve` and `receive` serve data requests."""
 
     def __init__(self, spec: Json) -> None:
         self._spec = spec
-        self._layout = Layout(Path(spec["compute_dir"]))
-        self._layout.make()
+        layout = Layout(Path(spec["compute_dir"]))
+        layout.make()
+        super().__init__(layout, spec["node"])
         self._listings: dict[str, tuple[Json, int]] = {}  # by cursor: what is listed, from where on
         self._lock = threading.Lock()  # listings and snapshots; never held while listing
         self.data = DataHandler(self.resolve, self.receive)
@@ -71,7 +73,7 @@ class NodeAgent:
     def methods(self) -> dict[str, Method]:
         """The RPC methods: `health` for any member, the others for the master only."""
         names = "list_inputs look_into project_state auxiliary start_run publish end_run sweep end_server"
-        masters = {name: Method(getattr(self, name), "master") for name in names.split()}
+        masters = {name: Method(getattr(self, name), "master") for name in [*names.split(), *self.RPC.split()]}
         return masters | {"health": Method(self.health, "member")}
 
     # ---- state of the node
@@ -199,7 +201,8 @@ class NodeAgent:
         return True
 
     def sweep(self, caller: Identity, keep: list[list[Any]]) -> Json:
-        """Remove what dead runs left: all working folders but those of `keep` ([job, run], …), and old snapshots."""
+        """Remove what dead runs and uploads left: all working folders but those of `keep` ([job, run], …), and old snapshots."""
+        self.sweep_incoming()
         kept = {self._layout.run_dir(_named(_NAME, job), _number(run)) for job, run in keep}
         removed = [
             folder
@@ -230,7 +233,8 @@ class NodeAgent:
         """Where the bytes lie that a GET asks for.
 
         {"run": {"job", "run", "attempt", "id", and "partition" or "low" and "high"}}: ranges of a spill run.
-        {"part": {"job", "name"}}: a whole published part, which other nodes ask for to merge it. Raises Refused.
+        {"part": {"job", "name"}}: a whole published part, which other nodes ask for to merge it.
+        {"file": [listing, number, offset]}, the master: a listed file from a byte on. Raises Refused.
         """
         if isinstance(asked := request.get("run"), dict):
             ids = _named(_NAME, asked["job"]), _number(asked["run"]), _number(asked["attempt"])
@@ -245,10 +249,17 @@ class NodeAgent:
             if not path.is_file():
                 raise Refused(f"node {self._spec['node']} has no part {path.name} of {asked['job']}")
             return [Range(path, 0, path.stat().st_size, "part")]
+        if isinstance(asked := request.get("file"), list) and caller.role == "master" and len(asked) == 3:
+            return self.give_file(*asked)
         raise Refused(f"not served to a {caller.role}: {', '.join(request)!r:.100}")
 
     def receive(self, caller: Identity, request: Json) -> Upload:
-        """Where a PUT writes to, and what takes the file in. The master: {"project": hash}, a tar of that content."""
+        """Where a PUT writes to, and what takes the file in.
+
+        The master: {"project": hash}, a tar of that content; {"batch": [upload, number]}, announced files.
+        """
+        if isinstance(asked := request.get("batch"), list) and caller.role == "master" and len(asked) == 2:
+            return self.take_batch(*asked)
         if caller.role != "master" or "project" not in request:
             raise Refused(f"not taken from a {caller.role}: {', '.join(request)!r:.100}")
         content = _named(_HASH, request["project"])
