@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mrcore import __version__
+from mrcore import __version__, cli_files
 from mrcore.errors import MrcoreError, UsageError
 
 if TYPE_CHECKING:
@@ -484,3 +484,7 @@ def try_project(
         raise UsageError(f"the auxiliary data {auxiliary} is no JSON: {error}") from None
     for item in run_trial(folder, map_name, reduce_name, list(inputs), combine=combine, auxiliary=data):
         sys.stdout.write(json.dumps(item, ensure_ascii=False) + "\n")
+
+
+for each in cli_files.COMMANDS:
+    cli.add_command(each)

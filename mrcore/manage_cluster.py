@@ -399,18 +399,9 @@ class ManageCluster:
         """
         head_writer = _HeadWriter(out, head)
         with contextlib.suppress(_Enough):
-            for part in self._parts(job_name):
+            for part in manifest.parts(self.settings.state_dir, job_name):
                 self._copy_part(job_name, part, head_writer.write)
         return head_writer.lines
-
-    def _parts(self, job_name: str) -> list[Json]:
-        """The parts that make up a job's output: the last run's, and earlier ones' as far as they were kept."""
-        found: list[list[Json]] = []
-        for each in manifest.committed(self.settings.state_dir, job_name):
-            found.append(each["parts"])
-            if each["delete_job_data"]:
-                break
-        return [part for parts in reversed(found) for part in parts]
 
     def _copy_part(self, job_name: str, part: Json, write: Callable[[bytes], None]) -> None:
         """Fetch a part and write its text; raises Refused when it is not what was committed."""

@@ -67,3 +67,16 @@ def committed(state_dir: Path, job: str) -> Iterator[dict[str, Any]]:
     for run in runs:
         if (found := read(state_dir, job, run)) is not None:
             yield found
+
+
+def parts(state_dir: Path, job: str) -> list[dict[str, Any]]:
+    """Give the parts that make up a job's output, the last run's and earlier ones' as far as they were kept, in order.
+
+    Raises UsageError when there is none.
+    """
+    found: list[list[dict[str, Any]]] = []
+    for each in committed(state_dir, job):
+        found.append(each["parts"])
+        if each["delete_job_data"]:
+            break
+    return [part for parts in reversed(found) for part in parts]

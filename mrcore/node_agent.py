@@ -201,7 +201,7 @@ class NodeAgent(FileMethods):
         return True
 
     def sweep(self, caller: Identity, keep: list[list[Any]]) -> Json:
-        """Remove what dead runs and uploads left: all working folders but those of `keep` ([job, run], …), and old snapshots."""
+        """Remove what dead runs and uploads left: working folders but those of `keep` ([job, run]…), old snapshots."""
         self.sweep_incoming()
         kept = {self._layout.run_dir(_named(_NAME, job), _number(run)) for job, run in keep}
         removed = [

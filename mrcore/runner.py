@@ -114,6 +114,7 @@ class Runner:
         self.report = report or (lambda event, **facts: None)
         self.executors: dict[str, Callable[[Execution], dict[str, Any]]] = {
             "mapreduce": self._mapreduce,
+            "file_transfer": self._file_transfer,
             "script": lambda e: scripts.run(e.job, e.run, self.settings, e.progress, e.stop),
         }
         self._hooks = Hooks(self.settings, lambda name, run, text: self.store.note(name, run, text, time.time()))
@@ -181,6 +182,11 @@ class Runner:
         facts = {key: getattr(execution, key) for key in ("run", "attempt", "progress", "stop")}
         result: dict[str, Any] = self._manage_cluster().run(execution.job, **facts)
         return result
+
+    def _file_transfer(self, execution: Execution) -> dict[str, Any]:
+        from mrcore import file_transfer  # late: who only asks the queue needs no network
+
+        return file_transfer.run(execution.job, self.settings, execution.progress, execution.stop)
 
     def _manage_cluster(self) -> Any:
         if self._manager is None:

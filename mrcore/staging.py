@@ -98,12 +98,13 @@ class Staging:
         os.utime(self.partial(file), ns=(file[2], file[2]))
         os.replace(self.partial(file), self.path(file))
 
-    def put(self, file: File, content: bytes | memoryview) -> None:
+    def put(self, file: File, content: bytes | bytearray) -> None:
         """Take in a small file whole. It is flushed by `publish`."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(self.path(file), flags, 0o644), "wb", buffering=0) as stream:
-            while content:
-                content = content[stream.write(content) :]
+            view = memoryview(content)
+            while view:
+                view = view[stream.write(view) :]
             os.utime(stream.fileno(), ns=(file[2], file[2]))
 
     def publish(self, files: Sequence[File], replace: bool) -> int:

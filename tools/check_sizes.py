@@ -24,8 +24,8 @@ FLOORS = [
     {"rpc"},
     {"supervisor", "agent_files", "node_agent", "cluster_server"},
     {"launchers", "links", "manage_cluster"},
-    {"file_transfer", "runner", "scheduler"},
-    {"cli"},
+    {"transfer_crew", "file_transfer", "runner", "scheduler"},
+    {"cli_files", "cli"},
 ]
 ONLY = {"rpyc": {"rpc"}, "fabric": {"launchers"}, "cryptography": {"pki"}}
 HEAVY = {"pydantic", "cryptography", "fabric", "click", "rich", "yaml"}  # never in a daemon
