@@ -33,13 +33,13 @@ def backup(settings: Settings, file: Path) -> dict[str, Any]:
     about = {"version": __version__, "schema": SCHEMA_VERSION, "time": time.time()}
     store = Store(settings.state_dir)
     try:
+        (about_file := copy.with_name(copy.name + ".json")).write_text(json.dumps(about))
         copy.unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(copy)) as target:
             store.copy_to(target)
             counts = {
                 table: target.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("jobs", "runs")
             }
-        (about_file := copy.with_name(copy.name + ".json")).write_text(json.dumps(about))
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
             with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=5) as archive:
                 archive.add(about_file, "backup.json")
