@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mrcore.errors import UsageError
-from mrcore.paths import fsync_dir, write_atomic
+from mrcore.paths import PARTIAL, fsync_dir, write_atomic
 
 
 def path_of(state_dir: Path, job: str, run: int) -> Path:
@@ -41,7 +41,12 @@ def read(state_dir: Path, job: str, run: int) -> dict[str, Any] | None:
 
 
 def prune(state_dir: Path, job: str, kept_runs: set[int]) -> None:
-    """Forget the manifests of runs that are neither to be kept nor part of the job's output any more."""
+    """Forget the manifests of runs that are neither to be kept nor part of the job's output any more.
+
+    Also what a Runner left that died while it wrote one: so no run of the job may be under way.
+    """
+    for path in (state_dir / "manifests" / job).glob(f"*{PARTIAL}"):
+        path.unlink(missing_ok=True)
     with contextlib.suppress(UsageError):
         for found in committed(state_dir, job):
             if found.get("delete_job_data"):  # what came before it is gone
