@@ -5,7 +5,6 @@ Names come by RPC, are checked there, and get numbers; data requests carry nothi
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import os
@@ -44,7 +43,7 @@ class _Incoming:
 class FileMethods:
     """The part of a node agent that moves files; all of it is for the master only. Names are relative to base_dir."""
 
-    RPC = "list_files file_checksum begin_upload announce commit_upload drop_upload delete_files"
+    RPC = "exists list_files file_checksum begin_upload announce commit_upload drop_upload delete_files"
 
     def __init__(self, layout: Layout, node: str) -> None:
         self._layout, self._node = layout, node
@@ -66,20 +65,26 @@ class FileMethods:
 
     # ---- RPC
 
-    def list_files(self, caller: Identity, path: str, listing: str | None = None, start: int = 0) -> Json:
+    def list_files(
+        self, caller: Identity, path: str, wildcards: bool = False, listing: str | None = None, start: int = 0
+    ) -> Json:
         """List the files below a folder, or what a name with wildcards matches, at most FILES_A_PAGE a call.
 
         Gives {"listing" (for the next page and for GETs), "files" ([name, size, mtime_ns], …, the name relative to the
         folder or to where the wildcards begin), "next" (start of the next page or None)}. Raises JobFault, Refused.
         """
         if listing is None:
-            every = {each[0]: each for name in self._matching(path) for each in self._below(path, name)}
+            every = {each[0]: each for name in self._matching(path, wildcards) for each in self._below(path, name)}
             listing = secrets.token_hex(8)
             self._hold(self._held, listing, list(every.values()))
         found = self._get(self._held, listing)
         page = [file for _, file, _ in found[start : start + FILES_A_PAGE]]
         end = start + len(page)
         return {"listing": listing, "files": page, "next": end if end < len(found) else None}
+
+    def exists(self, caller: Identity, path: str) -> bool:
+        """Whether something has exactly this name: on one node it means that wildcards in it are none, on any."""
+        return os.path.lexists(inside(self._layout.base_dir, path))
 
     def file_checksum(self, caller: Identity, listing: str, number: int, length: int) -> int:
         """The crc32 of the first bytes of a listed file: whether what the master has of it is the same."""
@@ -130,17 +135,17 @@ class FileMethods:
         if incoming := self._uploads.pop(upload, None):
             self._on_disk(incoming.staging.drop)
 
-    def delete_files(self, caller: Identity, path: str) -> Json:
+    def delete_files(self, caller: Identity, path: str, wildcards: bool = False) -> Json:
         """Remove a file, a folder with all in it, or what a name with wildcards matches; links are not followed.
 
         Gives {"files", "bytes"} removed. Raises JobFault, Refused; nothing is removed then.
         """
-        found = [inside(self._layout.base_dir, name) for name in self._matching(path)]
+        found = [inside(self._layout.base_dir, name) for name in self._matching(path, wildcards)]
         count, total = 0, 0
         for each in found:
             for status in _statuses(each):
                 count, total = count + 1, total + status.st_size
-            with contextlib.suppress(FileNotFoundError):
+            if os.path.lexists(each):  # else it went with its folder
                 self._on_disk(remove, each)
         return {"files": count, "bytes": total}
 
@@ -174,10 +179,10 @@ class FileMethods:
 
     # ---- inside
 
-    def _matching(self, path: str) -> list[str]:
+    def _matching(self, path: str, wildcards: bool) -> list[str]:
         """The names that exist of one that may have wildcards; what is hidden is matched by its own dot only."""
         full = inside(self._layout.base_dir, path)
-        if glob.has_magic(path) and not os.path.lexists(full):
+        if wildcards:
             found = glob.glob(path, root_dir=self._layout.base_dir, recursive=True)
             return sorted({name.rstrip("/") for name in found} - {""})
         return [path] if os.path.lexists(full) else []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
 import shutil
@@ -23,12 +22,13 @@ from typing import Any, NamedTuple
 
 from mrcore import manifest
 from mrcore.config import NodeSettings, Settings, load_settings
-from mrcore.errors import ClusterFault, JobFault, Refused, Unreachable, UsageError
+from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.inputs import COMPRESSED, rendezvous
 from mrcore.paths import PARTIAL
 from mrcore.rpc.data import checksum
 from mrcore.staging import File, Staging, checked_name, inside, walk
 from mrcore.transfer_crew import Crew, Json, Progress
+from mrcore.usercode import is_disk_full
 
 try:  # comes with xopen where it runs, and is four times as fast
     from isal.isal_zlib import compressobj
@@ -107,15 +107,14 @@ class FileTransfer:
         """Remove a file, a folder or what a name with wildcards matches from all nodes."""
         path = _checked(output_dir, "output_dir")
         with Crew(self._settings, self._progress, self._stop) as crew:
-            gone = crew.each("DELETE", lambda node: crew.call(node, "delete_files", path=path), self._settings.nodes)
+            order = {"path": path, "wildcards": crew.has_wildcards(path)}
+            gone = crew.each("DELETE", lambda node: crew.call(node, "delete_files", **order), self._settings.nodes)
             return {key: sum(each[key] for each in gone) for key in ("files", "bytes")}
 
     # --- upload ---
 
     def _upload(self, input_dir: str, output_dir: str, replace: bool, compress: bool, at_once: int) -> Json:
         folder, source = _checked(output_dir, "output_dir"), Path(input_dir).expanduser().resolve()
-        if glob.has_magic(folder):
-            raise UsageError(f"output_dir {folder!r}: an upload goes to one folder, without wildcards")
         if not source.exists():
             raise JobFault(f"input_dir {source} does not exist on the master")
         top, name = (source, "") if source.is_dir() else (source.parent, source.name)
@@ -143,13 +142,13 @@ class FileTransfer:
             raise JobFault("with compress two files would get one name: NAME and NAME.gz; leave one of them out")
         for file, target in pairs:
             holders = held.get(target[0], {})
-            other = target[0].removesuffix(".gz") if target[0] != file[0] else f"{target[0]}.gz"
+            other = file[0] if _packed(file, target) else f"{target[0]}.gz"
             if not replace and (len(holders) > 1 or (other in held and other not in names)):
                 where = f"on {', '.join(holders)}" if len(holders) > 1 else f"there as {other!r} already"
                 raise JobFault(f"{target[0]!r} lies {where}: it would be read twice; remove one, or use reload_files")
             node = rendezvous(target[0], sorted(holders) or nodes)
-            old, packed = holders.get(node), target[0] != file[0]
-            if not replace and old and old[2] == target[2] and (packed or old[1] == target[1]):
+            old = holders.get(node)
+            if not replace and old and old[2] == target[2] and (_packed(file, target) or old[1] == target[1]):
                 skipped += 1
             else:
                 plan[node].append((file, target))
@@ -185,9 +184,9 @@ class FileTransfer:
                 nodes, may_stop=False,
             )  # fmt: skip
         except (JobFault, ClusterFault, OSError) as error:
-            if not isinstance(error, Unreachable | Refused):  # then what is there would never be asked for
+            if not isinstance(error, Unreachable | Refused):  # another try would find the same: make room
                 crew.drop(uploads)
-            raise
+            raise _told(error) from error
         return crew.counts() | {"removed": sum(removed)}
 
     def _send(self, crew: Crew, source: Path, node: NodeSettings, upload: str, batch: list[tuple[File, File]]) -> None:
@@ -210,7 +209,7 @@ class FileTransfer:
             self._check_may_be_cleared(target)
         with Crew(self._settings, self._progress, self._stop) as crew, contextlib.ExitStack() as stack:
             crew.tell("LIST")
-            found = self._name_here(path, crew.list_nodes(path))
+            found = self._name_here(path, crew.list_nodes(path, crew.has_wildcards(path)))
             if not found:
                 raise JobFault(f"input_dir {path!r} matches no file under any node's base_dir")
             staging = Staging(target / PARTIAL, target)
@@ -228,7 +227,7 @@ class FileTransfer:
             except (JobFault, ClusterFault, OSError) as error:
                 if not isinstance(error, Unreachable | Refused):
                     staging.drop()
-                raise
+                raise _told(error) from error
             return crew.counts() | {"removed": removed}
 
     def _name_here(self, path: str, listings: Iterable[tuple[NodeSettings, str, list[File]]]) -> list[_Remote]:
@@ -322,6 +321,14 @@ def run(job: Json, settings: Settings, progress: Progress, stop: threading.Event
     return {"counts": transfer.upload_bulk(*folders, job["reload_files"], job["compress"])}
 
 
+def _told(error: MrcoreError | OSError) -> MrcoreError:
+    """What the master's own disk has to say, as an error of ours: a full one is no fault of the job."""
+    if isinstance(error, MrcoreError):
+        return error
+    kind = ClusterFault if is_disk_full(error) else JobFault
+    return kind(f"on the master: {error.filename or 'disk'}: {error.strerror or error}")
+
+
 def _checked(name: str, key: str) -> str:
     try:
         return checked_name(name.rstrip("/"))
@@ -331,6 +338,10 @@ def _checked(name: str, key: str) -> str:
 
 def _target(file: File, compress: bool) -> File:
     return (f"{file[0]}.gz", *file[1:]) if compress and not file[0].endswith(COMPRESSED) else file
+
+
+def _packed(file: File, target: File) -> bool:
+    return target[0] == f"{file[0]}.gz"
 
 
 def _batches(files: Iterable[Any], size_of: Callable[[Any], int]) -> Iterator[list[Any]]:
@@ -352,12 +363,12 @@ def _batches(files: Iterable[Any], size_of: Callable[[Any], int]) -> Iterator[li
 
 def _content(stack: contextlib.ExitStack, path: Path, file: File, target: File, crew: Crew) -> bytes | tuple[int, int]:
     """Give what is to be sent of a file: a small one's bytes, of a large one an open descriptor and the length."""
-    name, size, _ = file
+    size = file[1]
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     stack.callback(os.close, fd)
     if os.fstat(fd).st_size < size:
         raise JobFault(f"{path} shrank since it was listed: run the transfer again")
-    compressor = compressobj(wbits=31) if target[0] != name else None
+    compressor = compressobj(wbits=31) if _packed(file, target) else None
     if size < SMALL_BYTES:
         content = os.pread(fd, size, 0)
         if len(content) < size:

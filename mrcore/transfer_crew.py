@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -57,12 +58,18 @@ class Crew:
                 self._channels.append(found)
         return found
 
-    def list_nodes(self, path: str) -> list[tuple[NodeSettings, str, list[File]]]:
+    def has_wildcards(self, path: str) -> bool:
+        """Whether a path is to be matched: not if a file or folder of just this name is on any node."""
+        if not glob.has_magic(path):
+            return False
+        return not any(self.each("LIST", lambda node: self.call(node, "exists", path=path), self._settings.nodes))
+
+    def list_nodes(self, path: str, wildcards: bool = False) -> list[tuple[NodeSettings, str, list[File]]]:
         """Give each node's listing of a path, with its token."""
 
         def listing(node: NodeSettings) -> tuple[NodeSettings, str, list[File]]:
             self._agents[node.name].call("health")  # one that hangs is noticed soon
-            page = self.call(node, "list_files", path=path)
+            page = self.call(node, "list_files", path=path, wildcards=wildcards)
             token, files = page["listing"], page["files"]
             while page["next"] is not None:
                 page = self.call(node, "list_files", path=path, listing=token, start=page["next"])

@@ -351,6 +351,8 @@ class DataClient(Caller):
                 try:
                     out.copy(content, at, length - at, _start(content, at), True)
                 except ClusterFault as error:
+                    if stream.closed:
+                        raise
                     out.fault(error)  # the server forgets the upload and answers with this error
                 out.flush()
             return self._answer(stream, self.limits.finish_seconds, "the end of an upload").get("result")
