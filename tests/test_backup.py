@@ -159,9 +159,7 @@ def damaged(file: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "text", "flipped"])
-def test_a_damaged_backup_changes_nothing(
-    filled: dict[str, Any], settings: Settings, tmp_path: Path, how: str
-) -> None:
+def test_a_damaged_backup_changes_nothing(filled: dict[str, Any], settings: Settings, tmp_path: Path, how: str) -> None:
     file = tmp_path / "kept.backup"
     backup.backup(settings, file)
     damaged(file, how)
@@ -267,9 +265,7 @@ def call(*arguments: str) -> int:
     return left.value.code
 
 
-def test_the_commands(
-    filled: dict[str, Any], config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands(filled: dict[str, Any], config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "kept.backup")
     assert call("--config", str(config), "backup", file) == 0
     assert "4 jobs, 4 runs, 3 manifests" in capfd.readouterr().out

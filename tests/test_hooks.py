@@ -110,7 +110,9 @@ def test_a_hook_that_hangs_is_ended_with_its_children_and_holds_up_no_job(
     folder = home / "pids"
     folder.mkdir()
     scheduler.submit_jobs([job(f"j{n}") for n in range(6)])
-    assert once(settings.model_copy(update={"on_success": [sys.executable, "-c", code, str(folder)]})) == {"succeeded": 6}
+    assert once(settings.model_copy(update={"on_success": [sys.executable, "-c", code, str(folder)]})) == {
+        "succeeded": 6
+    }
     assert len(scheduler.history()) == 6
     pids = [int(path.name) for path in folder.iterdir()]
     wait_until(lambda: not any(procfs.state(pid) for pid in pids), 10, "the end of the hooks")

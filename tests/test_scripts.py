@@ -109,9 +109,11 @@ def output(settings: Settings, run: int = 1, name: str = "s") -> str:
 def family_of(folder: Path) -> dict[str, int]:
     """Wait until the whole family is born; gives their pids."""
     found = wait_until(
-        lambda: {name: int((folder / name).read_text()) for name in MEMBERS if (folder / name).exists()}
-        if all((folder / name).exists() for name in MEMBERS)
-        else None,
+        lambda: (
+            {name: int((folder / name).read_text()) for name in MEMBERS if (folder / name).exists()}
+            if all((folder / name).exists() for name in MEMBERS)
+            else None
+        ),
         20,
         "the birth of the family",
     )
@@ -168,7 +170,7 @@ def test_a_script_runs_in_its_folder_with_its_arguments_and_is_told_its_job(
 def test_the_projects_own_interpreter_runs_it(home: Path, scheduler: Scheduler, settings: Settings) -> None:
     python = settings.projects_dir / "word_count/.venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text(f"#!/bin/sh\necho by the venv\nexec {sys.executable} \"$@\"\n")
+    python.write_text(f'#!/bin/sh\necho by the venv\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     scheduler.submit_job(script(home, "print('hello')", project_name="word_count"))
     assert once(settings) == {"succeeded": 1}
