@@ -128,11 +128,9 @@ def _change(path: str, size: int, inode: int, entry: Entry, before: int | None) 
         return "was replaced"
     if size < read:
         return f"shrank from {read} to {size} bytes"
-    if before != checksum:
-        return f"is not what it was before byte {read}"
     if size == read or path.endswith(COMPRESSED):
         return "was written to"
-    return None
+    return None if before == checksum else f"is not what it was before byte {read}"
 
 
 def plan(
