@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -471,6 +472,26 @@ def test_short_of_disk_is_the_clusters_fault_and_leaves_nothing(
         assert read(tmp_path / "out") == {}
     assert together(cluster.settings, "inputs/short") == before
     assert not staged(cluster.settings)
+
+
+def test_a_node_that_cannot_write_on_keeps_nothing(
+    cluster: TestCluster, transfer: FileTransfer, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for a full disk: the node's write fails in mid-file."""
+    source = write(tmp_path / "source", {"large": os.urandom(LARGE_BYTES), "small": b"text"})
+    pids = [cluster.agent_pid(node) for node in range(3)]
+    before = resource.prlimit(pids[0], resource.RLIMIT_FSIZE)
+    for pid in pids:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (LARGE_BYTES // 2, before[1]))
+    try:
+        with pytest.raises(ClusterFault, match=r"node node-\d: cannot serve the bytes: .*File too large"):
+            transfer.upload(source, "inputs/full")
+    finally:
+        for pid in pids:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+    assert together(cluster.settings, "inputs/full") == {}
+    assert not [path for path in staged(cluster.settings) if path.stat().st_size > 1000]
+    assert transfer.upload(source, "inputs/full")["files"] == 2
 
 
 def test_what_dead_uploads_left_is_swept(cluster: TestCluster, transfer: FileTransfer, tmp_path: Path) -> None:
