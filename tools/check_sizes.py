@@ -18,7 +18,20 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_CODE_LINES = 500, 70, 6000
 # Imports go down, or sideways without a circle (docs/architecture.md says what each module is for).
 FLOORS = [
     {"errors", "config", "validation", "job", "phases", "records", "paths", "manifest", "task", "procfs", "faults"},
-    {"memory", "runs", "disk_list", "disk_sort", "sorter", "inputs", "ledger", "output", "store", "pki", "usercode", "staging"},
+    {
+        "memory",
+        "runs",
+        "disk_list",
+        "disk_sort",
+        "sorter",
+        "inputs",
+        "ledger",
+        "output",
+        "store",
+        "pki",
+        "usercode",
+        "staging",
+    },
     {"shuffler", "mapper", "reducer"},
     {"process", "trial"},
     {"rpc"},
