@@ -27,7 +27,7 @@ MAX_HELD = 8  # listings, and uploads, begun and not ended: one more drops the o
 INCOMING_SECONDS = 86_400.0  # how long what an upload left when it was cut off can be resumed
 
 Json = dict[str, Any]
-Listed = list[tuple[Path, File, int]]  # a file's path, name, size and time, inode
+Listed = list[tuple[str, File, int]]  # a file's path under base_dir; name, size and time; inode
 
 
 @dataclass
@@ -193,14 +193,15 @@ class FileMethods:
         top = root_of(path) if name != path else (name if (root / name).is_dir() else name.rpartition("/")[0])
         begin = len(top) + 1 if top else 0
         found = self._on_disk(list, walk(root, name))
-        return [(root / file[0], (file[0][begin:], *file[1:]), inode) for file, inode in found]
+        return [(file[0], (file[0][begin:], *file[1:]), inode) for file, inode in found]
 
     def _listed(self, listing: str, number: int, length: int) -> tuple[Path, int]:
         """A listed file's path and size, if it is the same still and `length` is in it."""
         found = self._get(self._held, listing)
         if type(number) is not int or not 0 <= number < len(found):
             raise Refused(f"node {self._node}: the listing has no file {number!r:.20}")
-        path, (_, size, _), inode = found[number]
+        name, (_, size, _), inode = found[number]
+        path = self._layout.base_dir / name
         status = self._on_disk(os.lstat, path)
         if status.st_ino != inode or status.st_size < size:
             raise ClusterFault(f"node {self._node}: {path} was replaced or cut since it was listed: try again")
