@@ -503,6 +503,7 @@ def test_nodes_that_come_and_go(tmp_path: Path) -> None:
         assert sum(job.counted().values()) == 26
 
 
+@pytest.mark.slow
 def test_the_ledger_is_shown_and_forgotten_on_the_command_line(
     cluster: TestCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -621,6 +622,7 @@ STEPS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(STEPS, max_size=30), st.sampled_from([8, 64 * 1024]))
 @settings(max_examples=150, deadline=None)
 def test_whatever_happens_to_files_each_line_is_read_once_or_the_file_told(
@@ -648,8 +650,9 @@ VALUES = st.integers(0, 9) | st.lists(st.text("],[\n", max_size=3), max_size=2)
 ITEMS = st.lists(st.tuples(KEYS, VALUES), max_size=60)
 
 
+@pytest.mark.slow
 @given(ITEMS, ITEMS, st.none() | st.integers(1, 5), st.booleans(), st.integers(1, 4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_parts_merge_as_runs_do(
     old: list[tuple[Any, Any]], new: list[tuple[Any, Any]], max_items: int | None, compress: bool, batch: int
 ) -> None:
