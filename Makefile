@@ -32,6 +32,7 @@ check: setup ## format, lint, types, docstrings, import floors, sizes
 bench: ## measure against a script by hand, PySpark, mrjob and Dask (installs these three first)
 	@scripts/setup.sh dev,bench
 	$(PY) bench/run.py $(ARGS)
+	$(PY) bench/merge_output.py
 
 setup: ## only make .venv
 	@scripts/setup.sh dev

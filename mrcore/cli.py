@@ -11,12 +11,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mrcore import __version__
+from mrcore import __version__, cli_files
 from mrcore.errors import MrcoreError, UsageError
 
 if TYPE_CHECKING:
@@ -213,11 +214,16 @@ def _read_jobs(file: Path) -> list[Any]:
 @cli.command()
 @click.option("--once", is_flag=True, help="End after one cycle of the queue.")
 def run(once: bool) -> None:
-    """Drain the queue: the Runner. Ctrl-C or SIGTERM hand the run under way back."""
+    """Drain the queue: the Runner. Ctrl-C or SIGTERM hand the run under way back; a second one ends it at once.
+
+    When the queue holds because of the cluster, this waits, also with --once; a paused queue it does not wait for.
+    """
     from mrcore.runner import Runner
 
     with _reporter() as report:
         ended = Runner(_settings(), report=report).run(once=once)
+    if once and _scheduler().state()["paused"]:
+        raise MrcoreError("the queue is paused: `mrcore resume` goes on")
     if once and not ended:
         click.echo("nothing to run: `mrcore submit FILE` queues a job", err=True)
     if ended.get("failed"):
@@ -363,6 +369,52 @@ def resume() -> None:
     click.echo("the queue goes on")
 
 
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def backup(file: Path) -> None:
+    """Copy queue, history, ledger and manifests into one file; also while a Runner runs."""
+    from mrcore.backup import backup as write
+
+    counts = write(_settings(), file)
+    click.echo(f"{file}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--force", is_flag=True, help="Replace the jobs and the history that there are.")
+def restore(file: Path, force: bool) -> None:
+    """Bring back queue, history, ledger and manifests from a backup. No Runner may run."""
+    from mrcore.backup import restore as read
+
+    about = read(_settings(), file, force)
+    click.echo(f"restored as of {datetime.fromtimestamp(about['time']).astimezone().isoformat(timespec='seconds')}")
+
+
+@cli.group(name="ledger")
+def ledger_group() -> None:
+    """What a job with hold_state has read of its inputs."""
+
+
+@ledger_group.command(name="show")
+@click.argument("job")
+@JSON
+def ledger_show(job: str, as_json: bool) -> None:
+    """List the files that a job has read, and how far."""
+    rows = _scheduler().ledger(job)
+    if as_json:
+        return _print_json(rows)
+    _table(rows, {"path": "FILE", "holder": "NODE", "bytes": "READ", "modified": "MODIFIED"})
+    return None
+
+
+@ledger_group.command(name="forget")
+@click.argument("job")
+def ledger_forget(job: str) -> None:
+    """Have a job's next run read all its inputs anew and replace its whole output."""
+    count = _scheduler().forget_ledger(job)
+    click.echo(f"{job}: {count} files forgotten; its next run reads all its inputs and replaces its output")
+
+
 # --- what came of it --------------------------------------------------------------------------------------------
 
 
@@ -387,9 +439,12 @@ def logs(name: str | None, lines: int) -> None:
         for file in files:
             click.echo(f"{file.stat().st_size:>12} {file}")
         return
-    chosen = [file for file in files if file.stem == name or file.name == name or file.parent.name == name]
+    chosen = [file for file in files if file.stem == name or file.name == name]
+    of_script = [file for file in (settings.logs_dir / "scripts" / name).glob("*.log") if file.stem.isdecimal()]
+    chosen += sorted(of_script, key=lambda file: int(file.stem))[-1:]  # of its newest run
     if not chosen:
-        known = ", ".join(sorted({file.stem for file in files})) or "none yet: `mrcore cluster start` makes them"
+        names = {file.parent.name if file.stem.isdecimal() else file.stem for file in files}
+        known = ", ".join(sorted(names)) or "none yet: `mrcore cluster start` makes them"
         raise UsageError(f"there is no log of {name!r}; known: {known}")
     for file in chosen:
         if len(chosen) > 1:
@@ -429,3 +484,7 @@ def try_project(
         raise UsageError(f"the auxiliary data {auxiliary} is no JSON: {error}") from None
     for item in run_trial(folder, map_name, reduce_name, list(inputs), combine=combine, auxiliary=data):
         sys.stdout.write(json.dumps(item, ensure_ascii=False) + "\n")
+
+
+for each in cli_files.COMMANDS:
+    cli.add_command(each)

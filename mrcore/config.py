@@ -79,6 +79,8 @@ class Settings(BaseModel):
     hold_backoff_first_seconds: float = Field(2, gt=0)
     hold_backoff_max_seconds: float = Field(300, gt=0)
     history_keep_runs: int = Field(10_000, ge=1)
+    on_success: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
+    on_failure: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
 
     def servers(self) -> list[ServerSettings]:
         """All cluster servers in order of their names S_0, S_1, …, which follow the order of the nodes."""

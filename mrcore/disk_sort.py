@@ -15,7 +15,7 @@ from mrcore.disk_list import DiskGroup, sorted_group
 from mrcore.errors import JobFault
 from mrcore.memory import MemoryWatch
 from mrcore.records import Key, Value, canonical_key, describe, order_key, sort_keys, sort_values
-from mrcore.runs import RunWriter, Segment, frame_bytes_for, read_frames, size_of
+from mrcore.runs import Parts, RunWriter, Segment, frame_bytes_for, read_frames, size_of
 from mrcore.sorter import Combine, SpillSorter
 
 MAX_FAN_IN = 256  # also the number of files that a merge holds open
@@ -35,7 +35,7 @@ def below(keys: list[Key], bound: Key, start: int = 0) -> int:
 class _Run:
     """The current frame of one run: `keys[position:]` are still to come. `alive` turns False at the end."""
 
-    def __init__(self, segment: Segment, low: list[Key] | None, high: list[Key] | None) -> None:
+    def __init__(self, segment: Segment | Parts, low: list[Key] | None, high: list[Key] | None) -> None:
         self._frames = read_frames(segment)
         self._low, self._high = low, high
         self.alive = True
@@ -74,7 +74,9 @@ class _Run:
                 self.load()
 
 
-def merge(segments: Iterable[Segment], low: list[Key] | None = None, high: list[Key] | None = None) -> Iterator[Group]:
+def merge(
+    segments: Iterable[Segment | Parts], low: list[Key] | None = None, high: list[Key] | None = None
+) -> Iterator[Group]:
     """Merge sorted segments into groups in ascending key order.
 
     Yields `(key, lists of values)`; the lists must be used up before the next group is asked for. `low` and `high`
@@ -133,7 +135,7 @@ class DiskSort:
         self._ascending_values = ascending_values
         # Keys that came as JSON are lists where they should be tuples.
         self._low, self._high = (bound and [canonical_key(bound[0])] for bound in (low, high))
-        self._segments: list[Segment] = []
+        self._segments: list[Segment | Parts] = []
         self._sorter: SpillSorter | None = None
         self._groups: Iterator[tuple[Key, list[Value] | DiskGroup]] | None = None
         self.merge_passes = 0
@@ -146,8 +148,8 @@ class DiskSort:
         if self._watch.due:
             self._sorter.spill()
 
-    def add_run(self, segment: Segment) -> None:
-        """Take a sorted run, or the part of one that belongs here."""
+    def add_run(self, segment: Segment | Parts) -> None:
+        """Take a sorted run, the part of one that belongs here, or the earlier output."""
         if segment.length:
             self._segments.append(segment)
 
@@ -192,7 +194,7 @@ class DiskSort:
         room = int(MERGE_SHARE * (self._watch.budget_bytes - self._watch.floor_bytes))
         return max(2, min(MAX_FAN_IN, room // (2 * largest)))
 
-    def _merge_to_one(self, segments: list[Segment]) -> Segment:
+    def _merge_to_one(self, segments: list[Segment | Parts]) -> Segment:
         self.merge_passes += 1
         frame_bytes = frame_bytes_for(self._watch.budget_bytes)
         writer = RunWriter(self._folder, f"merge-{self.merge_passes}", frame_bytes)

@@ -133,13 +133,14 @@ def _admit(path: str, skipped: dict[str, int], faults: list[str]) -> InputFile |
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
-def plan_bundles(files: Sequence[InputFile], servers: int, first_id: int = 0) -> list[dict[str, Any]]:
+def plan_bundles(files: Sequence[Sequence[Any]], servers: int, first_id: int = 0) -> list[dict[str, Any]]:
     """Cut one node's files into bundles of splits, the unit that is handed to a map task.
 
     A bundle is `{"id": n, "pieces": [[path, start, end, size, mtime_ns, inode]…]}` of 1 to 64 MiB, `end` None for a
     compressed file, which is one split. Cuts fall on multiples of 64 KiB, so that a sample does not depend on them.
+    An InputFile may have a fifth field: the position from which to read it.
     """
-    total = sum(max(size, OPEN_COST_BYTES) for _, size, _, _ in files)
+    total = sum(max(size - sum(begin), OPEN_COST_BYTES) for _, size, _, _, *begin in files)
     target = min(MAX_SPLIT_BYTES, max(MIN_SPLIT_BYTES, total // max(1, servers * SPLITS_PER_SERVER)))
     target = -(-target // SAMPLE_BLOCK_BYTES) * SAMPLE_BLOCK_BYTES
     bundles: list[dict[str, Any]] = []
@@ -152,12 +153,12 @@ def plan_bundles(files: Sequence[InputFile], servers: int, first_id: int = 0) ->
             bundles.append({"id": first_id + len(bundles), "pieces": pieces})
         pieces, weight = [], 0
 
-    for path, size, mtime_ns, inode in files:
+    for path, size, mtime_ns, inode, *begin in files:
         if path.endswith(COMPRESSED):
             pieces.append([path, 0, None, size, mtime_ns, inode])
             weight += max(size * 4, OPEN_COST_BYTES)
         else:
-            for start in range(0, size, target):
+            for start in range(sum(begin), size, target):
                 end = min(size, start + target)
                 if weight and weight + end - start > target:
                     close()
@@ -228,7 +229,7 @@ class Reader:
         if start:
             # The first line to start here follows the first newline at start - 1 or later.
             raw.seek(start - 1)
-            position = self._line_end(raw, path, start - 1, size)
+            position = start if raw.read(1) == b"\n" else self._line_end(raw, path, start, size)
         raw.seek(position)
         begin, pending = position, b""
         while position < end:

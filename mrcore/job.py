@@ -225,6 +225,10 @@ def _contradictions(job: dict[str, Any]) -> list[str]:
     if job["job_type"] == "file_transfer" and job["transfer_type"] in get_args(TransferType):
         needs = _TRANSFER_NEEDS.get(job["transfer_type"], ("input_dir", "output_dir"))
         faults += [f"{job['transfer_type']} needs {key!r}" for key in needs if not job[key]]
+        remote = "input_dir" if job["transfer_type"].startswith("download") else "output_dir"
+        path = job[remote] if remote in needs and isinstance(job[remote], str) else ""
+        if path.startswith("/") or ".." in path.split("/"):
+            faults.append(f"{remote} lies under each node's base_dir: it must be relative, without '..', got {path!r}")
     return faults
 
 

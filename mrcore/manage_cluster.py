@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-from mrcore import WIRE_VERSION, __version__, manifest
+from mrcore import WIRE_VERSION, __version__, faults, ledger, manifest
 from mrcore.config import NodeSettings, Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, UsageError
 from mrcore.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW, plan_bundles
@@ -26,12 +26,14 @@ from mrcore.phases import Attempt, EndServer, Give, Start, default_partitions
 from mrcore.rpc.client import Client
 from mrcore.rpc.data import DataClient
 from mrcore.rpc.tls import Pki
+from mrcore.store import Store
 from mrcore.usercode import pack_project, project_hash
 
 MIN_FREE_DISK_BYTES = 256 << 20
 TICK_SECONDS = 0.5
 CLEANUP_SECONDS = 5.0
 NODES_AT_ONCE = 16
+FILES_A_LOOK = 1000
 
 Json = dict[str, Any]
 Progress = Callable[..., None]
@@ -87,16 +89,21 @@ class ManageCluster:
         """Execute a validated mapreduce job and give the manifest of what it committed.
 
         `progress(phase, **facts)` is told of every phase; setting `stop` ends the attempt. Raises JobFault (the job's
-        fault), ClusterFault (hand the run back, hold the queue); nothing of the attempt then is left on the nodes.
+        fault), ClusterFault (hand the run back, hold the queue); nothing of the attempt then is left on the nodes. When
+        a `hold_state` job has nothing new to read, nothing is committed: the answer has "nothing_new" and counts only.
         """
         clock = _PhaseClock(progress or (lambda phase, **facts: None))
         stop = stop or threading.Event()
         clock.enter("PREFLIGHT")
         try:
             plan = self._preflight(job, run)
+            if plan["nothing_new"]:
+                self._on_all_nodes(lambda node: self._agent(node).call("end_run", job=job["job_name"], run=run))
+                counts = {"input_files": 0, "input_bytes": 0, "bytes": 0, "files_read_before": plan["known"]}
+                return {"job": job["job_name"], "run": run, "nothing_new": True, "counts": counts}
             machine = self._drive(job, run, attempt, plan, clock, stop)
         except BaseException:
-            self._clean_up(job["job_name"], run)
+            self.abandon(job["job_name"], run)
             raise
         clock.enter("COMMIT")
         found = self._manifest(job, run, attempt, plan, machine, clock)
@@ -124,13 +131,18 @@ class ManageCluster:
                 timeout_seconds=600,
             )
             agent.call("end_run", job=name, run=run, timeout_seconds=600)
+            faults.point("node finished")
 
+        faults.point("finish begun")
         self._on_all_nodes(publish)
+        faults.point("nodes finished")
+        if found.get("ledger"):
+            with contextlib.closing(Store(self.settings.state_dir)) as store:
+                ledger.commit(store, found)
 
     def _preflight(self, job: Json, run: int) -> Json:
-        """Make the nodes ready and list the inputs. Gives {"project", "bundles" (by node), "input"}."""
-        if job["hold_state"]:
-            raise JobFault("hold_state is not served by this version yet: leave it out, or wait for the next one")
+        """Make the nodes ready and list the inputs. Gives {"project", "bundles" (by node), "input", "nothing_new"}, and
+        for a `hold_state` job what `ledger.plan` gives."""
         folder = self.settings.projects_dir / job["project_name"]
         if not folder.is_dir():
             raise JobFault(f"project folder {folder} does not exist: create it, or set projects_dir")
@@ -138,17 +150,32 @@ class ManageCluster:
         listings = self._on_all_nodes(lambda node: self._prepare_node(node, job, run, snapshot, folder))
         files = {node.name: found["files"] for node, found in zip(self.settings.nodes, listings, strict=True)}
         self._check_inputs(job, listings)
-        total = sum(each[1] for found in files.values() for each in found)
+        plan: Json = {"nothing_new": False, "known": 0}
+        if job["hold_state"]:
+            base_dirs = {node.name: str(node.layout.base_dir) for node in self.settings.nodes}
+            state_dir, one_machine = self.settings.state_dir, self.settings.local
+            with contextlib.closing(Store(state_dir)) as store:
+                plan = ledger.plan(
+                    job, files, self._look, store, state_dir=state_dir, base_dirs=base_dirs, one_machine=one_machine
+                )
+            files = plan["files"]
+        total = sum(each[1] - sum(each[4:]) for found in files.values() for each in found)
         bundles: dict[str, list[Json]] = {}
         for node in self.settings.nodes:
             count = sum(map(len, bundles.values()))
             bundles[node.name] = plan_bundles(files[node.name], node.servers, first_id=count)
         skipped: dict[str, int] = {}
-        for found in listings:
-            for reason, number in found["skipped"].items():
+        for found in (*listings, plan):
+            for reason, number in found.get("skipped", {}).items():
                 skipped[reason] = skipped.get(reason, 0) + number
         read = {"files": sum(map(len, files.values())), "bytes": total, "skipped": skipped}
-        return {"project": snapshot, "bundles": bundles, "input": read}
+        return plan | {"project": snapshot, "bundles": bundles, "input": read}
+
+    def _look(self, node: str, files: list[list[Any]]) -> list[list[Any]]:
+        agent, found = self._agent(self._node(node)), []
+        for first in range(0, len(files), FILES_A_LOOK):
+            found += agent.call("look_into", files=files[first : first + FILES_A_LOOK], timeout_seconds=600)
+        return found
 
     def _prepare_node(self, node: NodeSettings, job: Json, run: int, snapshot: str, folder: Any) -> Json:
         """Check one node, bring it the project, make its working folder and list its inputs."""
@@ -163,7 +190,8 @@ class ManageCluster:
                 raise JobFault(
                     f"auxiliary data {job[key]!r} is not on node {node.name}: {missing} is missing; upload it"
                 )
-        agent.call("sweep", keep=[[job["job_name"], run]])  # one job runs at a time: the rest is of dead runs
+        # One job runs at a time: whatever else is there is of dead runs.
+        agent.call("sweep", keep=[[job["job_name"], run]], timeout_seconds=600)
         free = agent.call("start_run", job=job["job_name"], run=run)["disk_free_bytes"]
         if free < MIN_FREE_DISK_BYTES:
             raise ClusterFault(
@@ -218,11 +246,19 @@ class ManageCluster:
         servers = self.settings.servers()
         timeout_seconds = self.settings.node_timeout_seconds
         total_bytes = plan["input"]["bytes"]
+        # Those of a job with merge_output are for good, so they are not counted by what the first run happens to read.
+        partitions = default_partitions((1 << 62) if job["merge_output"] else total_bytes, len(servers))
+        base = plan.get("base") or {"parts": [], "partitions": job["number_of_partitions"] or partitions, "cuts": None}
+        earlier: dict[int, list[Json]] = {}
+        for part in base["parts"]:
+            earlier.setdefault(part["partition"], []).append(part)
         machine = Attempt(
             {"job": job["job_name"], "run": run, "attempt": attempt},
             {each.name: each.node.name for each in servers},
             plan["bundles"],
-            partitions=job["number_of_partitions"] or default_partitions(total_bytes, len(servers)),
+            partitions=base["partitions"],
+            earlier=earlier,
+            cuts=base["cuts"],
             by_range=job["partitioner"] == "range",
             map_only=job["reduce_function_name"] is None,
             max_attempts=job["max_attempts"] or self.settings.max_attempts,
@@ -272,11 +308,10 @@ class ManageCluster:
             case Start():
                 order = {"identity": instruction.identity, **common, **instruction.extra}
                 if instruction.identity["phase"] == "REDUCE":
-                    nodes = {node.name: node for node in self.settings.nodes}
-                    order["sources"] = [
-                        source | {"address": nodes[source["node"]].address, "port": nodes[source["node"]].agent_port}
-                        for source in machine.sources(instruction.extra["partition"])
-                    ]
+                    partition = instruction.extra["partition"]
+                    order["sources"] = [self._at(source) for source in machine.sources(partition)]
+                    if parts := machine.earlier.get(partition):
+                        order["earlier"] = self._at({"node": parts[0]["node"], "parts": parts})
                 link.put("order", order=order)
             case Give():
                 link.put(
@@ -284,6 +319,10 @@ class ManageCluster:
                 )
             case EndServer():
                 self._end_server(link.server.node, instruction.server)
+
+    def _at(self, source: Json) -> Json:
+        node = self._node(source["node"])
+        return source | {"address": node.address, "port": node.agent_port}
 
     def _end_server(self, node: NodeSettings, server: str) -> None:
         with contextlib.suppress(MrcoreError):  # its agent may be gone as well: then the node counts as lost
@@ -297,8 +336,10 @@ class ManageCluster:
                 f"downsample for this input is about {least:.2g}"
             )
 
-    def _clean_up(self, job: str, run: int) -> None:
-        """After a failed attempt: end its tasks and remove its files, as far as the nodes can be reached."""
+    def abandon(self, job: str, run: int) -> None:
+        """End the tasks and remove the files of a run that will not commit, as far as the nodes can be reached.
+
+        Also for what a Runner left that died; what cannot be reached now is swept before the next run."""
 
         def cancel(node: NodeSettings) -> None:
             for server in self.settings.servers():
@@ -322,6 +363,7 @@ class ManageCluster:
             **machine.counters,
             "input_files": plan["input"]["files"],
             "input_bytes": plan["input"]["bytes"],
+            "files_read_before": plan["known"],
             "output_items": sum(part["records"] for part in parts),
             "output_bytes": sum(part["bytes"] for part in parts),
             "shuffled_bytes": sum(shuffled.values()),
@@ -336,7 +378,11 @@ class ManageCluster:
             "committed": time.time(),
             "partitioner": job["partitioner"],
             "partitions": machine.partitions,
-            "delete_job_data": job["delete_job_data"],
+            "cuts": machine.cuts,
+            "delete_job_data": job["delete_job_data"] or plan.get("replaces", False),
+            "merge_output": job["merge_output"],
+            "merged_run": (plan.get("base") or {}).get("run"),
+            "ledger": plan.get("ledger"),
             "compress": job["compress"],
             "project": plan["project"],
             "keys_kept": machine.keys_kept,
@@ -358,24 +404,13 @@ class ManageCluster:
         """
         head_writer = _HeadWriter(out, head)
         with contextlib.suppress(_Enough):
-            for part in self._parts(job_name):
+            for part in manifest.parts(self.settings.state_dir, job_name):
                 self._copy_part(job_name, part, head_writer.write)
         return head_writer.lines
 
-    def _parts(self, job_name: str) -> list[Json]:
-        """The parts that make up a job's output: the last run's, and earlier ones' as far as they were kept."""
-        found: list[list[Json]] = []
-        for each in manifest.committed(self.settings.state_dir, job_name):
-            found.append(each["parts"])
-            if each["delete_job_data"]:
-                break
-        return [part for parts in reversed(found) for part in parts]
-
     def _copy_part(self, job_name: str, part: Json, write: Callable[[bytes], None]) -> None:
         """Fetch a part and write its text; raises Refused when it is not what was committed."""
-        node = next((each for each in self.settings.nodes if each.name == part["node"]), None)
-        if node is None:
-            raise ClusterFault(f"part {part['name']} lies on {part['node']}, which is no node of the cluster any more")
+        node = self._node(part["node"])
         unzip = zlib.decompressobj(wbits=31) if part["name"].endswith(".gz") else None
         checksum = 0
 
@@ -391,6 +426,12 @@ class ManageCluster:
             raise Refused(f"part {part['name']} on {part['node']} is damaged: its checksum is not the committed one")
 
     # --- nodes ---
+
+    def _node(self, name: str) -> NodeSettings:
+        node = next((each for each in self.settings.nodes if each.name == name), None)
+        if node is None:
+            raise ClusterFault(f"what is asked for lies on {name}, which is no node of the cluster any more")
+        return node
 
     def _agent(self, node: NodeSettings) -> Client:
         if node.name not in self._agents:

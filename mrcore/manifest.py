@@ -6,13 +6,14 @@ parts' final names, removal of older output, the ledger, the run's row) can be d
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mrcore.errors import UsageError
-from mrcore.paths import fsync_dir, write_atomic
+from mrcore.paths import PARTIAL, fsync_dir, write_atomic
 
 
 def path_of(state_dir: Path, job: str, run: int) -> Path:
@@ -39,6 +40,29 @@ def read(state_dir: Path, job: str, run: int) -> dict[str, Any] | None:
     return found
 
 
+def prune(state_dir: Path, job: str, kept_runs: set[int]) -> None:
+    """Forget the manifests of runs that are neither to be kept nor part of the job's output any more.
+
+    Also what a Runner left that died while it wrote one: so no run of the job may be under way.
+    """
+    for path in (state_dir / "manifests" / job).glob(f"*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(UsageError):
+        for found in committed(state_dir, job):
+            if found.get("delete_job_data"):  # what came before it is gone
+                for path in (state_dir / "manifests" / job).glob("*.json"):
+                    if path.stem.isdecimal() and int(path.stem) < found["run"] and int(path.stem) not in kept_runs:
+                        path.unlink(missing_ok=True)
+                return
+
+
+def newest(state_dir: Path, job: str) -> dict[str, Any] | None:
+    """Give the manifest of a job's newest committed run, or None."""
+    with contextlib.suppress(UsageError):
+        return next(committed(state_dir, job), None)
+    return None
+
+
 def committed(state_dir: Path, job: str) -> Iterator[dict[str, Any]]:
     """Give the manifests of a job's committed runs, the newest first. Raises UsageError when there is none."""
     folder = state_dir / "manifests" / job
@@ -48,3 +72,16 @@ def committed(state_dir: Path, job: str) -> Iterator[dict[str, Any]]:
     for run in runs:
         if (found := read(state_dir, job, run)) is not None:
             yield found
+
+
+def parts(state_dir: Path, job: str) -> list[dict[str, Any]]:
+    """Give the parts that make up a job's output, the last run's and earlier ones' as far as they were kept, in order.
+
+    Raises UsageError when there is none.
+    """
+    found: list[list[dict[str, Any]]] = []
+    for each in committed(state_dir, job):
+        found.append(each["parts"])
+        if each["delete_job_data"]:
+            break
+    return [part for parts in reversed(found) for part in parts]

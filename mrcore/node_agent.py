@@ -2,7 +2,7 @@
 
 `python -m mrcore.node_agent SPEC.json`. The spec has node, address, port, cluster (id), compute_dir, pki_dir,
 members (names of nodes). Every name that comes over the wire is matched against a strict pattern before it becomes
-part of a path, and no path ever comes over the wire.
+part of a path; paths come over the wire from the master only, as entries of `input_dirs` and as files listed by them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrcore import WIRE_VERSION, __version__, inputs, procfs, runs, usercode
+from mrcore import WIRE_VERSION, __version__, faults, inputs, ledger, procfs, runs, usercode
+from mrcore.agent_files import FileMethods
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.rpc.data import DataHandler, Range, Upload
@@ -56,13 +57,14 @@ def _number(value: Any) -> int:
     return value
 
 
-class NodeAgent:
+class NodeAgent(FileMethods):
     """What the agent of one node does; public methods are RPC methods, `resolve` and `receive` serve data requests."""
 
     def __init__(self, spec: Json) -> None:
         self._spec = spec
-        self._layout = Layout(Path(spec["compute_dir"]))
-        self._layout.make()
+        layout = Layout(Path(spec["compute_dir"]))
+        layout.make()
+        super().__init__(layout, spec["node"])
         self._listings: dict[str, tuple[Json, int]] = {}  # by cursor: what is listed, from where on
         self._lock = threading.Lock()  # listings and snapshots; never held while listing
         self.data = DataHandler(self.resolve, self.receive)
@@ -70,8 +72,8 @@ class NodeAgent:
 
     def methods(self) -> dict[str, Method]:
         """The RPC methods: `health` for any member, the others for the master only."""
-        names = "list_inputs project_state auxiliary start_run publish end_run sweep end_server"
-        masters = {name: Method(getattr(self, name), "master") for name in names.split()}
+        names = "list_inputs look_into project_state auxiliary start_run publish end_run sweep end_server"
+        masters = {name: Method(getattr(self, name), "master") for name in [*names.split(), *self.RPC.split()]}
         return masters | {"health": Method(self.health, "member")}
 
     # ---- state of the node
@@ -126,6 +128,11 @@ class NodeAgent:
                     del self._listings[next(iter(self._listings))]
         return page
 
+    def look_into(self, caller: Identity, files: list[list[Any]]) -> list[list[Any]]:
+        """What `ledger.look_into` finds in each of these listed files: [path, size, mtime_ns, inode, read before]."""
+        now = time.time()
+        return [ledger.look_into(path, size, inode, mtime, read, now) for path, size, mtime, inode, read in files]
+
     def project_state(self, caller: Identity, hash: str) -> bool:
         """Whether this snapshot of a project is here; if it is, it counts as used just now."""
         folder = self._layout.projects_dir / _named(_HASH, hash)
@@ -166,7 +173,9 @@ class NodeAgent:
         for name in sorted(names):
             if (source / name).exists():
                 fsync_file(source / name)
+                faults.point("part flushed")
                 os.replace(source / name, target / name)
+                faults.point("part renamed")
                 published += 1
             elif not (target / name).exists():
                 raise ClusterFault(
@@ -174,22 +183,26 @@ class NodeAgent:
                 )
         for folder in (target, target.parent, self._layout.base_dir):
             fsync_dir(folder)
+        faults.point("parts published")
         others = (path for path in target.iterdir() if delete_job_data and path.name not in names)
         old = [path for path in others if (found := _PART.fullmatch(path.name)) and int(found[1]) <= run]
         for path in old:
             path.unlink(missing_ok=True)
+            faults.point("old part removed")
         return {"published": published, "removed": len(old)}
 
     def end_run(self, caller: Identity, job: str, run: int) -> bool:
         """Remove everything temporary of a run; fine when there is nothing (left)."""
         folder = self._layout.run_dir(_named(_NAME, job), _number(run))
         self._remove(folder)
+        faults.point("working folder removed")
         with contextlib.suppress(OSError):  # other runs of the job
             folder.parent.rmdir()
         return True
 
     def sweep(self, caller: Identity, keep: list[list[Any]]) -> Json:
-        """Remove what dead runs left: all working folders but those of `keep` ([job, run], …), and old snapshots."""
+        """Remove what dead runs and uploads left: working folders but those of `keep` ([job, run]…), old snapshots."""
+        self.sweep_incoming()
         kept = {self._layout.run_dir(_named(_NAME, job), _number(run)) for job, run in keep}
         removed = [
             folder
@@ -219,8 +232,9 @@ class NodeAgent:
     def resolve(self, caller: Identity, request: Json) -> list[Range]:
         """Where the bytes lie that a GET asks for.
 
-        Any member: {"run": {"job", "run", "attempt", "id", and "partition" or "low" and "high"}}, ranges of a spill
-        run. The master: {"part": {"job", "name"}}, a whole published part. Raises Refused.
+        {"run": {"job", "run", "attempt", "id", and "partition" or "low" and "high"}}: ranges of a spill run.
+        {"part": {"job", "name"}}: a whole published part, which other nodes ask for to merge it.
+        {"file": [listing, number, offset]}, the master: a listed file from a byte on. Raises Refused.
         """
         if isinstance(asked := request.get("run"), dict):
             ids = _named(_NAME, asked["job"]), _number(asked["run"]), _number(asked["attempt"])
@@ -230,15 +244,22 @@ class NodeAgent:
             except FileNotFoundError:
                 raise Refused(f"node {self._spec['node']} has no run {name} of {ids}") from None
             return [Range(folder / f"{name}.data", offset, length, "run") for offset, length in ranges]
-        if isinstance(asked := request.get("part"), dict) and caller.role == "master":
+        if isinstance(asked := request.get("part"), dict):
             path = self._layout.reduce_dir(_named(_NAME, asked["job"])) / _named(_PART, asked["name"])
             if not path.is_file():
                 raise Refused(f"node {self._spec['node']} has no part {path.name} of {asked['job']}")
             return [Range(path, 0, path.stat().st_size, "part")]
+        if isinstance(asked := request.get("file"), list) and caller.role == "master" and len(asked) == 3:
+            return self.give_file(*asked)
         raise Refused(f"not served to a {caller.role}: {', '.join(request)!r:.100}")
 
     def receive(self, caller: Identity, request: Json) -> Upload:
-        """Where a PUT writes to, and what takes the file in. The master: {"project": hash}, a tar of that content."""
+        """Where a PUT writes to, and what takes the file in.
+
+        The master: {"project": hash}, a tar of that content; {"batch": [upload, number]}, announced files.
+        """
+        if isinstance(asked := request.get("batch"), list) and caller.role == "master" and len(asked) == 2:
+            return self.take_batch(*asked)
         if caller.role != "master" or "project" not in request:
             raise Refused(f"not taken from a {caller.role}: {', '.join(request)!r:.100}")
         content = _named(_HASH, request["project"])

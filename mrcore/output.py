@@ -11,7 +11,7 @@ from zlib import crc32
 from xopen import xopen
 
 from mrcore.paths import PARTIAL, fsync_dir, fsync_file
-from mrcore.records import Key, Value, encode_items
+from mrcore.records import Key, Value, decoded_bytes, encode_items
 
 
 def part_name(run: int, partition: int, sequence: int, compress: bool) -> str:
@@ -33,7 +33,7 @@ class PartWriter:
         self._max_items, self._compress = max_items, compress
         self._parts: list[dict[str, Any]] = []
         self._stream: BinaryIO | None = None
-        self._checksum = self._bytes = self._records = 0
+        self._checksum = self._bytes = self._records = self._batch_bytes = self._max_decoded = 0
 
     def write(self, items: Sequence[tuple[Key, Value]]) -> None:
         """Append items. Raises ValueError, OverflowError or TypeError when one of them cannot be encoded."""
@@ -43,16 +43,19 @@ class PartWriter:
             assert self._stream is not None
             room = len(items) if self._max_items is None else self._max_items - self._records
             batch, items = items[:room], items[room:]
-            content = encode_items(batch).encode()
+            text = encode_items(batch)
+            content = text.encode()
             self._stream.write(content)
             self._checksum = crc32(content, self._checksum)
             self._bytes += len(content)
             self._records += len(batch)
+            self._batch_bytes = max(self._batch_bytes, len(content))
+            self._max_decoded = max(self._max_decoded, decoded_bytes(text, len(batch)))
             if self._records == self._max_items:
                 self._finish()
 
     def _open(self) -> None:
-        self._checksum = self._bytes = self._records = 0
+        self._checksum = self._bytes = self._records = self._batch_bytes = self._max_decoded = 0
         self._name = part_name(self._run, self._partition, len(self._parts), self._compress)
         self._path = self._folder / self._name
         self._partial = self._folder / f"{self._name}.try{self._try}{PARTIAL}"
@@ -76,12 +79,14 @@ class PartWriter:
                 "bytes": self._path.stat().st_size,
                 "text_bytes": self._bytes,
                 "crc32": self._checksum,
+                "batch_bytes": self._batch_bytes,
+                "max_decoded": self._max_decoded,
             }
         )
 
     def close(self) -> list[dict[str, Any]]:
         """Finish the last part and give all of them: name, partition, records, bytes (on disk),
-        text_bytes and crc32 (of the uncompressed lines)."""
+        text_bytes and crc32 (of the uncompressed lines), batch_bytes and max_decoded (of the largest batch written)."""
         if self._stream is not None:
             self._finish()
         fsync_dir(self._folder)

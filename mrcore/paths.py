@@ -11,6 +11,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from mrcore import faults
+
 PARTIAL = ".partial"
 
 
@@ -34,6 +36,11 @@ class Layout:
     def working_dir(self) -> Path:
         """Spill runs and unpublished parts, by job, run and attempt; gone after each run."""
         return self.compute_dir / "working"
+
+    @property
+    def incoming_dir(self) -> Path:
+        """Files of uploads until they are whole; what an upload that was cut off left is swept after a day."""
+        return self.compute_dir / "incoming"
 
     @property
     def projects_dir(self) -> Path:
@@ -77,7 +84,8 @@ class Layout:
 
     def make(self) -> None:
         """Create the folders that must exist before work starts."""
-        for folder in (self.base_dir, self.auxiliary_dir, self.working_dir, self.projects_dir, self.logs_dir):
+        own = (self.base_dir, self.auxiliary_dir, self.working_dir, self.incoming_dir, self.projects_dir, self.logs_dir)
+        for folder in own:
             folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -101,12 +109,16 @@ def fsync_file(path: Path) -> None:
 
 def publish_file(partial: Path, final: Path) -> None:
     """Give a finished, flushed `.partial` file its final name."""
+    faults.point("file flushed")
     os.replace(partial, final)
+    faults.point("file renamed")
     fsync_dir(final.parent)
+    faults.point("file published")
 
 
 def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write `content` so that `path` holds the old bytes or the new ones, never a mixture."""
+    faults.point("file begun")
     partial = path.with_name(path.name + PARTIAL)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with open(descriptor, "wb") as stream:

@@ -104,7 +104,8 @@ class Attempt:
 
     `servers` maps names of servers to their nodes, `bundles` nodes to their bundles (see `inputs.plan_bundles`).
     After every event: `instructions()` gives what to do, `fault` is set when the attempt has failed, and `finished`
-    when it has succeeded; `runs`, `parts` and `counters` then tell what it made.
+    when it has succeeded; `runs`, `parts` and `counters` then tell what it made. `earlier` are the parts, by partition,
+    that are merged with what is new; the partitions, by range with their `cuts`, must be those of that output.
     """
 
     def __init__(
@@ -119,12 +120,15 @@ class Attempt:
         max_attempts: int,
         node_timeout_seconds: float,
         now: float,
+        earlier: Mapping[int, Sequence[Json]] | None = None,
+        cuts: Sequence[Key] | None = None,
     ) -> None:
         self.identity = dict(identity)
         self.servers = {name: Server(name, node, down_since=now) for name, node in servers.items()}
         self.waiting = {node: deque(waiting) for node, waiting in bundles.items() if waiting}
         self.partitions, self.by_range, self.map_only = partitions, by_range, map_only
         self.max_attempts, self.node_timeout_seconds = max_attempts, node_timeout_seconds
+        self.earlier, self.cuts = earlier or {}, cuts
         self.phase = "MAP"
         self.fault: MrcoreError | None = None
         self.finished = False
@@ -229,10 +233,16 @@ class Attempt:
                 self._advance()
             return
         waiting = [task for task in self.reduces if task.state == "waiting"]
-        for server, task in zip(free, waiting, strict=False):  # the largest partitions come first
+        for server in free[: len(waiting)]:  # the largest partitions come first, but for those whose output lies there
+            near = (task for task in waiting if self._lies_on(task.number, server.node)) if self.earlier else iter(())
+            task = next(near, waiting[0])
+            waiting.remove(task)
             self._start(server, task, task.extra)
         if all(task.state == "done" for task in self.reduces):
             self.finished = True
+
+    def _lies_on(self, partition: int, node: str) -> bool:
+        return any(part["node"] == node for part in self.earlier.get(partition, ()))
 
     def _next_bundles(self, node: str, count: int) -> list[Json]:
         waiting = self.waiting.get(node)
@@ -313,14 +323,15 @@ class Attempt:
         selectors: list[Json] = []
         if self.by_range:
             samples = [(_key(key), weight) for run in runs for key, weight in run["samples"]]
-            borders: list[list[Key] | None] = [None, *([cut] for cut in range_cuts(samples, self.partitions)), None]
-            if runs:
+            self.cuts = range_cuts(samples, self.partitions) if self.cuts is None else self.cuts
+            borders: list[list[Key] | None] = [None, *([cut] for cut in self.cuts), None]
+            if runs or self.earlier:
                 selectors = [
                     {"partition": number, "low": low, "high": high}
                     for number, (low, high) in enumerate(itertools.pairwise(borders))
                 ]
         else:
-            weights: dict[int, int] = {}
+            weights = {number: sum(part["bytes"] for part in parts) for number, parts in self.earlier.items()}
             for run in runs:
                 for partition, length in run["partitions"].items():
                     weights[int(partition)] = weights.get(int(partition), 0) + length

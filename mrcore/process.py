@@ -21,14 +21,14 @@ from typing import Any
 
 from mrcore import task
 from mrcore.disk_sort import DiskSort
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, TaskDied
+from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, TaskDied
 from mrcore.inputs import Reader, Sample
 from mrcore.mapper import Map
 from mrcore.memory import MemoryWatch
 from mrcore.output import PartWriter
 from mrcore.paths import Layout, remove_tree
 from mrcore.reducer import Reduce
-from mrcore.runs import Segment, select
+from mrcore.runs import Parts, Segment, select
 from mrcore.shuffler import DirectOutput, Shuffle
 from mrcore.sorter import Combine
 from mrcore.usercode import is_disk_full, load_auxiliary, load_function, make_combiner
@@ -212,6 +212,7 @@ class Process:
         gc.collect()
         gc.freeze()
         fetched = self._fetch_runs(sorter)
+        merged = self._add_earlier_output(sorter)
         reducer = Reduce(
             function,
             job["reduce_function_name"],
@@ -230,7 +231,7 @@ class Process:
         self._seconds = {"sort": sorted_at - started, "reduce": time.monotonic() - sorted_at}
         counters = {"groups": reducer.groups, "values": reducer.values}
         return {
-            "counters": counters | {"merge_passes": sorter.merge_passes},
+            "counters": counters | merged | {"merge_passes": sorter.merge_passes},
             "parts": parts,
             "fetched": fetched,
             "keys_kept": reducer.keys_kept,
@@ -265,6 +266,30 @@ class Process:
                 offset += length
             fetched[source["node"]] = offset
         return fetched
+
+    def _add_earlier_output(self, sorter: DiskSort) -> dict[str, int]:
+        """Give the sorter the partition's earlier output, for `merge_output`: in place, or fetched from its node."""
+        earlier = self._order.get("earlier")
+        if not earlier:
+            return {}
+        job, parts = self._attempt[0], earlier["parts"]
+        folder = self._layout.reduce_dir(job)
+        if earlier["node"] != self._order["node"]:
+            folder = self._folder
+
+            def sink(index: int, chunk: memoryview) -> None:
+                with open(folder / parts[index]["name"], "ab") as stream:
+                    stream.write(chunk)
+
+            try:
+                self._fetch(earlier, [{"part": {"job": job, "name": part["name"]}} for part in parts], sink)
+            except Refused as error:
+                raise JobFault(f"the earlier output is not to be had: {error.message}") from error
+        sorter.add_run(Parts([folder / part["name"] for part in parts], parts))
+        return {
+            "merged_items": sum(part["records"] for part in parts),
+            "merged_bytes": sum(part["bytes"] for part in parts),
+        }
 
     def _fetched_path(self, source: Json) -> Path:
         return self._folder / f"fetched-{source['node']}"

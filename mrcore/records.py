@@ -248,12 +248,16 @@ def encode_frame(keys: Sequence[Key], lists: Sequence[list[Value]]) -> tuple[byt
     Gives the frame and an estimate of the memory, in bytes, that it takes once decoded.
     """
     text = dumps((keys, lists))
+    payload = text.encode()
+    return FRAME_HEADER.pack(len(payload), len(keys), crc32(payload)) + payload, decoded_bytes(text, len(keys))
+
+
+def decoded_bytes(text: str, groups: int) -> int:
+    """Estimate the memory that JSON text of so many groups takes once decoded, in bytes."""
     start = max(0, (len(text) - SIZING_CHARACTERS) // 2)
     middle = text[start : start + SIZING_CHARACTERS]
     objects = sum(count * middle.count(sign) for sign, count in DECODED_BYTES.items()) * len(text) // len(middle)
-    decoded = sys.getsizeof(text) + objects + GROUP_OVERHEAD_BYTES * len(keys)
-    payload = text.encode()
-    return FRAME_HEADER.pack(len(payload), len(keys), crc32(payload)) + payload, decoded
+    return sys.getsizeof(text) + objects + GROUP_OVERHEAD_BYTES * groups
 
 
 def decode_payload(payload: bytes, count: int, checksum: int) -> tuple[list[Key], list[list[Value]]]:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import select
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mrcore import manifest
+from mrcore import backup, manifest, scripts
 from mrcore.config import Settings, load_settings
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, UsageError
-from mrcore.store import Store
+from mrcore.errors import ClusterFault, JobFault, MrcoreError
+from mrcore.hooks import Hooks
+from mrcore.store import Store, sole_runner
 
 WAKE_SECONDS = 5.0  # the doorbell's fallback: a ring that came before the FIFO was there
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -112,7 +112,12 @@ class Runner:
         self.settings = settings or load_settings()
         self.store = Store(self.settings.state_dir)
         self.report = report or (lambda event, **facts: None)
-        self.executors: dict[str, Callable[[Execution], dict[str, Any]]] = {"mapreduce": self._mapreduce}
+        self.executors: dict[str, Callable[[Execution], dict[str, Any]]] = {
+            "mapreduce": self._mapreduce,
+            "file_transfer": self._file_transfer,
+            "script": lambda e: scripts.run(e.job, e.run, self.settings, e.progress, e.stop),
+        }
+        self._hooks = Hooks(self.settings, lambda name, run, text: self.store.note(name, run, text, time.time()))
         self._manager = manage_cluster
         self._doorbell = Doorbell(self.settings.state_dir)
         self._stopping = False
@@ -120,22 +125,27 @@ class Runner:
 
     def run(self, once: bool = False) -> dict[str, int]:
         """Drain the queue until `stop()`, SIGTERM or SIGINT (a run under way is handed back), with `once` to the end
-        of one cycle. Gives how many runs ended how. UsageError if another Runner has the state folder."""
-        with self._lock(), self._signals():
+        of one cycle: a hold is waited for, a pause is not. Gives how many runs ended how. UsageError if another Runner
+        has the state folder."""
+        with sole_runner(self.settings.state_dir), self._signals():
+            backup.complete(self.settings.state_dir)
+            self._forget(path.name for path in self.settings.state_dir.glob("manifests/*"))
+            self._forget(path.name for path in self.settings.logs_dir.glob("scripts/*"))
             self._doorbell.wait(0)
             self._begin_cycle()
             while not self._stopping:
                 now = time.time()
                 try:
                     wait = self.step(now)
+                    if once and (wait is None or self.store.get("paused")):
+                        break
                     if wait is None:
-                        if once:
-                            break
                         wait = self._until_next_cycle(now)
                 except ClusterFault as error:  # the queue itself cannot be written: what was running is recovered
                     self.report("hold", reason=error.message, seconds=WAKE_SECONDS)
                     wait = WAKE_SECONDS
                 self._doorbell.wait(min(WAKE_SECONDS, wait))
+            self._hooks.close()
             self._doorbell.close()
         return self.ended
 
@@ -155,14 +165,14 @@ class Runner:
         if self.store.get("paused"):
             self.report("paused")
             return WAKE_SECONDS
-        with self.store.change():
+        with self.store.change("wake"):
             for row in self.store.rows("SELECT job_name FROM jobs WHERE state = 'held'"):
                 self.store.move_job(row["job_name"], "queued", None, now)
         cycle = self.store.get("cycle")
         job = pick(self.store.rows(QUEUED), cycle["number"], now)
         if job is None:
             if not cycle["drained"]:
-                self.store.put("cycle", cycle | {"drained": now})
+                self.store.put("cycle", cycle | {"drained": now}, "cycle")
                 self.report("idle")
             return None
         self._execute(job["job_name"], now)
@@ -173,6 +183,11 @@ class Runner:
         result: dict[str, Any] = self._manage_cluster().run(execution.job, **facts)
         return result
 
+    def _file_transfer(self, execution: Execution) -> dict[str, Any]:
+        from mrcore import file_transfer  # late: who only asks the queue needs no network
+
+        return file_transfer.run(execution.job, self.settings, execution.progress, execution.stop)
+
     def _manage_cluster(self) -> Any:
         if self._manager is None:
             from mrcore.manage_cluster import ManageCluster  # late: an empty queue needs no cluster
@@ -182,7 +197,7 @@ class Runner:
 
     def _execute(self, name: str, now: float) -> None:
         """Run one attempt in a thread of its own; meanwhile watch for cancel, timeout and the end of our own time."""
-        with self.store.change():
+        with self.store.change("start"):
             job = self.store.job(name)
             if not job or job["state"] != "queued":
                 return  # deleted since it was picked
@@ -246,16 +261,19 @@ class Runner:
                 "cancelled": MrcoreError("cancelled by the user"),
                 "handed back": MrcoreError("the Runner was stopped; the job runs again when one is started"),
             }.get(execution.why_stopped or "", _as_fault(error))
-            ending = execution.why_stopped or ("handed back" if isinstance(fault, ClusterFault) else "failed")
-            with self.store.change():
+            fault.details.update(getattr(error, "details", {}))
+            # SIGTERM to a whole service reaches what it runs as well, perhaps before us.
+            back = isinstance(fault, ClusterFault) or self._stopping
+            ending = execution.why_stopped or ("handed back" if back else "failed")
+            with self.store.change("end"):
                 self._end(execution.job, run, execution.number, ending, now, exception=fault.to_dict())
-                if ending == "handed back" and execution.why_stopped is None:
+                if isinstance(fault, ClusterFault) and ending == "handed back":
                     self._hold(fault.message, now, name)
 
     def _end(self, spec: dict[str, Any], run: int, number: int, ending: str, now: float, **facts: Any) -> None:
         """End a run, and let follow what it means for the job and its group, in one change."""
-        name = spec["job_name"]
-        with self.store.change() as db:
+        name, left = spec["job_name"], []
+        with self.store.change("end") as db:
             self.store.end_run(name, run, ending, now, **facts)
             job = self.store.job(name) or {}
             mine = job["state"] != "out" and job["number"] == number  # else replaced or deleted in the meantime
@@ -271,15 +289,27 @@ class Runner:
                 if mine:
                     self.store.move_job(name, "out", f"failed: {reason}", now)
                 others = "SELECT job_name FROM jobs WHERE state != 'out' AND group_name = ? AND job_name != ?"
-                for row in self.store.rows(others, spec["group_name"], name):
-                    self.store.move_job(row["job_name"], "out", f"group failed: {name} run {run}: {reason}", now)
-            self.store.prune(self.settings.history_keep_runs)
+                left = [row["job_name"] for row in self.store.rows(others, spec["group_name"], name)]
+                for other in left:
+                    self.store.move_job(other, "out", f"group failed: {name} run {run}: {reason}", now)
+            pruned = self.store.prune(self.settings.history_keep_runs)
+        self._forget(pruned)
         self.ended[ending] = self.ended.get(ending, 0) + 1
         self.report("ended", job_name=name, run=run, state=ending, **facts)
+        told = {"job_name": name, "run": run, "state": ending, "group_name": spec["group_name"], "left_the_queue": left}
+        self._hooks.call(**told, job_type=spec["job_type"], ended=now, **facts)
+
+    def _forget(self, names: Iterable[str]) -> None:
+        """Remove what was kept of runs that the history has forgotten: manifests, what scripts printed."""
+        for name in names:
+            rows = self.store.rows("SELECT run FROM runs WHERE job_name = ?", name)
+            kept = {row["run"] for row in rows}
+            manifest.prune(self.settings.state_dir, name, kept)
+            scripts.prune(self.settings, name, kept)
 
     def _hold(self, reason: str, now: float, name: str | None = None) -> None:
         """Stop the queue as a whole because of the cluster; each time in a row for twice as long."""
-        with self.store.change():
+        with self.store.change("hold"):
             before = self.store.get("hold") or {"since": now, "tries": 0}
             first, most = self.settings.hold_backoff_first_seconds, self.settings.hold_backoff_max_seconds
             seconds = min(first * 2 ** min(before["tries"], 30), most)
@@ -305,6 +335,9 @@ class Runner:
                 return
             self._end(running["spec"], run, running["number"], "succeeded", now, counts=counts)
         else:
+            if running["spec"]["job_type"] == "mapreduce":
+                self._manage_cluster().abandon(name, run)
+            scripts.end_leftovers(self.settings)
             ending = "cancelled" if running["cancel"] else "handed back"
             gone = MrcoreError("its Runner ended before the run was committed").to_dict()
             self._end(running["spec"], run, running["number"], ending, now, exception=gone)
@@ -314,7 +347,8 @@ class Runner:
         """Begin the next cycle, unless a dead Runner left the last one unfinished."""
         cycle = self.store.get("cycle")
         if cycle is None or cycle["drained"]:
-            self.store.put("cycle", {"number": (cycle or {"number": 0})["number"] + 1, "drained": None})
+            number = (cycle or {"number": 0})["number"] + 1
+            self.store.put("cycle", {"number": number, "drained": None}, "cycle")
 
     def _until_next_cycle(self, now: float) -> float:
         """Seconds until something may be due; begins the next cycle when its time has come."""
@@ -327,29 +361,18 @@ class Runner:
         return soonest - now
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        path = self.settings.state_dir / "runner.lock"
-        with path.open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
-                raise UsageError(
-                    f"a Runner (process {holder}) already drains the queue of {self.settings.state_dir}: "
-                    f"one is enough; stop it with `kill {holder}`"
-                ) from None
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
-            yield
-
-    @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {each: signal.signal(each, lambda *_: self.stop()) for each in (signal.SIGTERM, signal.SIGINT)}
+
+        def obey(number: int, _: object) -> None:
+            if self._stopping:  # asked again: at once; the next Runner recovers, a script's guard ends the script
+                os.write(2, b"mrcore: ended at once; the run under way is handed back when a Runner is started\n")
+                os._exit(128 + number)
+            self.stop()
+
+        handlers = {each: signal.signal(each, obey) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:

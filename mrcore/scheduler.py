@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from mrcore import job as jobs
+from mrcore import ledger
 from mrcore.config import Settings, load_settings
 from mrcore.errors import UsageError
 from mrcore.runner import QUEUED, Doorbell, Runner, order
@@ -69,7 +70,7 @@ class Scheduler:
             faults = [fault for error in refusals for fault in error.details.get("faults", [error.message])]
             raise UsageError("; ".join(error.message for error in refusals), faults=faults)
         now, answers = time.time(), []
-        with self.store.change():
+        with self.store.change("submit"):
             running = self.store.running()
             for each in valid:
                 each["job_submitter"] = each["job_submitter"] or getpass.getuser()
@@ -155,6 +156,20 @@ class Scheduler:
             db.execute("UPDATE runs SET cancel = 1 WHERE state = 'running'")
         self._doorbell.ring()
         return int(running["run"])
+
+    def ledger(self, job_name: str) -> list[dict[str, Any]]:
+        """What a `hold_state` job has read: path, holder (a node; None: whichever), bytes, modified, run."""
+        run, _, entries = ledger.read(self.store, job_name)
+        if run is None:
+            self._known(job_name, "SELECT job_name FROM ledgers WHERE held", "has no ledger")
+        return [
+            {"path": path, "holder": holder or None, "bytes": entry[0], "modified": _moment(entry[1] / 1e9), "run": run}
+            for (holder, path), entry in sorted(entries.items())
+        ]
+
+    def forget_ledger(self, job_name: str) -> int:
+        """Have a `hold_state` job's next run read all inputs and replace the output; gives the number of files."""
+        return ledger.forget(self.store, job_name)
 
     def pause(self) -> None:
         """Start no further run until `resume`; the one under way goes on."""

@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mrcore import faults
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 60.0
 EVENTS_PER_RUN = 10
 
@@ -52,7 +54,30 @@ CREATE UNIQUE INDEX IF NOT EXISTS one_running_run ON runs (state) WHERE state = 
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job_name TEXT NOT NULL, run INTEGER, text TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS events_by_job ON events (job_name);
+CREATE TABLE IF NOT EXISTS ledgers (job_name TEXT PRIMARY KEY, run INTEGER NOT NULL, held INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS ledger (
+    job_name TEXT, holder TEXT, path TEXT, read INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
+    checksum INTEGER NOT NULL, PRIMARY KEY (job_name, holder, path)) WITHOUT ROWID;
 """
+
+
+@contextlib.contextmanager
+def sole_runner(state_dir: Path) -> Iterator[None]:
+    """Be the one process that drains the queue of this folder; UsageError naming it if another does."""
+    with (state_dir / "runner.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise UsageError(
+                f"a Runner (process {holder}) already drains the queue of {state_dir}: "
+                f"one is enough; stop it with `kill {holder}`"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
 
 
 class Store:
@@ -78,19 +103,27 @@ class Store:
         self._db.execute("PRAGMA synchronous=FULL")
         tables = self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'meta'").fetchone()[0]
         version = self.get("schema") if tables else None
-        if version is None:
+        if version is None or version < SCHEMA_VERSION:  # so far each version only added tables
             self._db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
             self.put("schema", SCHEMA_VERSION)
         elif version != SCHEMA_VERSION:
             raise UsageError(f"the queue {self.path} has schema {version}, this mrcore {SCHEMA_VERSION}: update mrcore")
+
+    def copy_to(self, target: sqlite3.Connection) -> None:
+        """Copy the whole queue as it is at one moment into another, empty database."""
+        with self._lock:
+            self._db.backup(target)
 
     def close(self) -> None:
         """Close the file; what was changed is already on disk."""
         self._db.close()
 
     @contextlib.contextmanager
-    def change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of what is done inside, durable when it ends, or nothing if it raises."""
+    def change(self, what: str = "queue") -> Iterator[sqlite3.Connection]:
+        """One transaction: all of what is done inside, durable when it ends, or nothing if it raises.
+
+        `what` it is for, one of `faults.CHANGES`, only names the points where tests have it interrupted.
+        """
         with self._lock:
             if self._depth:
                 yield self._db
@@ -99,7 +132,9 @@ class Store:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._depth = 1
                 yield self._db
+                faults.point(f"before {what}")
                 self._db.execute("COMMIT")
+                faults.point(f"after {what}")
             except sqlite3.Error as error:
                 raise ClusterFault(f"cannot write the queue {self.path}: {error}; free the disk and go on") from error
             finally:
@@ -120,9 +155,9 @@ class Store:
         found = self.rows("SELECT value FROM meta WHERE key = ?", key)
         return json.loads(found[0]["value"]) if found else default
 
-    def put(self, key: str, value: Any) -> None:
-        """Set what `get` gives."""
-        with self.change() as db:
+    def put(self, key: str, value: Any, what: str = "queue") -> None:
+        """Set what `get` gives (`what`: see `change`)."""
+        with self.change(what) as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
     def submit(self, job: dict[str, Any], now: float) -> str | None:
@@ -160,7 +195,7 @@ class Store:
 
     def start_run(self, name: str, now: float) -> int:
         """Begin the next run of a queued job; gives its number (1, 2, …), which is never used again."""
-        with self.change() as db:
+        with self.change("start") as db:
             job = db.execute("SELECT * FROM jobs WHERE job_name = ?", (name,)).fetchone()
             if not job or job["state"] != "queued" or self.running():
                 raise self._illegal(name, "another run or none queued", "running")
@@ -175,14 +210,14 @@ class Store:
 
     def enter_phase(self, name: str, run: int, phase: str, now: float) -> None:
         """Note that a run is now in this phase (the one before ends)."""
-        with self.change() as db:
+        with self.change("phase") as db:
             phases = self._phases(name, run, now)
             phases.setdefault(phase, {"started": now})["ended"] = None
             db.execute("UPDATE runs SET phases = ? WHERE job_name = ? AND run = ?", (json.dumps(phases), name, run))
 
     def end_run(self, name: str, run: int, state: str, now: float, counts: Any = None, exception: Any = None) -> None:
         """Bring a running run to its end, one of ENDINGS, with counts and the error as a dict."""
-        with self.change() as db:
+        with self.change("end") as db:
             found = db.execute("SELECT state FROM runs WHERE job_name = ? AND run = ?", (name, run)).fetchone()
             if ((found and found["state"]), state) not in RUN_MOVES:
                 raise self._illegal(f"{name} run {run}", found and found["state"], state, name)
@@ -205,12 +240,15 @@ class Store:
         with self.change() as db:
             db.execute("INSERT INTO events (time, job_name, run, text) VALUES (?, ?, ?, ?)", (now, name, run, text))
 
-    def prune(self, keep_runs: int) -> None:
-        """Forget all but the newest `keep_runs` runs, and their events."""
+    def prune(self, keep_runs: int) -> list[str]:
+        """Forget all but the newest `keep_runs` runs, and their events; gives the names of the jobs they were of."""
+        old = "id <= (SELECT max(id) - ? FROM runs) AND state != 'running'"
+        jobs = self.rows(f"SELECT DISTINCT job_name FROM runs WHERE {old}", keep_runs)
         with self.change() as db:
             for table, keep in (("runs", keep_runs), ("events", keep_runs * EVENTS_PER_RUN)):
                 running = "AND state != 'running'" if table == "runs" else ""
                 db.execute(f"DELETE FROM {table} WHERE id <= (SELECT max(id) - ? FROM {table}) {running}", (keep,))
+        return [row["job_name"] for row in jobs]
 
     def check(self) -> None:
         """Raise MrcoreError if an invariant is broken (tests call it at their end)."""

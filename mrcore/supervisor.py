@@ -82,7 +82,7 @@ class Supervisor:
         for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, SWEEP_SECONDS)):
             if self._server:
                 os.kill(self._server, number)
-                self._server = self._server if self._wait(self._server, seconds) is None else 0
+                self._server = self._server if reap(self._server, seconds) is None else 0
         self._record.unlink(missing_ok=True)
         return int(not self._stopping)
 
@@ -103,7 +103,7 @@ class Supervisor:
         self._starts = [start for start in self._starts if start > time.monotonic() - RESTART_WINDOW_SECONDS]
         again = self._ready and len(self._starts) <= MAX_RESTARTS
         what_next = "starting it again" if again else "giving up"
-        log.error("the server child of %s %s; %s", self._name, _describe(status)["message"], what_next)
+        log.error("the server child of %s %s; %s", self._name, describe(status)["message"], what_next)
         if again:
             self._start_server()
 
@@ -211,34 +211,12 @@ class Supervisor:
             for kill in (os.killpg, os.kill):  # before reaping, while neither id can be used again
                 with contextlib.suppress(OSError):
                     kill(pid, signal.SIGKILL)
-            status = self._wait(pid, SWEEP_SECONDS)
-        self._sweep()
+            status = reap(pid, SWEEP_SECONDS)
+        sweep({self._server})
         if pid:
             self._give_terminal(os.getpgrp())
-            told = {"message": "does not end: stuck in the kernel"} if status is None else _describe(status)
+            told = {"message": "does not end: stuck in the kernel"} if status is None else describe(status)
             self._tell(ended=self._serial, **(told | {"message": reason or told["message"]}))
-
-    def _wait(self, pid: int, seconds: float) -> int | None:
-        """Reap one child and give its wait status, or None if it does not end in time."""
-        deadline, pause_seconds = time.monotonic() + seconds, 0.0002
-        while True:
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found or time.monotonic() > deadline:
-                return status if found else None
-            time.sleep(pause_seconds)
-            pause_seconds = min(pause_seconds * 2, 0.05)
-
-    def _sweep(self) -> None:
-        """SIGKILL every child but the server, and theirs as they become ours, until none is left."""
-        deadline = time.monotonic() + SWEEP_SECONDS
-        while left := procfs.children(os.getpid()) - {self._server}:
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-            for pid in left:
-                self._wait(pid, deadline - time.monotonic())
-            if time.monotonic() > deadline:
-                log.error("processes that a task left do not end: %s", sorted(left))
-                return
 
     def _reap(self) -> None:
         """Handle every child that has ended, orphans of tasks too."""
@@ -252,7 +230,31 @@ class Supervisor:
                     self._restart_server(status)
 
 
-def _describe(status: int) -> Json:
+def reap(pid: int, seconds: float) -> int | None:
+    """Reap one child and give its wait status, or None if it does not end in time."""
+    deadline, pause_seconds = time.monotonic() + seconds, 0.0002
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found or time.monotonic() > deadline:
+            return status if found else None
+        time.sleep(pause_seconds)
+        pause_seconds = min(pause_seconds * 2, 0.05)
+
+
+def sweep(spared: set[int]) -> None:
+    """SIGKILL every child of this subreaper but the spared, and theirs as they become ours, until none is left."""
+    deadline = time.monotonic() + SWEEP_SECONDS
+    while left := procfs.children(os.getpid()) - spared:
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        for pid in left:
+            reap(pid, deadline - time.monotonic())
+        if time.monotonic() > deadline:
+            log.error("processes that user code left do not end: %s", sorted(left))
+            return
+
+
+def describe(status: int) -> Json:
     """What a wait status says: {"status": n} or {"signal": n}, and a message for people."""
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:

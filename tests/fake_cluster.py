@@ -61,6 +61,9 @@ class FakeCluster:
         self._log(f"end {name} {run}")
         return manifest
 
+    def abandon(self, job: str, run: int) -> None:
+        self._log(f"abandon {job} {run}")
+
     def finish(self, job: dict[str, Any], run: int) -> None:
         if job["map_function_name"] == "half" and not (self.state_dir / "back").exists():
             raise ClusterFault("node-0 still away")

@@ -88,6 +88,9 @@ def test_it_shows_the_right_counts_and_stops_the_cluster(home: Path, source: Pat
         assert phase in out
     assert "nodes/127." in out and "cluster stop" in out
     assert out.count("identifier_files run 1: succeeded") == 1
+    assert "3 days; page_visits read what was new: 3 files" in out
+    assert "4 days; page_visits read what was new: 1 file," in out
+    assert out.count("section_shares run 2: succeeded") == 1
     assert "\x1b" not in out, "no colours in a pipe"
     check_nothing_left(home)
 

@@ -291,11 +291,10 @@ def test_requests_that_name_anything_else_are_refused(agent: Agent, request_: An
     assert agent.master.call("health")["served_bytes"] == {}
 
 
-def test_parts_are_for_the_master(agent: Agent) -> None:
+def test_parts_are_served_to_nodes_too_which_merge_them(agent: Agent) -> None:
     write_parts(agent.layout, "j", 1, ["part-1-0-0.data"])
     publish(agent, 1, ["part-1-0-0.data"], True)
-    with pytest.raises(Refused):
-        agent.get({"part": {"job": "j", "name": "part-1-0-0.data"}}, "n1")
+    assert agent.get({"part": {"job": "j", "name": "part-1-0-0.data"}}, "n1") == b"part-1-0-0.data"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def make(
     partitions: int = 3,
     max_attempts: int = 3,
     map_only: bool = False,
+    **more: Any,
 ) -> Attempt:
     servers, number = {}, 0
     for node, count in shape.items():
@@ -36,8 +37,8 @@ def make(
         servers,
         dealt,
         partitions=partitions,
-        by_range=False,
         map_only=map_only,
+        **{"by_range": False} | more,
         max_attempts=max_attempts,
         node_timeout_seconds=10,
         now=0.0,
@@ -274,3 +275,23 @@ def test_default_partitions_follow_data_and_servers() -> None:
     assert default_partitions(0, 4) == 1
     assert default_partitions(5 << 20, 4) == 2
     assert default_partitions(1 << 40, 4) == 8
+
+
+@pytest.mark.parametrize("cuts", [None, [["b", 1], "m"], []])
+def test_earlier_output_is_reduced_where_it_lies_also_without_anything_new(cuts: list[Any] | None) -> None:
+    places = {0: "n0", 2: "n1"} if cuts is None else {0: "n1"}
+    earlier = {number: [{"node": node, "bytes": 10 - number}] for number, node in places.items()}
+    attempt = make({"n0": 1, "n1": 1}, {}, by_range=cuts is not None, earlier=earlier, cuts=cuts)
+    for server in attempt.servers:
+        attempt.server_up(server)
+    started = attempt.instructions()
+    assert all(isinstance(each, Start) for each in started)
+    assert {task.number for task in attempt.reduces} == (set(places) if cuts is None else set(range(len(cuts) + 1)))
+    on = {each.extra["partition"]: each.extra["node"] for each in started if isinstance(each, Start)}
+    if cuts is None:
+        assert on == places
+    elif not cuts:
+        assert len(started) == 1
+    else:
+        assert attempt.cuts == cuts and [task.extra["low"] for task in attempt.reduces] == [None, [["b", 1]], ["m"]]
+    attempt.check()

@@ -160,9 +160,11 @@ def test_internal_error_fails_the_job_with_its_traceback(scheduler: Scheduler, s
     assert "fake_cluster.py" in error["details"]["internal_traceback"]
 
 
-def test_other_job_types_are_refused_by_the_runner(scheduler: Scheduler, settings: Settings) -> None:
+def test_unknown_kinds_of_job_are_refused_by_the_runner(scheduler: Scheduler, settings: Settings) -> None:
     scheduler.submit_job({"job_type": "script", "job_name": "s", "script_location": __file__, "run_once": True})
-    assert once(settings) == {"failed": 1}
+    runner = Runner(settings, FakeCluster(settings))
+    del runner.executors["script"]
+    assert runner.run(once=True) == {"failed": 1}
     assert "cannot run script jobs yet" in scheduler.show("s")["reason"]
 
 

@@ -94,7 +94,7 @@ def test_values_of_the_queue(store: Store) -> None:
 
 def test_a_newer_schema_is_refused(store: Store) -> None:
     store.put("schema", 99)
-    with pytest.raises(UsageError, match="has schema 99, this mrcore 1"):
+    with pytest.raises(UsageError, match="has schema 99, this mrcore 2"):
         Store(store.path.parent)
 
 
@@ -157,3 +157,16 @@ def test_check_finds_a_broken_invariant(tmp_path: Path) -> None:
     with pytest.raises(MrcoreError, match="damaged"):
         store.check()
     store.close()
+
+
+def test_an_older_queue_gets_the_tables_that_came_since(tmp_path: Path) -> None:
+    old = Store(tmp_path)
+    with old.change() as db:
+        db.execute("DROP TABLE ledger")
+        db.execute("DROP TABLE ledgers")
+    old.put("schema", 1)
+    old.put("paused", True)
+    old.close()
+    store = Store(tmp_path)
+    assert store.rows("SELECT * FROM ledger, ledgers") == [] and store.get("paused") is True
+    assert store.get("schema") == 2

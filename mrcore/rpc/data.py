@@ -8,7 +8,7 @@ over the content from the first byte sent up to this piece's end, so every piece
 GET  {"get": [request, …]}            → {"get": how many}, then each request's content, in order, without round trips
 PUT  {"put": request, "length": n}    → {"offset": k}: what the server has already (a resumed transfer), else 0
      the content from byte k on       → {"result": …} once it is flushed to disk and the finish callback has run
-The crc32 of a PUT covers the part sent; the part before k was verified piece by piece when it came.
+The crc32 of a PUT begins with the first k bytes as either side has them: if they differ, the next PUT begins at 0.
 Without progress for `stall_seconds` either side gives up; an idle connection ends after `idle_data_seconds`.
 """
 
@@ -59,12 +59,14 @@ class Range(NamedTuple):
 class Upload:
     """Where a PUT goes: `partial` is written and flushed, then `finish()` publishes it and gives the JSON-able answer.
 
-    With `resume` the bytes that are there already are kept and the client sends the rest.
+    With `resume` the bytes that are there already are kept and the client sends the rest. `flush` False: `finish` sees
+    to it that what it makes of the content is on disk.
     """
 
     partial: Path
     finish: Callable[[], Any]
     resume: bool = False
+    flush: bool = True
 
 
 Receive = Callable[[Identity, Any], Upload]
@@ -77,8 +79,8 @@ class _Answered(Exception):
 class _Outbox:
     """Gathers pieces of content in one reused buffer and writes it when it is full."""
 
-    def __init__(self, stream: Stream, heed: bool = False) -> None:
-        self._stream, self._used, self._piece_bytes = stream, 0, stream.limits.piece_bytes
+    def __init__(self, stream: Stream, heed: bool = False, sent: Callable[[int], object] | None = None) -> None:
+        self._stream, self._used, self._piece_bytes, self._sent = stream, 0, stream.limits.piece_bytes, sent
         self._heed = heed  # stop as soon as there is something to read
         self._view = memoryview(bytearray(PIECE.size + self._piece_bytes))
         self._file: tuple[Path | str, int] | None = None  # neighbouring ranges are often of one file
@@ -126,6 +128,8 @@ class _Outbox:
                 raise ClusterFault(f"{source!s} ends at byte {at}, before {end}: it shrank while it was sent")
             crc, at = crc32(view[:got], crc), at + got
             self.add(LAST if last and at == end else MORE, got, crc)
+            if self._sent is not None:
+                self._sent(got)
             if at == end:
                 return crc
 
@@ -143,6 +147,16 @@ class _Outbox:
             raise _Answered
         self._stream.write(self._view[: self._used])
         self._used = 0
+
+
+def checksum(fd: int, length: int) -> int:
+    """Give the crc32 of a file's first `length` bytes. Raises ClusterFault (it ends before), OSError."""
+    view, at, crc = memoryview(bytearray(1 << 20)), 0, 0
+    while at < length:
+        if not (got := os.preadv(fd, [view[: length - at]], at)):
+            raise ClusterFault(f"a file ends at byte {at}, before {length}: it shrank while it was read")
+        crc, at = crc32(view[:got], crc), at + got
+    return crc
 
 
 def _receive_piece(stream: Stream, crc: int) -> tuple[int, memoryview, int]:
@@ -240,9 +254,17 @@ class DataHandler:
             at = size if upload.resume and size <= length else 0
             _asked(os.ftruncate, fd, at)
             stream.send_json({"offset": at})
-            kind, crc = MORE, 0
+            kind, crc, begin = MORE, _asked(checksum, fd, at), at
+            if at:  # the peer reads what it has as well, at the same time
+                with stream.within(stream.limits.finish_seconds, "the first bytes"):
+                    stream.poll()
             while kind != LAST:
-                kind, chunk, crc = _receive_piece(stream, crc)
+                try:
+                    kind, chunk, crc = _receive_piece(stream, crc)
+                except Refused:
+                    if at == begin:  # what is here may be of another file, or damaged
+                        os.ftruncate(fd, 0)
+                    raise
                 if at + len(chunk) > length:
                     raise Refused(f"{name}: more than the {length} bytes that were announced")
                 while chunk:
@@ -250,7 +272,8 @@ class DataHandler:
                     chunk, at = chunk[written:], at + written
             if at != length:
                 raise Refused(f"{name}: {at} bytes instead of the {length} that were announced")
-            _asked(os.fsync, fd)
+            if upload.flush:
+                _asked(os.fsync, fd)
             result = _asked(upload.finish)  # still locked: nobody may write what is being published
         finally:
             os.close(fd)
@@ -263,6 +286,16 @@ def _lock_file(fd: int, path: Path) -> None:
         if os.fstat(fd).st_ino == path.stat().st_ino:  # else it was published since we opened it
             return
     raise Refused(f"{path.name} is being written by another transfer; try again when that has ended")
+
+
+def _start(source: Path | bytes | int, length: int) -> int:
+    """The crc32 of the first bytes, which a resumed upload leaves out."""
+    if isinstance(source, bytes):
+        return crc32(source[:length])
+    if isinstance(source, int):
+        return checksum(source, length)
+    with source.open("rb") as stream:
+        return checksum(stream.fileno(), length)
 
 
 class DataClient(Caller):
@@ -296,24 +329,38 @@ class DataClient(Caller):
                     got.append((length, crc))
         return got
 
-    def put(self, request: Any, source: Path | bytes) -> Any:
-        """Send a file or bytes, from where the server has it already; gives what the finish callback answered.
+    def put(
+        self, request: Any, source: Path | bytes | tuple[int, int], sent: Callable[[int], object] | None = None
+    ) -> Any:
+        """Send bytes, a file, or of an open one (descriptor, how many bytes), from where the server has it already.
 
+        Gives what the finish callback answered. `sent` hears of each piece's bytes; what it raises ends the upload.
         Raises what the server answered, Refused, Unreachable, ClusterFault (shrank), OSError (no such file).
         """
-        length = len(source) if isinstance(source, bytes) else source.stat().st_size
+        content: Path | bytes | int
+        if isinstance(source, tuple):
+            content, length = source
+        else:
+            content, length = source, source.stat().st_size if isinstance(source, Path) else len(source)
         with self._dropping_on_error():
             stream, answer = self._ask({"put": request, "length": length})
             at = answer.get("offset")
             if type(at) is not int or not 0 <= at <= length:
                 raise Refused(f"{stream.peer} wants to resume at byte {at} of {length}")
-            with _Outbox(stream, heed=True) as out, suppress(_Answered):
+            with _Outbox(stream, heed=True, sent=sent) as out, suppress(_Answered):
                 try:
-                    out.copy(source, at, length - at, 0, True)
+                    out.copy(content, at, length - at, _start(content, at), True)
                 except ClusterFault as error:
+                    if stream.closed:
+                        raise
                     out.fault(error)  # the server forgets the upload and answers with this error
                 out.flush()
             return self._answer(stream, self.limits.finish_seconds, "the end of an upload").get("result")
+
+    def abort(self) -> None:
+        """From any thread: what another has under way raises Unreachable."""
+        if (stream := self._stream) is not None:
+            stream.abort()
 
     def close(self) -> None:
         """Drop the connection at once."""
