@@ -336,7 +336,8 @@ class Runner:
             self._end(running["spec"], run, running["number"], "succeeded", now, counts=counts)
         else:
             if running["spec"]["job_type"] == "mapreduce":
-                self._manage_cluster().abandon(name, run)
+                with contextlib.suppress(MrcoreError, OSError):  # what is away now is swept before the next run there
+                    self._manage_cluster().abandon(name, run)
             scripts.end_leftovers(self.settings)
             ending = "cancelled" if running["cancel"] else "handed back"
             gone = MrcoreError("its Runner ended before the run was committed").to_dict()

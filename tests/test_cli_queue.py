@@ -134,6 +134,34 @@ def test_bad_job_files_queue_nothing(mrcore: Mrcore, file: Path, content: bytes,
     assert json.loads(mrcore("queue", "--json")[1])["jobs"] == []
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("job_type: script\nscript_location: nowhere.py\n", "script_location: there is no file"),
+        ("job_type: script\n", "'script_location' is missing"),
+        ("job_type: script\nscript_location: job.yml\nscript_arguments: [{a: 1}]\n", "script_arguments"),
+        ("job_type: skript\n", "job_type 'skript' is not one of mapreduce, script, file_transfer (did you mean"),
+        ("job_type: file_transfer\ntransfer_type: uplaod\n", "transfer_type: input should be 'upload'"),
+        ("job_type: file_transfer\ntransfer_type: upload\n", "upload needs 'input_dir'"),
+    ],
+)
+def test_bad_scripts_and_transfers_queue_nothing(mrcore: Mrcore, file: Path, content: str, said: str) -> None:
+    file.write_text(f"job_name: x\n{content}")
+    code, out, err = mrcore("submit", str(file))
+    assert (code, out) == (2, "")
+    assert said in err and err.count("\n") == 1
+    assert json.loads(mrcore("queue", "--json")[1])["jobs"] == []
+
+
+def test_run_once_does_not_wait_for_a_paused_queue(mrcore: Mrcore, file: Path) -> None:
+    mrcore("submit", str(file))
+    mrcore("pause")
+    code, out, err = mrcore("run", "--once")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "mrcore: the queue is paused: `mrcore resume` goes on"
+    assert len(json.loads(mrcore("queue", "--json")[1])["jobs"]) == 1
+
+
 def test_missing_file_and_wrong_usage(mrcore: Mrcore) -> None:
     assert mrcore("submit", "nowhere.yml")[::2] == (1, "mrcore: nowhere.yml: No such file or directory\n")
     assert mrcore("submit")[0] == 2

@@ -32,6 +32,9 @@ from mrcore.scheduler import Scheduler
 NAMES = ("a", "b", "c", "d", "e")
 GROUPS = (None, None, "g", "h")
 HOLD_SECONDS = 7.0
+DIES = ("dies before commit", "dies after commit")
+ENDS = ("ok", "ok", "fail", "down", "wait for cancel", *DIES, "down after commit")
+MEANWHILE = (None, None, None, "delete", "replace")
 
 
 class Killed(BaseException):
@@ -109,6 +112,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.paused = self.cancelled = False
         self.held_until = 0.0
         self.new_runner()
+        for name in NAMES:
+            self.submit(name, "g" if name in "abc" else None, 0, False, name in "ad")
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
@@ -184,13 +189,18 @@ class QueueMachine(RuleBasedStateMachine):
     def nodes_come_and_go(self, fails: bool) -> None:
         self.cluster.finishing_fails = fails
 
-    @rule(
-        ends=st.sampled_from(
-            ("ok", "ok", "ok", "fail", "down", "wait for cancel", "dies before commit", "dies after commit",
-             "down after commit")
-        ),
-        meanwhile=st.sampled_from((None, None, None, "delete", "replace")),
-    )  # fmt: skip
+    @rule(plan=st.lists(st.tuples(st.sampled_from(ENDS), st.sampled_from(MEANWHILE)), min_size=1, max_size=8),
+          patient=st.booleans())  # fmt: skip
+    def steps(self, plan: list[tuple[str, str | None]], patient: bool) -> None:
+        """Some steps of the Runner; a patient one waits for the end of holds and for the next cycle."""
+        for ends, meanwhile in plan:
+            if patient:
+                self.now = max(self.now, self.held_until + 1)
+                if self.drained:
+                    self.new_runner()
+            self.step(ends, meanwhile)
+            self.same_as_the_model()
+
     def step(self, ends: str, meanwhile: str | None) -> None:
         self.now = max(self.now, time.time())
         if self.now < self.held_until:

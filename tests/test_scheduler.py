@@ -398,7 +398,15 @@ def test_waiting_runner_wakes_at_once_and_adds_little(scheduler: Scheduler, sett
 
 
 def test_retention_bounds_the_history(scheduler: Scheduler, settings: Settings) -> None:
-    scheduler.submit_job(job("a", run_once=False))
+    scheduler.submit_jobs([job("a", run_once=False), job("rare"), job("kept", run_once=False, delete_job_data=False)])
+    once(settings)
+    scheduler.delete_job("kept")
+    (settings.state_dir / "manifests/a/1.json.partial").write_text("of a Runner that died")
     for _ in range(4):
         Runner(settings.model_copy(update={"history_keep_runs": 2}), FakeCluster(settings)).run(once=True)
-    assert [row["run"] for row in scheduler.history()] == [4, 3]
+    assert [row["run"] for row in scheduler.history()] == [5, 4]
+    manifests = {
+        str(path.relative_to(settings.state_dir / "manifests")) for path in settings.state_dir.glob("manifests/*/*")
+    }
+    # What `cat` needs stays, however old its run.
+    assert manifests == {"a/4.json", "a/5.json", "rare/1.json", "kept/1.json"}
