@@ -192,10 +192,12 @@ def endless(line, auxiliary_data):
     while open(PIDS).read().count(chr(10)) < 2:
         time.sleep(0.01)
     if os.fork() == 0:
-        while True:  # a daemon that is never the same process for long
+        end = time.monotonic() + 60  # should the test be killed, nobody else ends it
+        while time.monotonic() < end:  # a daemon that is never the same process for long
             os.setsid()
             if os.fork():
                 os._exit(0)
+        os._exit(0)
     note()
     while True:
         pass
