@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,21 @@ def ours(home: Path) -> list[int]:
     return [pid for pid, value in found if value.startswith(mark) and living(pid)]
 
 
+def newcomers(home: Path, seconds: float = 0.15) -> list[int]:
+    """Processes of this home that are born within `seconds`: a walk over /proc runs after what forks on and on."""
+    mark, found, end = local.cluster_id(home) + "/", [], time.monotonic() + seconds
+    seen = newest = procfs.newest_pid()
+    while time.monotonic() < end:
+        seen, newest = newest, procfs.newest_pid()
+        found += [
+            pid for pid in range(seen, newest + 1) if procfs.environment_value(pid, "MRCORE_SERVER").startswith(mark)
+        ]
+    return found
+
+
 def assert_nothing_left(settings: Settings) -> None:
     assert not ours(settings.home)
+    assert not newcomers(settings.home)
     for node in settings.nodes:
         assert not list(node.layout.pids_dir.iterdir()) and not list(node.layout.working_dir.iterdir())
         for port in [node.agent_port, *range(node.server_port, node.server_port + node.servers)]:

@@ -33,6 +33,7 @@ from mrcore.paths import remove_tree, write_atomic
 READY_SECONDS = 60.0  # for all together: 96 servers on two cores took 4
 STOP_SECONDS, KILL_SECONDS = 10.0, 15.0
 LOCK_SECONDS = 90.0
+HUNT_SECONDS = 0.05  # without a trace of what forks on and on
 LOG_TAIL_BYTES = 2000
 _INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
 
@@ -304,8 +305,27 @@ def _kill(home: Path, owners: set[str] | None = None) -> None:
             procfs.send_signal(pid, ticks, signal.SIGKILL)
         if left := _await_end(victims or tops, deadline - time.monotonic()):
             raise ClusterFault(f"processes do not end even by SIGKILL (stuck in the kernel?): {left}", pids=left)
-        if not victims:
+        if not victims and not _hunt(cluster_id(home) + "/", owners, deadline):
             return
+
+
+def _hunt(mark: str, owners: set[str] | None, deadline: float) -> int:
+    """SIGKILL marked processes that no supervisor adopts (it was killed) and that fork faster than /proc can be walked.
+
+    Looks at the process ids that were given out since its last look only, which takes less time than to fork, until
+    none of them was marked for HUNT_SECONDS. Gives how many it killed.
+    """
+    seen, killed, end = procfs.newest_pid(), 0, time.monotonic() + HUNT_SECONDS
+    while time.monotonic() < min(end, deadline):
+        newest = procfs.newest_pid()
+        for pid in range(seen, newest + 1):  # none when the ids began anew from 1: the next look goes on from there
+            found = procfs.environment_value(pid, "MRCORE_SERVER")
+            if found.startswith(mark) and (owners is None or found in owners) and pid != os.getpid():
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed, end = killed + (procfs.state(pid) is not None), time.monotonic() + HUNT_SECONDS
+        seen = newest
+    return killed
 
 
 def _kill_below(tops: Iterable[int], deadline: float) -> None:
