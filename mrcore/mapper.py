@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from mrcore import task
@@ -13,6 +14,7 @@ from mrcore.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_item, is
 from mrcore.shuffler import DirectOutput, Shuffle
 from mrcore.usercode import Function, describe_text, is_disk_full, raised_by_user, user_fault
 
+LINES_PER_LOOK = 512  # at the memory
 SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers that frames must be sized
 
 
@@ -84,7 +86,9 @@ class Map:
                 lines = text.count("\n") + (not text.endswith("\n"))
                 stream = io.StringIO(text, newline="\n") if lines > 1 else iter((text,))  # StringIO takes 4 bytes/char
                 task.set_offset(_line_offset(offset, text, stream))
-                emit(stream)
+                for _ in range(0, lines, LINES_PER_LOOK):
+                    emit(islice(stream, LINES_PER_LOOK))
+                    self._sink.watch.look()  # its own thread may be kept waiting on a busy machine
                 self.lines += lines
         task.set_offset(None)
 

@@ -58,7 +58,7 @@ class DirectOutput:
     """Stands where Shuffle stands in a job without a reduce function: items go to parts, unsorted."""
 
     def __init__(self, parts: PartWriter, watch: MemoryWatch) -> None:
-        self._parts, self._watch = parts, watch
+        self._parts, self.watch = parts, watch
         self._nodes = 0
         self._snapshot = Snapshot()
         self._batch: list[tuple[Key, Value]] = []
@@ -75,8 +75,9 @@ class DirectOutput:
         """Write what is held."""
         self._parts.write(self._batch)
         self._batch, self._nodes = [], 0
-        if self._watch.due:
-            self._watch.release()
+        self.watch.look()
+        if self.watch.due:
+            self.watch.release()
 
     def close(self) -> list[dict[str, Any]]:
         """Finish and give the parts."""

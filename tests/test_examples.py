@@ -248,4 +248,4 @@ def test_word_count_with_a_memory_budget_so_small_that_it_spills_again_and_again
     for small in started(home, 1, 2, memory_bytes=88 << 20):
         counts, items = small.run("word_count", [tmp_path / "words"], combine_function_name=None)
         assert sorted(items) == [(word, len(ones)) for word, ones in grouped((word, 1) for word in words)]
-        assert counts["spills"] > 100
+        assert counts["spills"] > 30  # by memory alone; the tests above count items, and spill hundreds of times

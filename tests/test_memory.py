@@ -119,7 +119,7 @@ def test_one_giant_group_with_a_combiner(tmp_path: Path) -> None:
 def test_many_distinct_keys(tmp_path: Path, combining: bool) -> None:
     job = {"combine_function_name": "r"} if combining else {}
     work, result = carry_out(tmp_path, numbers(1_000_000), "[(line, 1), (line[:-2], 1)]", SUM, **job)
-    assert records(result) == 1_000_000 + 1 and len(work.runs) > 5
+    assert records(result) == 1_100_000 and len(work.runs) > 5  # the line ends of the former make them different
 
 
 @pytest.mark.slow
