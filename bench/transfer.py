@@ -27,7 +27,7 @@ from mrcore.rpc import tls
 from mrcore.rpc.tls import DATA_PROTOCOL, Pki
 
 LARGE_BYTES, SMALL_FILES, SMALL_BYTES = 1 << 30, 100_000, 1_000
-SCP_FILES, ROUNDS, BLOCK_BYTES = 200, 3, 1 << 20
+SCP_FILES, ROUNDS, BLOCK_BYTES = 200, 6, 1 << 20
 
 # A process of its own, as the agent is one: takes one connection, writes what comes, flushes, answers one byte.
 RECEIVER = """
@@ -43,7 +43,9 @@ while True:
     with context.wrap_socket(raw, server_side=True) as sock, open(sys.argv[3], "wb", buffering=0) as out:
         view, left = memoryview(bytearray(1 << 20)), int.from_bytes(sock.recv(8), "big")
         while left:
-            got = sock.recv_into(view)
+            got, wanted = 0, min(left, len(view))
+            while got < wanted:  # TLS gives 16 KiB at a time: written one by one they would make a poor yardstick
+                got += sock.recv_into(view[got:wanted])
             out.write(view[:got])
             left -= got
         os.fsync(out.fileno())
@@ -82,17 +84,29 @@ def large(settings: Settings, folder: Path, size: int) -> None:
         for _ in range(size // BLOCK_BYTES):
             stream.write(block)
     target = node.compute_dir / "plain"
+    plain: list[float] = []
+    ours: list[float] = []
+    back: list[float] = []
     command = [sys.executable, "-c", RECEIVER, str(node.layout.pki_dir), node.address, str(target)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as receiver:
         try:
             assert receiver.stdout
             port = int(receiver.stdout.readline())
-            plain, ours, back = [], [], []
-            for _ in range(ROUNDS):
+
+            def one_plain() -> None:
                 target.unlink(missing_ok=True)
                 plain.append(seconds(lambda: plain_copy(settings, port, source)))
+
+            def one_upload() -> None:
                 transfer.delete_files("large")
-                ours.append(seconds(lambda: transfer.upload(str(source), "large")))
+                sent = []
+                ours.append(seconds(lambda: sent.append(transfer.upload(str(source), "large")["sent_bytes"])))
+                if sent != [source.stat().st_size]:
+                    raise RuntimeError(f"only {sent} bytes were sent")
+
+            for number in range(ROUNDS):  # each is first every other time: who comes after a sync has it harder
+                for copy in (one_plain, one_upload)[:: 1 if number % 2 else -1]:
+                    copy()
                 shutil.rmtree(folder / "back", ignore_errors=True)
                 back.append(seconds(lambda: transfer.download("large", str(folder / "back"))))
         finally:
