@@ -33,6 +33,7 @@ bench: ## measure against a script by hand, PySpark, mrjob and Dask (installs th
 	@scripts/setup.sh dev,bench
 	$(PY) bench/run.py $(ARGS)
 	$(PY) bench/merge_output.py
+	$(PY) bench/transfer.py
 
 setup: ## only make .venv
 	@scripts/setup.sh dev
