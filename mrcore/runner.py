@@ -65,9 +65,14 @@ class Doorbell:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
             return False
-        with contextlib.suppress(BlockingIOError):  # full: it is awake anyhow
+        try:
             os.write(descriptor, b".")
-        os.close(descriptor)
+        except BlockingIOError:  # full: it is awake anyhow
+            pass
+        except BrokenPipeError:  # it ended just now
+            return False
+        finally:
+            os.close(descriptor)
         return True
 
     def wait(self, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from fake_cluster import FakeCluster, ran
 
 from mrcore.config import Settings, load_settings
 from mrcore.errors import UsageError
-from mrcore.runner import Runner, pick
+from mrcore.runner import Doorbell, Runner, pick
 from mrcore.scheduler import Scheduler
 
 FAKE = Path(__file__).with_name("fake_cluster.py")
@@ -410,3 +411,18 @@ def test_retention_bounds_the_history(scheduler: Scheduler, settings: Settings) 
     }
     # What `cat` needs stays, however old its run.
     assert manifests == {"a/4.json", "a/5.json", "rare/1.json", "kept/1.json"}
+
+
+def test_ringing_a_runner_that_ends_at_that_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Doorbell(tmp_path)
+    listener.wait(0)
+    assert Doorbell(tmp_path).ring()
+    opened = os.open
+
+    def open_then_end(*arguments: Any) -> int:
+        descriptor = opened(*arguments)
+        listener.close()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_then_end)
+    assert not Doorbell(tmp_path).ring()
