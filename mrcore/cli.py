@@ -11,21 +11,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mrcore import __version__, cli_files
+from mrcore import __version__, cli_admin, cli_files
+from mrcore.cli_common import JSON, print_json, print_table, scheduler_in_force, settings_in_force, told_seconds
 from mrcore.errors import MrcoreError, UsageError
 
 if TYPE_CHECKING:
     from mrcore.config import Settings
-    from mrcore.scheduler import Scheduler
 
 MAX_JOB_FILE_BYTES = 10 << 20
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,46 +58,10 @@ def cli(context: click.Context, config: str | None) -> None:
     context.obj = config
 
 
-def _settings() -> Settings:
-    from mrcore.config import load_settings
-
-    return load_settings(click.get_current_context().find_root().obj)
-
-
-def _scheduler() -> Scheduler:
-    from mrcore.scheduler import Scheduler
-
-    return Scheduler(_settings())
-
-
 def _manage_cluster(settings: Settings | None = None) -> Any:
     from mrcore.manage_cluster import ManageCluster
 
-    return ManageCluster(settings or _settings())
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-
-
-def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
-    """Print `{key: title}` of the rows: aligned and fitted on a terminal, whole in a pipe."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in columns.values():
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if row.get(key) is None else str(row[key])) for key in columns))
-    Console(width=None if sys.stdout.isatty() else 1000, soft_wrap=False).print(table)
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f} s" if value < 60 else f"{int(value // 3600)}:{int(value // 60 % 60):02}:{int(value % 60):02}"
+    return ManageCluster(settings or settings_in_force())
 
 
 # --- the cluster ------------------------------------------------------------------------------------------------
@@ -118,7 +80,7 @@ def cluster() -> None:
 @click.option("--server-port", type=click.IntRange(1, 65535), help="Port of each node's first cluster server.")
 def start(**shape: Any) -> None:
     """Start all servers; what runs already is left alone."""
-    settings = _settings()
+    settings = settings_in_force()
     given = {key: value for key, value in shape.items() if value is not None}
     if given:
         if not settings.local:
@@ -126,7 +88,7 @@ def start(**shape: Any) -> None:
         from mrcore.launchers import local
 
         local.configure(settings.home, **given)
-        settings = _settings()
+        settings = settings_in_force()
     _manage_cluster(settings).start_cluster()
     servers = settings.servers()
     click.echo(f"cluster {settings.cluster_name} is up: {len(settings.nodes)} nodes, {len(servers)} cluster servers")
@@ -152,8 +114,8 @@ def status(as_json: bool) -> None:
     """Show every node agent and cluster server."""
     answer = _manage_cluster().status()
     if as_json:
-        return _print_json(answer)
-    _table(answer, {key: key.upper() for row in answer for key in row})
+        return print_json(answer)
+    print_table(answer, {key: key.upper() for row in answer for key in row})
     return None
 
 
@@ -184,10 +146,10 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
             raise UsageError(f"--set {change}: write KEY=VALUE")
         value = parse_yaml(text, f"the value of --set {key}")
         batch = [job | {key: value} for job in batch]
-    scheduler = _scheduler()
+    scheduler = scheduler_in_force()
     answers = scheduler.submit_jobs(batch)
     if as_json:
-        return _print_json(answers)
+        return print_json(answers)
     for answer in answers:
         click.echo(f"{answer['job_name']}: {answer['message']}")
     if not scheduler.state()["runner"]:
@@ -221,8 +183,8 @@ def run(once: bool) -> None:
     from mrcore.runner import Runner
 
     with _reporter() as report:
-        ended = Runner(_settings(), report=report).run(once=once)
-    if once and _scheduler().state()["paused"]:
+        ended = Runner(settings_in_force(), report=report).run(once=once)
+    if once and scheduler_in_force().state()["paused"]:
         raise MrcoreError("the queue is paused: `mrcore resume` goes on")
     if once and not ended:
         click.echo("nothing to run: `mrcore submit FILE` queues a job", err=True)
@@ -261,19 +223,21 @@ def _reporter() -> Iterator[Callable[..., None]]:
 @JSON
 def queue(as_json: bool) -> None:
     """List the queue in the order in which it will run."""
-    scheduler = _scheduler()
+    scheduler = scheduler_in_force()
     state, rows = scheduler.state(), scheduler.queue()
     estimates = scheduler.estimates()
     rows = [row | {"estimate": estimates.get(row["job_name"])} for row in rows]
     if as_json:
-        return _print_json(state | {"jobs": rows})
+        return print_json(state | {"jobs": rows})
     for row in rows:
         estimate = row["estimate"]
         row["state"] = f"running {row['phase'] or ''}".strip() if row["running"] else row["state"]
         row["job_priority"] = "force_run" if row["force_run"] else f"{row['job_priority']:g}"
-        row["estimate"] = _seconds(estimate["median_seconds"]) if estimate else "not enough data"
+        row["estimate"] = told_seconds(estimate["median_seconds"]) if estimate else "not enough data"
     columns = {"job_name": "JOB", "state": "STATE", "job_type": "TYPE", "group_name": "GROUP"}
-    _table(rows, columns | {"job_priority": "PRIORITY", "last_run": "RUNS", "estimate": "USUALLY", "reason": "REASON"})
+    print_table(
+        rows, columns | {"job_priority": "PRIORITY", "last_run": "RUNS", "estimate": "USUALLY", "reason": "REASON"}
+    )
     if state["paused"]:
         click.echo("the queue is paused: `mrcore resume` goes on")
     if state["hold"]:
@@ -291,15 +255,15 @@ def queue(as_json: bool) -> None:
 @JSON
 def history(job: str | None, limit: int, as_json: bool) -> None:
     """List the runs of all jobs or of one, newest first."""
-    rows = _scheduler().history(job, limit)
+    rows = scheduler_in_force().history(job, limit)
     if as_json:
-        return _print_json(rows)
+        return print_json(rows)
     for row in rows:
         row["start"] = row["start_time"][:19].replace("T", " ")
-        row["took"] = _seconds(row["seconds"])
+        row["took"] = told_seconds(row["seconds"])
         row["error"] = (row["exception"] or {}).get("message")
     columns = {"job_name": "JOB", "run": "RUN", "state": "STATE", "start": "START", "took": "TOOK", "error": "WHY"}
-    _table(rows, columns)
+    print_table(rows, columns)
     return None
 
 
@@ -308,17 +272,17 @@ def history(job: str | None, limit: int, as_json: bool) -> None:
 @JSON
 def show(job: str, as_json: bool) -> None:
     """Tell a job's whole story: its keys, its runs, their phases, counts and errors."""
-    story = _scheduler().show(job)
+    story = scheduler_in_force().show(job)
     if as_json:
-        return _print_json(story)
+        return print_json(story)
     click.echo(f"{job}: {story['state']}" + (f" ({story['reason']})" if story["reason"] else ""))
     for key, value in story["job"].items():
         if value is not None:
             click.echo(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
     for row in story["runs"][:10]:
-        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {_seconds(row['seconds'])}")
+        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {told_seconds(row['seconds'])}")
         for phase, times in row["phases"].items():
-            click.echo(f"  {phase}: {_seconds(times['seconds'])}")
+            click.echo(f"  {phase}: {told_seconds(times['seconds'])}")
         for name, count in row["counts"].items():
             click.echo(f"  {name}: {count}")
         if row["exception"]:
@@ -337,7 +301,7 @@ def show(job: str, as_json: bool) -> None:
 @click.argument("job")
 def delete(job: str) -> None:
     """Take a job out of the queue; a run under way goes on."""
-    _scheduler().delete_job(job)
+    scheduler_in_force().delete_job(job)
     click.echo(f"{job} is out of the queue; its output stays where it is")
 
 
@@ -345,74 +309,28 @@ def delete(job: str) -> None:
 @click.argument("group")
 def requeue(group: str) -> None:
     """Bring back the jobs of a group that left the queue by a failure, or one job by its name."""
-    click.echo(f"queued again: {', '.join(_scheduler().requeue(group))}")
+    click.echo(f"queued again: {', '.join(scheduler_in_force().requeue(group))}")
 
 
 @cli.command()
 @click.argument("job")
 def cancel(job: str) -> None:
     """End the run of a job that is under way."""
-    click.echo(f"run {_scheduler().cancel(job)} of {job} is told to end")
+    click.echo(f"run {scheduler_in_force().cancel(job)} of {job} is told to end")
 
 
 @cli.command()
 def pause() -> None:
     """Start no further run until `mrcore resume`."""
-    _scheduler().pause()
+    scheduler_in_force().pause()
     click.echo("paused; a run under way goes on")
 
 
 @cli.command()
 def resume() -> None:
     """End a pause, or a hold's waiting."""
-    _scheduler().resume()
+    scheduler_in_force().resume()
     click.echo("the queue goes on")
-
-
-@cli.command()
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-def backup(file: Path) -> None:
-    """Copy queue, history, ledger and manifests into one file; also while a Runner runs."""
-    from mrcore.backup import backup as write
-
-    counts = write(_settings(), file)
-    click.echo(f"{file}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
-
-
-@cli.command()
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--force", is_flag=True, help="Replace the jobs and the history that there are.")
-def restore(file: Path, force: bool) -> None:
-    """Bring back queue, history, ledger and manifests from a backup. No Runner may run."""
-    from mrcore.backup import restore as read
-
-    about = read(_settings(), file, force)
-    click.echo(f"restored as of {datetime.fromtimestamp(about['time']).astimezone().isoformat(timespec='seconds')}")
-
-
-@cli.group(name="ledger")
-def ledger_group() -> None:
-    """What a job with hold_state has read of its inputs."""
-
-
-@ledger_group.command(name="show")
-@click.argument("job")
-@JSON
-def ledger_show(job: str, as_json: bool) -> None:
-    """List the files that a job has read, and how far."""
-    rows = _scheduler().ledger(job)
-    if as_json:
-        return _print_json(rows)
-    _table(rows, {"path": "FILE", "holder": "NODE", "bytes": "READ", "modified": "MODIFIED"})
-    return None
-
-
-@ledger_group.command(name="forget")
-@click.argument("job")
-def ledger_forget(job: str) -> None:
-    """Have a job's next run read all its inputs anew and replace its whole output."""
-    count = _scheduler().forget_ledger(job)
-    click.echo(f"{job}: {count} files forgotten; its next run reads all its inputs and replaces its output")
 
 
 # --- what came of it --------------------------------------------------------------------------------------------
@@ -432,7 +350,7 @@ def cat(job: str, head: int | None) -> None:
 @click.option("--lines", type=click.IntRange(1), default=100, show_default=True, help="Last lines of each file.")
 def logs(name: str | None, lines: int) -> None:
     """Print the end of a server's or a job's log; without a name, list the logs."""
-    settings = _settings()
+    settings = settings_in_force()
     folders = [node.layout.logs_dir for node in settings.nodes] + [settings.logs_dir]
     files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
     if name is None:
@@ -473,7 +391,7 @@ def try_project(
     """Run a project's functions over files in this one process, without a cluster: to develop them."""
     from mrcore.trial import run_trial
 
-    folder = _settings().projects_dir / project
+    folder = settings_in_force().projects_dir / project
     if not folder.is_dir():
         folder = Path(project).absolute()
     if not folder.is_dir():
@@ -486,5 +404,5 @@ def try_project(
         sys.stdout.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
-for each in cli_files.COMMANDS:
+for each in (*cli_admin.COMMANDS, *cli_files.COMMANDS):
     cli.add_command(each)

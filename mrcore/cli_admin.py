@@ -1,0 +1,72 @@
+"""The operator's commands: settings, backup and restore, the ledger."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from mrcore.cli_common import JSON, print_json, print_table, scheduler_in_force, settings_in_force
+
+
+@click.command()
+@JSON
+def settings(as_json: bool) -> None:
+    """Print the settings in force, with all defaults, as YAML; exit status 2 names every fault of a file."""
+    import yaml
+
+    found = settings_in_force().model_dump(mode="json")
+    if as_json:
+        return print_json(found)
+    click.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), nl=False)
+    return None
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def backup(file: Path) -> None:
+    """Copy queue, history, ledger and manifests into one file; also while a Runner runs."""
+    from mrcore.backup import backup as write
+
+    counts = write(settings_in_force(), file)
+    click.echo(f"{file}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--force", is_flag=True, help="Replace the jobs and the history that there are.")
+def restore(file: Path, force: bool) -> None:
+    """Bring back queue, history, ledger and manifests from a backup. No Runner may run."""
+    from mrcore.backup import restore as read
+
+    about = read(settings_in_force(), file, force)
+    click.echo(f"restored as of {datetime.fromtimestamp(about['time']).astimezone().isoformat(timespec='seconds')}")
+
+
+@click.group()
+def ledger() -> None:
+    """What a job with hold_state has read of its inputs."""
+
+
+@ledger.command()
+@click.argument("job")
+@JSON
+def show(job: str, as_json: bool) -> None:
+    """List the files that a job has read, and how far."""
+    rows = scheduler_in_force().ledger(job)
+    if as_json:
+        return print_json(rows)
+    print_table(rows, {"path": "FILE", "holder": "NODE", "bytes": "READ", "modified": "MODIFIED"})
+    return None
+
+
+@ledger.command()
+@click.argument("job")
+def forget(job: str) -> None:
+    """Have a job's next run read all its inputs anew and replace its whole output."""
+    count = scheduler_in_force().forget_ledger(job)
+    click.echo(f"{job}: {count} files forgotten; its next run reads all its inputs and replaces its output")
+
+
+COMMANDS: list[click.Command] = [settings, backup, restore, ledger]
