@@ -12,16 +12,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mrcore import __version__, cli_admin, cli_files
-from mrcore.cli_common import JSON, print_json, print_table, scheduler_in_force, settings_in_force, told_seconds
+from mrcore import __version__, cli_admin, cli_cluster, cli_files
+from mrcore.cli_common import (
+    JSON,
+    cluster_in_force,
+    print_json,
+    print_table,
+    scheduler_in_force,
+    settings_in_force,
+    told_seconds,
+)
 from mrcore.errors import MrcoreError, UsageError
-
-if TYPE_CHECKING:
-    from mrcore.config import Settings
 
 MAX_JOB_FILE_BYTES = 10 << 20
 
@@ -56,67 +61,6 @@ def main(arguments: list[str] | None = None) -> None:
 def cli(context: click.Context, config: str | None) -> None:
     """A Python MapReduce cluster with a durable job queue."""
     context.obj = config
-
-
-def _manage_cluster(settings: Settings | None = None) -> Any:
-    from mrcore.manage_cluster import ManageCluster
-
-    return ManageCluster(settings or settings_in_force())
-
-
-# --- the cluster ------------------------------------------------------------------------------------------------
-
-
-@cli.group()
-def cluster() -> None:
-    """Start, stop and look at the cluster's servers."""
-
-
-@cluster.command()
-@click.option("--nodes", type=click.IntRange(1, 250), help="Local nodes (127.0.0.1, 127.0.0.2, …).")
-@click.option("--servers", type=click.IntRange(1, 256), help="Cluster servers on each local node.")
-@click.option("--address", help="Address of the first local node.")
-@click.option("--agent-port", type=click.IntRange(1, 65535), help="Port of the node agents.")
-@click.option("--server-port", type=click.IntRange(1, 65535), help="Port of each node's first cluster server.")
-def start(**shape: Any) -> None:
-    """Start all servers; what runs already is left alone."""
-    settings = settings_in_force()
-    given = {key: value for key, value in shape.items() if value is not None}
-    if given:
-        if not settings.local:
-            raise UsageError("the shape of a deployed cluster stands in its settings: leave the options out")
-        from mrcore.launchers import local
-
-        local.configure(settings.home, **given)
-        settings = settings_in_force()
-    _manage_cluster(settings).start_cluster()
-    servers = settings.servers()
-    click.echo(f"cluster {settings.cluster_name} is up: {len(settings.nodes)} nodes, {len(servers)} cluster servers")
-
-
-@cluster.command()
-def stop() -> None:
-    """Stop all servers gracefully."""
-    _manage_cluster().stop_cluster()
-    click.echo("the cluster is stopped")
-
-
-@cluster.command()
-def kill() -> None:
-    """End all servers and whatever they started, for certain."""
-    _manage_cluster().kill_cluster()
-    click.echo("the cluster is stopped")
-
-
-@cluster.command()
-@JSON
-def status(as_json: bool) -> None:
-    """Show every node agent and cluster server."""
-    answer = _manage_cluster().status()
-    if as_json:
-        return print_json(answer)
-    print_table(answer, {key: key.upper() for row in answer for key in row})
-    return None
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------
@@ -342,35 +286,7 @@ def resume() -> None:
 def cat(job: str, head: int | None) -> None:
     """Print a job's output, one JSON item per line, in the order of its parts."""
     sys.stdout.flush()
-    _manage_cluster().cat(job, sys.stdout.buffer, head=head)
-
-
-@cli.command()
-@click.argument("name", required=False, metavar="[SERVER|JOB]")
-@click.option("--lines", type=click.IntRange(1), default=100, show_default=True, help="Last lines of each file.")
-def logs(name: str | None, lines: int) -> None:
-    """Print the end of a server's or a job's log; without a name, list the logs."""
-    settings = settings_in_force()
-    folders = [node.layout.logs_dir for node in settings.nodes] + [settings.logs_dir]
-    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
-    if name is None:
-        for file in files:
-            click.echo(f"{file.stat().st_size:>12} {file}")
-        return
-    chosen = [file for file in files if file.stem == name or file.name == name]
-    of_script = [file for file in (settings.logs_dir / "scripts" / name).glob("*.log") if file.stem.isdecimal()]
-    chosen += sorted(of_script, key=lambda file: int(file.stem))[-1:]  # of its newest run
-    if not chosen:
-        names = {file.parent.name if file.stem.isdecimal() else file.stem for file in files}
-        known = ", ".join(sorted(names)) or "none yet: `mrcore cluster start` makes them"
-        raise UsageError(f"there is no log of {name!r}; known: {known}")
-    for file in chosen:
-        if len(chosen) > 1:
-            click.echo(f"==> {file} <==")
-        with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - lines * 4096))
-            sys.stdout.flush()
-            sys.stdout.buffer.writelines(stream.read().splitlines(keepends=True)[-lines:])
+    cluster_in_force().cat(job, sys.stdout.buffer, head=head)
 
 
 @cli.command(name="try")
@@ -404,5 +320,5 @@ def try_project(
         sys.stdout.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
-for each in (*cli_admin.COMMANDS, *cli_files.COMMANDS):
+for each in (*cli_cluster.COMMANDS, *cli_admin.COMMANDS, *cli_files.COMMANDS):
     cli.add_command(each)

@@ -29,6 +29,13 @@ def scheduler_in_force() -> Scheduler:
     return Scheduler(settings_in_force())
 
 
+def cluster_in_force(settings: Settings | None = None) -> Any:
+    """The cluster of these settings, or of those in force."""
+    from mrcore.manage_cluster import ManageCluster
+
+    return ManageCluster(settings or settings_in_force())
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON for people and programs."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))

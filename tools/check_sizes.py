@@ -41,7 +41,7 @@ FLOORS = [
     {"supervisor", "agent_files", "node_agent", "cluster_server"},
     {"launchers", "links", "manage_cluster"},
     {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "runner", "scheduler"},
-    {"cli_common", "cli_admin", "cli_files", "cli"},
+    {"cli_common", "cli_admin", "cli_cluster", "cli_files", "cli"},
 ]
 ONLY = {"rpyc": {"rpc"}, "fabric": {"launchers"}, "cryptography": {"pki"}}
 HEAVY = {"pydantic", "cryptography", "fabric", "click", "rich", "yaml"}  # never in a daemon: memory, start time
