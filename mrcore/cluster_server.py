@@ -1,8 +1,9 @@
 """A cluster server: takes one order at a time from the master, has it carried out by a task process, tells its events.
 
 `python -m mrcore.cluster_server SPEC.json` runs the supervisor, which forks what `serve` describes. The spec has
-name, node, address, port, cluster (id), compute_dir, pki_dir, members (names of nodes), memory_bytes (the budget of
-task, supervisor and server together, counted as anonymous memory).
+name, node, address, port, cluster (id or name), compute_dir, pki_dir, members_file (`watched`), and memory_bytes: the
+budget of task, supervisor and server together, counted as anonymous memory; null: this server's share of the machine
+that it runs on, of which it is one of `servers`.
 
 Events are numbered per incarnation, one life of the server child; a master that sees the incarnation change knows
 that task and events are gone. They are kept until a poll with `after` at or past their number acknowledges them.
@@ -31,11 +32,12 @@ from typing import Any
 
 from mrcore import WIRE_VERSION, __version__, procfs
 from mrcore.errors import ClusterFault, Refused
-from mrcore.paths import Layout
+from mrcore.paths import Layout, write_atomic
 from mrcore.rpc.data import DataClient
 from mrcore.rpc.service import Method, Server
 from mrcore.rpc.tls import LIMITS, Pki
 from mrcore.supervisor import Json, Supervisor
+from mrcore.watched import watch_membership
 
 MAX_EVENTS = 10_000  # held for a silent master; then tasks wait
 MAX_POLL_EVENTS, MAX_POLL_BYTES = 1_000, 4 << 20  # a poll gives at least one event, whatever its size
@@ -241,7 +243,11 @@ def serve(spec: Json, control: socket.socket) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     ours, pki = ClusterServer(spec, control), Pki(Path(spec["pki_dir"]), "node")
     limits = replace(LIMITS, close_seconds=0.2)  # waiting polls need not be waited for
-    server = Server(spec["address"], spec["port"], pki, set(spec["members"]), ours.methods(), limits=limits)
+    who = watch_membership(Path(spec["members_file"]))
+    server = Server(
+        spec["address"], spec["port"], pki, lambda: who().members, ours.methods(),
+        denied=lambda: who().denied, limits=limits,
+    )  # fmt: skip
     server.start()
     control.send(json.dumps({"ready": server.port}).encode())
     try:
@@ -268,10 +274,17 @@ def main(spec_file: str, run_task: Callable[[Json, Json, socket.socket], None] =
     spec: Json = json.loads(Path(spec_file).read_text())
     if run_task is run_process:
         import mrcore.process  # noqa: F401  once for all tasks, which share its memory
-    record = Layout(Path(spec["compute_dir"])).pids_dir / f"{spec['name']}.server.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
+    if spec["memory_bytes"] is None:
+        spec["memory_bytes"] = procfs.budget_bytes(None, spec["servers"])
+    layout, name = Layout(Path(spec["compute_dir"])), spec["name"]
+    layout.make()
+    layout.pids_dir.mkdir(exist_ok=True)
+    ours, known = layout.pids_dir / f"{name}.json", {"pid": os.getpid(), "start_ticks": procfs.start_ticks(os.getpid())}
+    write_atomic(ours, json.dumps(known).encode())  # systemd leaves none for the node's agent
     parts = functools.partial(serve, spec), functools.partial(run_task, spec)
-    return Supervisor(spec["name"], *parts, record).run()
+    status = Supervisor(name, *parts, layout.pids_dir / f"{name}.server.json").run()
+    ours.unlink(missing_ok=True)
+    return status
 
 
 if __name__ == "__main__":

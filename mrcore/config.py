@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mrcore.errors import UsageError
 from mrcore.paths import Layout
+from mrcore.procfs import budget_bytes
 from mrcore.validation import explain, parse_yaml
 
 SYSTEM_CONFIG = Path("/etc/mrcore/cluster.yml")
@@ -28,9 +29,10 @@ LOCAL_SHAPE: dict[str, Any] = {
     "agent_port": 45678,
     "server_port": 23456,
 }
-MEMORY_SHARE = 0.6
 
-Port = Annotated[int, Field(ge=1, le=65535)]
+MAX_PORT = 65_535
+
+Port = Annotated[int, Field(ge=1, le=MAX_PORT)]
 Folder = Annotated[Path, Field(strict=False)]
 
 
@@ -43,6 +45,8 @@ class NodeSettings(BaseModel):
     servers: int = Field(ge=1, le=256)
     agent_port: Port = 45678
     server_port: Port = 23456
+    first_server: int | None = Field(None, ge=0, lt=100_000, description="number of its first cluster server")
+    ssh_port: Port = 22
     compute_dir: Folder
 
     @property
@@ -66,6 +70,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     cluster_name: str = Field("local", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
     local: bool = False
+    user: str | None = Field(None, pattern=r"^[a-z_][a-z0-9_-]{0,31}$", description="who the program runs as")
     home: Folder
     state_dir: Folder
     pki_dir: Folder
@@ -83,12 +88,18 @@ class Settings(BaseModel):
     on_failure: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
 
     def servers(self) -> list[ServerSettings]:
-        """All cluster servers in order of their names S_0, S_1, …, which follow the order of the nodes."""
-        pairs = [(node, index) for node in self.nodes for index in range(node.servers)]
-        return [
-            ServerSettings(name=f"S_{number}", node=node, port=node.server_port + index)
-            for number, (node, index) in enumerate(pairs)
-        ]
+        """All cluster servers in order of their numbers: S_0, S_1, …
+
+        A node's numbers begin with its `first_server`, so that names stay when nodes come and go; without it they
+        follow those of the node before.
+        """
+        found, number = {}, 0
+        for node in self.nodes:
+            number = number if node.first_server is None else node.first_server
+            for index in range(node.servers):
+                found[number] = ServerSettings(name=f"S_{number}", node=node, port=node.server_port + index)
+                number += 1
+        return [found[each] for each in sorted(found)]
 
 
 def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
@@ -114,10 +125,35 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     except ValidationError as error:
         faults = explain(error, Settings, NodeSettings)
         raise UsageError(f"settings of {source} refused: {'; '.join(faults)}", faults=faults) from None
-    names = [node.name for node in settings.nodes]
-    if len(set(names)) < len(names):
-        raise UsageError(f"settings of {source} refused: two nodes have one name ({', '.join(sorted(names))})")
+    if faults := _faults_between_nodes(settings):
+        raise UsageError(f"settings of {source} refused: {'; '.join(faults)}", faults=faults)
     return settings
+
+
+def _faults_between_nodes(settings: Settings) -> list[str]:
+    """What the settings of one node alone do not show: names, ports and numbers of servers that clash."""
+    faults: list[str] = []
+    names, places, numbers, number = set[str](), dict[tuple[str, int], str](), dict[int, str](), 0
+    for node in settings.nodes:
+        if node.name.lower() in names:
+            faults.append(f"two nodes have one name ({node.name})")
+            continue
+        names.add(node.name.lower())
+        if node.server_port + node.servers - 1 > MAX_PORT:
+            faults.append(f"{node.name}: {node.servers} servers from port {node.server_port} on end beyond {MAX_PORT}")
+        for port in (node.agent_port, *range(node.server_port, node.server_port + node.servers)):
+            if (holder := places.get((node.address, port))) is not None:
+                both = f"{holder} and {node.name}" if holder != node.name else f"agent and a server of {node.name}"
+                faults.append(f"{both} have one address and port ({node.address}:{port})")
+                break
+            places[node.address, port] = node.name
+        number = number if node.first_server is None else node.first_server
+        for each in range(number, number + node.servers):
+            if (holder := numbers.setdefault(each, node.name)) != node.name:
+                faults.append(f"{holder} and {node.name} would both have a server S_{each}: mend their first_server")
+                break
+        number += node.servers
+    return faults
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -151,31 +187,10 @@ def _local_values(home: Path, values: dict[str, Any], source: str) -> dict[str, 
     return {key: value for key, value in values.items() if key not in LOCAL_SHAPE} | {"local": True, "nodes": nodes}
 
 
-def machine_memory_bytes(root: Path = Path("/")) -> int:
-    """What this machine or the control group we run in (v1 or v2, the tightest of its ancestors) may use."""
-    limits = [int((root / "proc/meminfo").read_text().split(maxsplit=2)[1]) * 1024]
-    try:
-        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        groups = []
-    for _, controllers, path in groups:
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
-            continue
-        top, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
-        inside = Path(path.lstrip("/"))
-        for folder in (inside, *inside.parents):  # in a container the path may be the host's: its top still counts
-            limit = root / "sys/fs/cgroup" / top / folder / name
-            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-                limits.append(int(text))
-    return min(limits)
-
-
 def server_memory_bytes(settings: Settings, node: NodeSettings | None = None) -> int:
     """The budget of one server in bytes: the machine's share over all servers that this machine runs.
 
     Nodes of a local cluster share one machine; of a deployed one each has its own, and `node` tells which.
     """
-    total = settings.memory_bytes or int(machine_memory_bytes() * MEMORY_SHARE)
-    if settings.local or node is None:
-        return total // sum(each.servers for each in settings.nodes)
-    return total // node.servers
+    together = sum(each.servers for each in settings.nodes) if settings.local or node is None else node.servers
+    return budget_bytes(settings.memory_bytes, together)

@@ -1,8 +1,8 @@
 """The node agent: one per node; lists inputs, serves run files and parts, keeps snapshots and publishes output.
 
-`python -m mrcore.node_agent SPEC.json`. The spec has node, address, port, cluster (id), compute_dir, pki_dir,
-members (names of nodes). Every name that comes over the wire is matched against a strict pattern before it becomes
-part of a path; paths come over the wire from the master only, as entries of `input_dirs` and as files listed by them.
+`python -m mrcore.node_agent SPEC.json`. The spec has node, address, port, cluster (id or name), compute_dir, pki_dir,
+members_file (`watched`). Every name that comes over the wire is matched against a strict pattern before it becomes part
+of a path; paths come over the wire from the master only, as entries of `input_dirs` and as files listed by them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.rpc.data import DataHandler, Range, Upload
 from mrcore.rpc.service import Method, Server
 from mrcore.rpc.tls import Identity, Pki
+from mrcore.watched import watch_membership
 
 FILES_A_PAGE = 5_000
 MAX_LISTINGS = 4  # begun and not read to their end
@@ -313,7 +314,11 @@ def main(spec_file: str) -> int:
     pki = Pki(Path(spec["pki_dir"]), "node")
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread, so that only the wait below takes them
-    server = Server(spec["address"], spec["port"], pki, set(spec["members"]), agent.methods(), agent.data)
+    who = watch_membership(Path(spec["members_file"]))
+    server = Server(
+        spec["address"], spec["port"], pki, lambda: who().members, agent.methods(), agent.data,
+        denied=lambda: who().denied,
+    )  # fmt: skip
     server.start()
     procfs.announce_ready()
     signal.sigwait(stop)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+MEMORY_SHARE = 0.6  # of the machine for its cluster servers: the rest is the system's, for the page cache above all
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -106,6 +107,30 @@ def anonymous_bytes(pid: int | str = "self") -> int:
         fields = Path(f"/proc/{pid}/statm").read_bytes().split()
         return (int(fields[1]) - int(fields[2])) * _PAGE_BYTES
     return 0
+
+
+def machine_memory_bytes(root: Path = Path("/")) -> int:
+    """What this machine or the control group we run in (v1 or v2, the tightest of its ancestors) may use."""
+    limits = [int((root / "proc/meminfo").read_text().split(maxsplit=2)[1]) * 1024]
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        groups = []
+    for _, controllers, path in groups:
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        top, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        inside = Path(path.lstrip("/"))
+        for folder in (inside, *inside.parents):  # in a container the path may be the host's: its top still counts
+            limit = root / "sys/fs/cgroup" / top / folder / name
+            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+                limits.append(int(text))
+    return min(limits)
+
+
+def budget_bytes(total_bytes: int | None, servers: int) -> int:
+    """The memory of one of `servers` cluster servers that share `total_bytes`; None: MEMORY_SHARE of this machine."""
+    return (total_bytes or int(machine_memory_bytes() * MEMORY_SHARE)) // servers
 
 
 def announce_ready() -> None:

@@ -65,10 +65,12 @@ class Daemon:
             "cluster": CLUSTER,
             "compute_dir": str(folder / "node"),
             "pki_dir": str(self.pki / "n1"),
-            "members": ["n1"],
+            "members_file": str(folder / "members.json"),
             "memory_bytes": 256 << 20,
+            "servers": 1,
         } | spec
         (folder / "node" / "pids").mkdir(parents=True, exist_ok=True)
+        (folder / "members.json").write_text(json.dumps({"members": ["n1"], "denied": []}))
         file = folder / "spec.json"
         file.write_text(json.dumps(self.spec))
         ready, theirs = os.pipe()

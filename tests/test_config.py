@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from mrcore.config import load_settings, machine_memory_bytes, server_memory_bytes
+from mrcore.config import load_settings, server_memory_bytes
 from mrcore.errors import UsageError
+from mrcore.procfs import machine_memory_bytes
 from mrcore.validation import parse_yaml
 
 DEPLOYED = """

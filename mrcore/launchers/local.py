@@ -102,6 +102,7 @@ def start_cluster(settings: Settings) -> list[Json]:
         try:
             if missing:
                 _make_certificates(settings)
+                _write_members(settings)
                 _await_ready({_launch(settings, daemon): daemon for daemon in missing})
         except BaseException:
             _kill(settings.home, owners)
@@ -224,13 +225,26 @@ def _make_certificates(settings: Settings) -> None:
             write_atomic(holder, wanted)
 
 
+def _members_file(node: NodeSettings) -> Path:
+    return node.compute_dir / "members.json"
+
+
+def _write_members(settings: Settings) -> None:
+    content = json.dumps({"members": [node.name for node in settings.nodes], "denied": []}).encode()
+    for node in settings.nodes:
+        file = _members_file(node)
+        if not file.exists() or file.read_bytes() != content:
+            node.compute_dir.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, content)
+
+
 def _launch(settings: Settings, daemon: _Daemon) -> int:
     """Write the daemon's spec into its own node's folder, start and record it; gives where it will say "ready"."""
     node, layout = daemon.node, daemon.node.layout
     layout.make()
     layout.pids_dir.mkdir(exist_ok=True)
     spec = {"name": daemon.name, "node": node.name, "address": node.address, "port": daemon.port}
-    spec |= {"cluster": cluster_id(settings.home), "members": [each.name for each in settings.nodes]}
+    spec |= {"cluster": cluster_id(settings.home), "members_file": str(_members_file(node)), "servers": node.servers}
     spec |= {"compute_dir": str(node.compute_dir), "pki_dir": str(layout.pki_dir)}
     spec |= {"sibling_dirs": str(node.compute_dir.parent), "memory_bytes": server_memory_bytes(settings, node)}
     file = node.compute_dir / f"{daemon.name}.json"

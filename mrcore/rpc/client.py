@@ -33,7 +33,7 @@ class Caller:
         self.address, self.port, self.limits = address, port, limits
         self._name, self._connect_seconds = server_name or address, connect_timeout_seconds
         self._call_seconds = call_timeout_seconds
-        self._context = tls.client_context(pki, self.ALPN)
+        self._context = tls.watch_files(pki, lambda: tls.client_context(pki, self.ALPN))
         self._stream: Stream | None = None
         self._lock = threading.Lock()
 
@@ -45,7 +45,7 @@ class Caller:
             raw = socket.create_connection((self.address, self.port), self._connect_seconds)
             try:
                 tls.tune(raw)
-                sock = self._context.wrap_socket(raw, server_hostname=self._name, do_handshake_on_connect=False)
+                sock = self._context().wrap_socket(raw, server_hostname=self._name, do_handshake_on_connect=False)
             except BaseException:
                 raw.close()
                 raise

@@ -67,7 +67,7 @@ class Server:
         self, address: str, port: int, pki: Pki, members: Names, methods: Mapping[str, Method],
         data_handler: DataHandler | None = None, *, denied: Names = (), limits: Limits = LIMITS,
     ) -> None:  # fmt: skip
-        self._context = tls.server_context(pki)
+        self._context = tls.watch_files(pki, lambda: tls.server_context(pki))
         self._members, self._denied, self._methods = members, denied, dict(methods)
         self._data_handler, self._limits = data_handler, limits
         self._changed = threading.Condition()
@@ -112,7 +112,7 @@ class Server:
                 continue
             try:
                 tls.tune(raw)
-                sock = self._context.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
+                sock = self._context().wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
                 self._admit(Stream(sock, self._limits, f"{peer[0]}:{peer[1]}"))
             except (OSError, ValueError, RuntimeError) as error:  # it left; RuntimeError: the limit of threads
                 log.info("dropped a connection from %s: %s", peer[0], error)

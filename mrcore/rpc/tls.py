@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mrcore.errors import Refused, UsageError
+from mrcore.watched import Watched
 
 RPC_PROTOCOL, DATA_PROTOCOL = "mr-rpc/1", "mr-data/1"
 
@@ -54,6 +56,15 @@ class Identity(NamedTuple):
     name: str
     role: str
     serial: str
+
+
+def watch_files(pki: Pki, make: Callable[[], ssl.SSLContext]) -> Watched[ssl.SSLContext]:
+    """The context that `make` gives, made anew when one of the holder's files changes: a renewed certificate or CA.
+
+    A file that is half replaced keeps the context as it was. Raises UsageError when the first cannot be made.
+    """
+    names = ("ca.crt", f"{pki.stem}.crt", f"{pki.stem}.key")
+    return Watched([Path(pki.folder) / name for name in names], make)
 
 
 def server_context(pki: Pki) -> ssl.SSLContext:
