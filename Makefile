@@ -15,11 +15,11 @@ demo: setup ## start a local cluster, run two jobs over Python's own standard li
 	@$(PY) scripts/demo.py $(ARGS)
 
 test: ## run every test
-	@scripts/setup.sh dev strace
+	@scripts/setup.sh dev strace sudo
 	$(PY) -m pytest -n 2 $(ARGS)
 
 test-quick: ## run the tests that are not marked slow: an answer in under 5 minutes
-	@scripts/setup.sh dev strace
+	@scripts/setup.sh dev strace sudo
 	$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
 
 check: setup ## format, lint, types, docstrings, import floors, sizes

@@ -18,12 +18,15 @@ import click
 
 from mrcore import __version__, cli_admin, cli_cluster, cli_files
 from mrcore.cli_common import (
+    ARGUMENTS,
     JSON,
     cluster_in_force,
+    hand_over_jobs,
     print_json,
     print_table,
     scheduler_in_force,
     settings_in_force,
+    settings_of_caller,
     told_seconds,
 )
 from mrcore.errors import MrcoreError, UsageError
@@ -35,7 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command and leave with its exit status: 0, 1 (it failed), 2 (asked wrongly), 130 (Ctrl-C)."""
     status = 0
     try:
-        status = cli.main(arguments, prog_name="mrcore", standalone_mode=False) or 0
+        given = sys.argv[1:] if arguments is None else arguments
+        status = cli.main(given, prog_name="mrcore", standalone_mode=False, obj=given) or 0
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()
@@ -60,7 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
 @click.pass_context
 def cli(context: click.Context, config: str | None) -> None:
     """A Python MapReduce cluster with a durable job queue."""
-    context.obj = config
+    given = list(context.obj)
+    while given and given[0].startswith("--config"):
+        del given[: 1 if "=" in given[0] else 2]
+    context.obj, context.meta[ARGUMENTS] = config, given
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------
@@ -76,11 +83,14 @@ def template(kind: str) -> None:
 
 
 @cli.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a key of every job; VALUE is YAML.")
 @JSON
 def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> None:
-    """Queue the jobs of YAML or JSON files (one job or a list each): all of them, or none if one has a fault."""
+    """Queue the jobs of YAML or JSON files (one job or a list each): all of them, or none if one has a fault.
+
+    `-` reads standard input.
+    """
     from mrcore.validation import parse_yaml
 
     batch = [job for file in files for job in _read_jobs(file)]
@@ -90,6 +100,7 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
             raise UsageError(f"--set {change}: write KEY=VALUE")
         value = parse_yaml(text, f"the value of --set {key}")
         batch = [job | {key: value} for job in batch]
+    hand_over_jobs(batch, ["--json"] if as_json else [])
     scheduler = scheduler_in_force()
     answers = scheduler.submit_jobs(batch)
     if as_json:
@@ -104,16 +115,17 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
 def _read_jobs(file: Path) -> list[Any]:
     from mrcore.validation import parse_yaml
 
-    with file.open("rb") as stream:
+    name, given = ("standard input", sys.stdin.buffer) if str(file) == "-" else (str(file), None)
+    with contextlib.nullcontext(given) if given else file.open("rb") as stream:
         content = stream.read(MAX_JOB_FILE_BYTES + 1)
     if len(content) > MAX_JOB_FILE_BYTES:
         raise UsageError(
-            f"{file} has more than {MAX_JOB_FILE_BYTES >> 20} MiB: a job file is small, is it the right one?"
+            f"{name} has more than {MAX_JOB_FILE_BYTES >> 20} MiB: a job file is small, is it the right one?"
         )
-    value = parse_yaml(content, str(file))
+    value = parse_yaml(content, name)
     batch = value if isinstance(value, list) else [value]
     if not batch or not all(isinstance(job, dict) for job in batch):
-        raise UsageError(f"{file} holds no job: it must be a mapping of keys to values or a list of them")
+        raise UsageError(f"{name} holds no job: it must be a mapping of keys to values or a list of them")
     return batch
 
 
@@ -307,7 +319,7 @@ def try_project(
     """Run a project's functions over files in this one process, without a cluster: to develop them."""
     from mrcore.trial import run_trial
 
-    folder = settings_in_force().projects_dir / project
+    folder = settings_of_caller().projects_dir / project
     if not folder.is_dir():
         folder = Path(project).absolute()
     if not folder.is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mrcore.cli_common import JSON, print_json, print_table, scheduler_in_force, settings_in_force
+from mrcore.cli_common import JSON, print_json, print_table, scheduler_in_force, settings_in_force, settings_of_caller
 
 
 @click.command()
@@ -16,7 +16,7 @@ def settings(as_json: bool) -> None:
     """Print the settings in force, with all defaults, as YAML; exit status 2 names every fault of a file."""
     import yaml
 
-    found = settings_in_force().model_dump(mode="json")
+    found = settings_of_caller().model_dump(mode="json")
     if as_json:
         return print_json(found)
     click.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), nl=False)

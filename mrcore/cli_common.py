@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,44 @@ if TYPE_CHECKING:
     from mrcore.config import Settings
     from mrcore.scheduler import Scheduler
 
+ARGUMENTS = "mrcore.arguments"  # of the call, without the options that come before the command
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def settings_in_force() -> Settings:
-    """The settings that --config and the surroundings of this call name. Raises UsageError."""
+    """The settings that --config and the surroundings of this call name. Raises UsageError.
+
+    If they name a user and the caller is another one, this does not return: the command is called anew as that user.
+    """
+    from mrcore import delegate
+
+    settings = settings_of_caller()
+    if delegate.is_needed(settings):
+        delegate.hand_over(settings, [*_chosen_settings(), *click.get_current_context().meta[ARGUMENTS]])
+    return settings
+
+
+def settings_of_caller() -> Settings:
+    """The same for what runs with the caller's own rights, whoever he is."""
     from mrcore.config import load_settings
 
     return load_settings(click.get_current_context().find_root().obj)
+
+
+def hand_over_jobs(batch: list[Any], options: list[str]) -> None:
+    """Submit jobs as the settings' user, with paths as the caller meant them; returns when the caller is that user."""
+    from mrcore import delegate, job
+
+    settings = settings_of_caller()
+    if delegate.is_needed(settings):
+        content = json.dumps([job.with_absolute_paths(each) for each in batch], default=str).encode()
+        delegate.hand_over(settings, [*_chosen_settings(), "submit", "-", *options], content)
+
+
+def _chosen_settings() -> list[str]:
+    """The option that names the caller's settings, since sudo keeps no MRCORE_CONFIG."""
+    chosen = click.get_current_context().find_root().obj or os.environ.get("MRCORE_CONFIG")
+    return ["--config", os.path.abspath(chosen)] if chosen else []
 
 
 def scheduler_in_force() -> Scheduler:

@@ -8,19 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mrcore.access import blocked
+from mrcore.cli_common import settings_in_force
+from mrcore.errors import UsageError
+
 if TYPE_CHECKING:
     from mrcore.file_transfer import FileTransfer
 
 
 @contextlib.contextmanager
-def _transfer() -> Iterator[FileTransfer]:
-    """A FileTransfer of the settings in force that shows how it goes, if there is a terminal to show it on."""
+def _transfer(local: str = "/", write: bool = False) -> Iterator[FileTransfer]:
+    """A FileTransfer of the settings in force that shows how it goes, if there is a terminal to show it on.
+
+    Raises UsageError if the user who runs it may not read, or fill, the local side.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from mrcore.config import load_settings
     from mrcore.file_transfer import FileTransfer
 
+    settings = settings_in_force()
+    if reason := blocked(local, write):
+        raise UsageError(reason)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -30,7 +39,7 @@ def _transfer() -> Iterator[FileTransfer]:
             what = f"{phase} {files:,} files" if files else phase
             bar.update(shown, description=what, completed=sent_bytes, total=total_bytes or None)
 
-        yield FileTransfer(load_settings(click.get_current_context().find_root().obj), report)
+        yield FileTransfer(settings, report)
 
 
 def _say(verb: str, counts: dict[str, Any]) -> None:
@@ -52,7 +61,7 @@ def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: b
     """Spread a LOCAL folder's files over the nodes' FOLDER, such as inputs/logs."""
     if one_by_one and compress:
         raise click.UsageError("--compress goes with several files at once only: leave --one-by-one out")
-    with _transfer() as transfer:
+    with _transfer(local) as transfer:
         if one_by_one:
             counts = transfer.upload(local, folder, not changed)
         else:
@@ -67,7 +76,7 @@ def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: b
 @ONE_BY_ONE
 def download(folder: str, local: str, keep: bool, one_by_one: bool) -> None:
     """Fetch the nodes' FOLDER (such as JOB/reduce; wildcards count) into a LOCAL folder, which is cleared."""
-    with _transfer() as transfer:
+    with _transfer(local, write=True) as transfer:
         counts = (transfer.download if one_by_one else transfer.download_bulk)(folder, local, not keep)
     _say("downloaded", counts)
 
@@ -77,7 +86,7 @@ def download(folder: str, local: str, keep: bool, one_by_one: bool) -> None:
 @click.argument("name")
 def upload_auxiliary(file: str, name: str) -> None:
     """Give every node a local JSON FILE as the auxiliary data NAME."""
-    with _transfer() as transfer:
+    with _transfer(file) as transfer:
         _say("uploaded", transfer.upload_auxiliary(file, name))
 
 

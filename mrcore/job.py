@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mrcore.access import blocked
 from mrcore.errors import UsageError
 from mrcore.validation import brief, explain, nearest
 
@@ -194,10 +195,20 @@ def validate(job: dict[str, Any], projects_dir: str | os.PathLike[str] | None = 
         name = brief(plain["job_name"]) if plain.get("job_name") else "without a name"
         listed = "; ".join(faults) if len(faults) == 1 else "; ".join(f"({n}) {f}" for n, f in enumerate(faults, 1))
         raise UsageError(f"job {name} refused: {listed}", faults=faults)
-    if values["job_type"] == "file_transfer":
-        local = {"upload": "input_dir", "download": "output_dir"}.get(values["transfer_type"].split("_bulk")[0])
-        values |= {local: _absolute(values[local])} if local else {}
-    return values | dict.fromkeys(_FILLED)
+    return with_absolute_paths(values) | dict.fromkeys(_FILLED)
+
+
+def with_absolute_paths(job: dict[str, Any]) -> dict[str, Any]:
+    """Give a job, valid or not, with its paths on the master absolute: by the current folder, by the caller's home."""
+    return job | {key: _absolute(job[key]) for key in local_paths(job)}
+
+
+def local_paths(job: dict[str, Any]) -> dict[str, bool]:
+    """The keys of a job that name a path on the master; True: a folder that is written."""
+    kind = str(job.get("transfer_type") or "").removesuffix("_bulk")
+    keys = {"upload": {"input_dir": False}, "download": {"output_dir": True}}.get(kind, {})
+    keys |= {"script_location": False, "input_file_name": False}
+    return {key: write for key, write in keys.items() if isinstance(job.get(key), str)}
 
 
 def _model(kind: str) -> type[Job]:
@@ -233,12 +244,20 @@ def _contradictions(job: dict[str, Any]) -> list[str]:
 
 
 def check_project(job: dict[str, Any], projects_dir: str | os.PathLike[str]) -> list[str]:
-    """Look for what a job names on the master: project, modules, functions, script. Gives the faults."""
-    if job["job_type"] == "script" and job["script_location"] and not Path(job["script_location"]).is_file():
-        return [f"script_location: there is no file {job['script_location']}"]
+    """Look for what a job names on the master: project, modules, functions, script, folders. Gives the faults.
+
+    Who calls this is the user who will run the job: what he may not read, or not fill, is a fault.
+    """
+    reasons = {key: blocked(_absolute(job[key]), write) for key, write in local_paths(job).items()}
+    faults = [f"{key}: {reason}" for key, reason in reasons.items() if reason]
+    script = job["script_location"] if job["job_type"] == "script" else None
+    if script and not faults and not Path(_absolute(script)).is_file():
+        faults.append(f"script_location: there is no file {script}")
     if job["job_type"] != "mapreduce" or not re.match(NAME, job["project_name"] or ""):
-        return []
+        return faults
     folder = Path(projects_dir).absolute() / job["project_name"]
+    if reason := blocked(folder):
+        return [*faults, f"project_name: {reason}"]
     if not folder.is_dir():
         others = sorted(each.name for each in folder.parent.glob("*/")) if folder.parent.is_dir() else []
         return [f"project folder {folder} does not exist{nearest(folder.name, others)}: make it or set projects_dir"]

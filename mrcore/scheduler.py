@@ -9,8 +9,8 @@ import time
 from datetime import datetime
 from typing import Any
 
+from mrcore import delegate, ledger
 from mrcore import job as jobs
-from mrcore import ledger
 from mrcore.config import Settings, load_settings
 from mrcore.errors import UsageError
 from mrcore.runner import QUEUED, Doorbell, Runner, order
@@ -69,11 +69,11 @@ class Scheduler:
         if refusals:
             faults = [fault for error in refusals for fault in error.details.get("faults", [error.message])]
             raise UsageError("; ".join(error.message for error in refusals), faults=faults)
-        now, answers = time.time(), []
+        now, answers, caller = time.time(), [], delegate.submitter(self.settings)
         with self.store.change("submit"):
             running = self.store.running()
             for each in valid:
-                each["job_submitter"] = each["job_submitter"] or getpass.getuser()
+                each["job_submitter"] = caller or each["job_submitter"] or getpass.getuser()
                 before = self.store.submit(each, now)
                 active = running is not None and running["job_name"] == each["job_name"]
                 answers.append(_answer(each, before in ("queued", "held"), active))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mrcore.access import blocked
 from mrcore.errors import JobFault
 from mrcore.records import BadItem, Key, Snapshot, Value, check_item, describe, loads
 
@@ -38,6 +39,8 @@ def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
             path = Path(base, name)
             if not path.resolve().is_relative_to(root):
                 raise JobFault(f"project file {path} is a link that leads out of the project: copy the file instead")
+            if reason := blocked(path):
+                raise JobFault(f"project file: {reason}")
             yield str(path.relative_to(folder)), path
 
 

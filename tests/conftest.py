@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only root can do."""
+    if os.geteuid() != 0:
+        out = [item for item in items if item.get_closest_marker("needs_root")]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say so."""
+    if os.geteuid() != 0:
+        terminalreporter.write_line("not run: the tests marked needs_root (`pytest -m needs_root` as root runs them)")
 
 
 def wait_until(condition: Callable[[], Any], deadline_seconds: float = 10.0, message: str = "the condition") -> Any:
