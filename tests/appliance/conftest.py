@@ -1,0 +1,60 @@
+"""The living cluster of the scenario, for proofs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import Machine, Operator, Person
+from lab import Lab
+
+
+@pytest.fixture(scope="session")
+def lab() -> Lab:
+    return Lab.of("cluster")
+
+
+@pytest.fixture(scope="session")
+def operator(lab: Lab) -> Operator:
+    return Operator(lab)
+
+
+@pytest.fixture(scope="session")
+def m1(lab: Lab) -> Machine:
+    return Machine(lab, "m1")
+
+
+@pytest.fixture(scope="session")
+def w1(lab: Lab) -> Machine:
+    return Machine(lab, "w1")
+
+
+@pytest.fixture(scope="session")
+def w2(lab: Lab) -> Machine:
+    return Machine(lab, "w2")
+
+
+@pytest.fixture(scope="session")
+def w3(lab: Lab) -> Machine:
+    return Machine(lab, "w3")
+
+
+@pytest.fixture(scope="session")
+def outsider(lab: Lab) -> Machine:
+    return Machine(lab, "outsider")
+
+
+@pytest.fixture(scope="session")
+def anna(m1: Machine) -> Person:
+    """A member of mrcore-users."""
+    return Person(m1, "anna")
+
+
+@pytest.fixture(scope="session")
+def zoe(m1: Machine) -> Person:
+    """Somebody with an account on the master who is no member."""
+    return Person(m1, "zoe")

@@ -1,0 +1,86 @@
+"""What Molecule's steps of the scenario `cluster` do: prepare, deploy [--check], prove FOLDER.
+
+The environment says which lab (tests/appliance/lab.py); tests/appliance/run.py sets it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import CommandFailed, Machine, Operator, Person
+from lab import HERE, Lab, packages_folder
+
+# Another tool's table, which accepts and counts, and what ufw leaves: its own chains in iptables' table `filter`.
+FOREIGN_RULES = """
+table ip filter {
+    chain ufw-user-input {
+        tcp dport 22 counter accept
+    }
+    chain INPUT {
+        type filter hook input priority 0; policy accept;
+        jump ufw-user-input
+    }
+}
+table inet neighbour {
+    chain input {
+        type filter hook input priority 10; policy accept;
+        tcp dport 8080 counter drop
+    }
+}
+"""
+FOREIGN_TABLES = ("ip filter", "inet neighbour")
+
+
+def prepare(operator: Operator) -> None:
+    """Other tools' rules on every machine, accounts on the master, the operator's inventory."""
+    for name in ("m1", "w1", "w2", "w3"):
+        machine = Machine(operator.lab, name)
+        machine.run("apt-get update -qq && apt-get install -qq -y --no-install-recommends nftables", timeout=300)
+        machine.run("nft -f -", stdin=FOREIGN_RULES)
+    for person in ("anna", "zoe"):
+        Person(operator.master, person).make()
+    shutil.rmtree(operator.folder, ignore_errors=True)  # with the authority of an earlier lab
+    operator.write_inventory(operator.usual_inventory())
+
+
+def deploy(operator: Operator, *arguments: str) -> None:
+    """`make deploy`; says whether anything changed."""
+    played = operator.make("deploy", **({"ARGS": " ".join(arguments)} if arguments else {}))
+    changed = {host: number for host, number in played.changed.items() if number}
+    times = operator.lab.folder / "times.json"
+    if not arguments:
+        first = not times.exists() or "deploy from bare machines" not in times.read_text()
+        operator.note_time("deploy from bare machines" if first else "deploy with nothing to do", played.seconds)
+    operator.lab.keep_packages()
+    print(f"changed: {changed}" if changed else "nothing changed")
+
+
+def prove(operator: Operator, folder: str) -> int:
+    """Run pytest on a folder of proofs; what it prints goes to a file, which run.py shows as it grows."""
+    files = sorted(str(path) for path in (HERE / folder).glob("*_proofs.py"))
+    command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "--timeout=900", *files]
+    with open(operator.lab.folder / "proofs.log", "a") as log:
+        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def main() -> int:
+    """Do the step that the arguments name; give the exit status."""
+    operator = Operator(Lab.of("cluster"))
+    packages_folder()
+    step, *arguments = sys.argv[1:]
+    try:
+        if step == "prove":
+            return prove(operator, *arguments)
+        {"prepare": prepare, "deploy": deploy}[step](operator, *arguments)
+    except CommandFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    assert Path(__file__).parent == HERE
+    sys.exit(main())

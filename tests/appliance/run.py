@@ -1,0 +1,193 @@
+"""Runs the appliance's tests: the image, the two Molecule scenarios, bad inventories; and takes all of it away again.
+
+    tests/appliance/run.py                        everything
+    tests/appliance/run.py cluster                one scenario
+    tests/appliance/run.py cluster create prepare converge     some of its steps; the machines stay
+    tests/appliance/run.py cluster shell          a shell in which molecule, podman and proofs know this lab
+    tests/appliance/run.py clean                  remove the machines of both scenarios
+
+Exit status: 0, 1 (something failed), 130 (interrupted), 3: it could not run here (no rights, no containers). See
+docs/testing.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from lab import BIN, HERE, PROJECT, Lab, LabError, leftovers, require_containers, require_image
+
+SCENARIOS = ("roles", "cluster")
+NOT_HERE = 3
+
+
+class Failed(Exception):
+    """A scenario failed; it has said why."""
+
+
+def molecule(lab: Lab, steps: Sequence[str]) -> None:
+    """Run a scenario's whole sequence, or single steps of it. Raises Failed."""
+    environment = os.environ | lab.environment()
+    environment |= {"MOLECULE_GLOB": str(HERE / "molecule/*/molecule.yml"), "ANSIBLE_FORCE_COLOR": "0"}
+    for step in steps or ["test"]:
+        command = [str(BIN / "molecule"), "-c", str(HERE / "molecule/base.yml"), *step.split(), "-s", lab.scenario]
+        if step == "test":
+            command.append("--destroy=never")  # we destroy: packages are kept first, and Ctrl-C must not come between
+        process = subprocess.Popen(command, cwd=PROJECT, env=environment)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        if status:
+            raise Failed(f"scenario {lab.scenario}: molecule {step} failed; logs: {lab.folder}")
+
+
+def follow(file: Path, stop: threading.Event) -> None:
+    """Show what proofs write into a file while Molecule keeps silent about them."""
+    position = 0
+    while True:
+        last = stop.wait(1)
+        if file.exists():
+            with open(file, errors="replace") as log:
+                log.seek(position)
+                sys.stdout.write(log.read())
+                sys.stdout.flush()
+                position = log.tell()
+        if last:
+            return
+
+
+def scenario(name: str, steps: Sequence[str]) -> None:
+    """Run a scenario from nothing to nothing, or `steps` of it on machines that stay. Raises Failed, LabError."""
+    lab = Lab.of(name)
+    started = time.monotonic()
+    if not steps:
+        lab.remove()  # what a run that was killed left
+        for old in (*lab.folder.glob("*.log"), *lab.folder.glob("logs/*.log"), lab.folder / "times.json"):
+            old.unlink(missing_ok=True)
+    lab.folder.mkdir(parents=True, exist_ok=True)
+    stop = threading.Event()
+    shower = threading.Thread(target=follow, args=(lab.folder / "proofs.log", stop))
+    shower.start()
+    try:
+        molecule(lab, steps)
+    finally:
+        stop.set()
+        shower.join()
+        if not steps:
+            at_peace()
+            lab.keep_packages()
+            lab.remove()
+    times = lab.folder / "times.json"
+    print(f"appliance: scenario {name} passed in {time.monotonic() - started:.0f} s")
+    for what, seconds in (json.loads(times.read_text()) if times.exists() else {}).items():
+        print(f"  {seconds:>8.1f} s  {what}")
+
+
+def at_peace() -> None:
+    """From here on we only tidy up: a second Ctrl-C must not leave machines behind."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def ready_for_signals() -> None:
+    """Ctrl-C, SIGTERM and SIGHUP end the tests in the same way."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+def interrupt(number: int, frame: object) -> NoReturn:
+    """A signal that ends the tests."""
+    raise KeyboardInterrupt
+
+
+def inventories() -> None:
+    """Inventories that are wrong in themselves: no machine is needed. Raises Failed."""
+    files = sorted(str(path) for path in (HERE / "inventories").glob("*_proofs.py"))
+    if subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "-q", *files], cwd=PROJECT).returncode:
+        raise Failed("bad inventories: see above")
+
+
+def with_rights(arguments: Sequence[str]) -> int | None:
+    """Run this again as root when we are not and may be; None: we are root, NOT_HERE: we may not."""
+    if os.geteuid() == 0:
+        return None
+    if subprocess.run(["sudo", "-n", "true"], capture_output=True).returncode:
+        return NOT_HERE
+    print("appliance: podman's containers need root: going on with sudo -n", flush=True)
+    status = subprocess.run(["sudo", "-n", "-E", sys.executable, __file__, *arguments]).returncode
+    subprocess.run(["sudo", "-n", "chown", "-R", f"{os.getuid()}:{os.getgid()}", str(PROJECT / ".mrcore")])
+    return status
+
+
+def not_here(reason: str) -> int:
+    """Say plainly what was not run. With CI=true that is a failure."""
+    what = "the Molecule scenarios roles and cluster (deployment, security, upgrade and all other proofs on machines)"
+    print(f"\nappliance: NOT RUN: {what}.\nappliance: {reason}", file=sys.stderr)
+    return 1 if os.environ.get("CI") == "true" else NOT_HERE
+
+
+def main() -> int:
+    """Do what the arguments say; give the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenario", nargs="?", choices=[*SCENARIOS, "inventories", "clean"])
+    parser.add_argument("steps", nargs="*", help="steps of Molecule, or shell")
+    chosen = parser.parse_args()
+    ready_for_signals()
+    try:
+        if chosen.scenario in (None, "inventories"):
+            inventories()
+            if chosen.scenario:
+                return 0
+        status = with_rights(sys.argv[1:] if chosen.scenario else ["roles"])
+        if status is None:
+            return as_root(chosen.scenario, chosen.steps)
+        if status == NOT_HERE:
+            return not_here("Containers need root: run it as root, or let sudo work without a password.")
+        return status or (0 if chosen.scenario else with_rights(["cluster"]) or 0)
+    except (Failed, LabError, subprocess.TimeoutExpired) as error:
+        print(f"appliance: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("appliance: interrupted", file=sys.stderr)
+        return 130
+
+
+def as_root(name: str | None, steps: Sequence[str]) -> int:
+    """Run the scenarios, with the rights to."""
+    if name == "clean":
+        for each in SCENARIOS:
+            Lab.of(each).remove()
+        return 0
+    try:
+        require_image()
+        require_containers()
+    except (LabError, OSError) as error:
+        return not_here(f"Containers do not start here: {error}")
+    if name and list(steps) == ["shell"]:
+        lab = Lab.of(name)
+        shell = os.environ.get("SHELL", "/bin/sh")
+        return subprocess.run([shell], cwd=PROJECT, env=os.environ | lab.environment()).returncode
+    for each in [name] if name else SCENARIOS:
+        scenario(each, steps)
+        ready_for_signals()
+    if not steps:
+        left = leftovers([Lab.of(each).prefix for each in SCENARIOS])
+        if left:
+            raise Failed(f"left behind: {', '.join(left)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
