@@ -369,9 +369,9 @@ class Operator:
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "MOLECULE"))
         }
-        for name in ("ANSIBLE_CONFIG", "ANSIBLE_ROLES_PATH", "ANSIBLE_FORCE_COLOR", "PY_COLORS"):
-            kept.pop(name, None)  # Molecule's: the operator has the checkout's
         environment = kept | self.lab.environment() | {"ANSIBLE_NOCOLOR": "1"}
+        for name in ("ANSIBLE_CONFIG", "ANSIBLE_ROLES_PATH", "ANSIBLE_FORCE_COLOR", "PYTHONPATH", "PYTEST_PLUGINS"):
+            environment.pop(name, None)  # Molecule's and ours: the operator has the checkout's
         try:
             done = execute(command, status=status, timeout=timeout, cwd=self.project, env=environment)
         except CommandFailed as failed:

@@ -73,6 +73,8 @@ class Lab:
         return {
             "PATH": path,
             "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(HERE),
+            "PYTEST_PLUGINS": "fixtures",
             "MRCORE_LAB": str(self.folder),
             "MRCORE_LAB_PREFIX": self.prefix,
             "MRCORE_LAB_NET": self.net,

@@ -1,14 +1,11 @@
-"""The living cluster of the scenario, for proofs."""
+"""The living cluster of the scenario, for proofs: a plugin of pytest that the lab's environment names.
+
+No conftest.py: pytest would take it for the one of tests/.
+"""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from harness import Machine, Operator, Person
 from lab import Lab
 
