@@ -20,7 +20,7 @@ from typing import Any
 from mrcore import __version__, faults
 from mrcore.config import Settings
 from mrcore.errors import UsageError
-from mrcore.paths import PARTIAL, fsync_dir, fsync_file, publish_file, remove_tree
+from mrcore.paths import PARTIAL, fsync_dir, fsync_file, publish_file, remove_tree, write_atomic
 from mrcore.store import SCHEMA_VERSION, Store, sole_runner
 
 _MEMBER = re.compile(r"backup\.json|queue\.sqlite|manifests/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/\d{1,19}\.json")
@@ -56,7 +56,18 @@ def backup(settings: Settings, file: Path) -> dict[str, Any]:
         for path in file.parent.glob(f"{copy.name}*"):
             path.unlink()
         partial.unlink(missing_ok=True)
+    note = {"time": about["time"], "file": str(file.absolute())}
+    write_atomic(settings.state_dir / "last_backup.json", json.dumps(note).encode())
     return {**counts, "manifests": len(manifests), "bytes": file.stat().st_size}
+
+
+def last_backup(state_dir: Path) -> dict[str, Any] | None:
+    """The newest backup: time, file. None: there was none that we know of."""
+    try:
+        found: dict[str, Any] = json.loads((state_dir / "last_backup.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def restore(settings: Settings, file: Path, force: bool = False) -> dict[str, Any]:

@@ -24,6 +24,24 @@ def settings(as_json: bool) -> None:
 
 
 @click.command()
+@JSON
+def doctor(as_json: bool) -> int:
+    """Look for what is wrong or soon will be, and say what it means and what to do; exit status 1 if there is any."""
+    from mrcore import doctor as examine
+
+    facts = examine.gather(settings_in_force())
+    findings = examine.judge(facts)
+    if as_json:
+        print_json({"findings": [each._asdict() for each in findings], "facts": facts})
+        return int(bool(findings))
+    for each in findings:
+        click.echo(f"{each.where}: {each.what}\n  means: {each.means}\n  do: {each.do}")
+    if not findings:
+        click.echo(f"nothing is wrong: {len(facts['nodes'])} nodes, {len(facts['servers'])} cluster servers, the queue")
+    return int(bool(findings))
+
+
+@click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def backup(file: Path) -> None:
     """Copy queue, history, ledger and manifests into one file; also while a Runner runs."""
@@ -69,4 +87,4 @@ def forget(job: str) -> None:
     click.echo(f"{job}: {count} files forgotten; its next run reads all its inputs and replaces its output")
 
 
-COMMANDS: list[click.Command] = [settings, backup, restore, ledger]
+COMMANDS: list[click.Command] = [settings, doctor, backup, restore, ledger]

@@ -64,6 +64,14 @@ def issue(
     return f"{certificate.serial_number:X}"
 
 
+def ends(certificate: Path) -> float:
+    """When a certificate in a PEM file ends, in seconds since 1970. Raises UsageError if it cannot be read."""
+    try:
+        return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc.timestamp()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the certificate {certificate}: {error}") from None
+
+
 def _subject(organization: str, unit: str, name: str) -> x509.Name:
     for text in (organization, name):
         if not 0 < len(text) <= NAME_CHARACTERS or not text.isascii() or not text.isprintable() or "*" in text:

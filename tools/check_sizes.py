@@ -56,7 +56,7 @@ FLOORS = [
     {"rpc"},
     {"supervisor", "agent_files", "node_agent", "cluster_server"},
     {"launchers", "links", "manage_cluster"},
-    {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "runner", "scheduler"},
+    {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "runner", "scheduler", "doctor"},
     {"cli_common", "cli_admin", "cli_cluster", "cli_files", "cli"},
 ]
 ONLY = {"rpyc": {"rpc"}, "fabric": {"launchers"}, "cryptography": {"pki"}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 from time import monotonic
 from typing import Any
@@ -36,6 +37,11 @@ class Caller:
         self._context = tls.watch_files(pki, lambda: tls.client_context(pki, self.ALPN))
         self._stream: Stream | None = None
         self._lock = threading.Lock()
+
+    def certificate_ends(self) -> float | None:
+        """When the certificate ends that the server showed on this connection, seconds since 1970; None: not asked."""
+        shown = self._stream.sock.getpeercert() if self._stream is not None else None
+        return ssl.cert_time_to_seconds(str(shown["notAfter"])) if shown else None
 
     def _connect(self) -> Stream:
         """Give a stream that the server has welcomed, all within the time to connect. Raises Unreachable, Refused."""

@@ -1,0 +1,232 @@
+"""`mrcore doctor`: what is wrong or soon will be, as the master sees it: where, what, what it means, what to do.
+
+`gather` asks everybody, with deadlines, and gives plain facts; the `judge_…` functions look at facts only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from mrcore import WIRE_VERSION, __version__, pki
+from mrcore.backup import last_backup
+from mrcore.config import Settings
+from mrcore.errors import MrcoreError
+from mrcore.rpc.client import Client
+from mrcore.rpc.tls import Pki
+from mrcore.scheduler import Scheduler
+
+ASK_SECONDS = 5.0
+AT_ONCE = 32
+MAX_CLOCK_SKEW_SECONDS = 60.0
+MIN_FREE_BYTES = 1 << 30
+RENEW_SECONDS = 30 * 86400.0  # certificates are renewed when they have less left
+MAX_BACKUP_AGE_SECONDS = 2 * 86400.0  # the timer makes one each day
+
+Json = dict[str, Any]
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong, for people."""
+
+    where: str
+    what: str
+    means: str
+    do: str
+
+
+def gather(settings: Settings) -> Json:
+    """Ask master, agents and cluster servers, all at the same time. Gives {"master", "nodes", "servers", "queue"}.
+
+    Who does not answer has {"error": message} instead of facts.
+    """
+    scheduler = Scheduler(settings)
+    with contextlib.closing(scheduler.store):
+        queue = scheduler.state() | {"jobs": len(scheduler.queue())}
+    keys = Pki(settings.pki_dir, "master")
+    ports = {f"agent of {node.name}": (node, node.agent_port, "health") for node in settings.nodes}
+    ports |= {server.name: (server.node, server.port, "hello") for server in settings.servers()}
+
+    def ask(who: str) -> Json:
+        node, port, method = ports[who]
+        with contextlib.closing(Client(node.address, port, keys, node.name, ASK_SECONDS, ASK_SECONDS)) as client:
+            begun = time.time()
+            try:
+                answer: Json = client.call(method)
+            except MrcoreError as error:
+                return {"error": error.message, "node": node.name}
+            if "time" in answer:  # the answer was made between `begun` and now
+                answer["clock_skew_seconds"] = _outside(answer["time"], begun, time.time())
+            return answer | {"node": node.name, "certificate_ends": client.certificate_ends()}
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        answers = dict(zip(ports, pool.map(ask, ports), strict=True))
+    files = {name: settings.pki_dir / f"{name}.crt" for name in ("ca", "master")}
+    return {
+        "master": {
+            "time": time.time(),
+            "version": __version__,
+            "wire_version": WIRE_VERSION,
+            "python": platform.python_version(),
+            "local": settings.local,
+            "disk_free_bytes": shutil.disk_usage(settings.state_dir).free,
+            "certificates_end": {f"{name}.crt": pki.ends(file) for name, file in files.items()},
+            "backup": last_backup(settings.state_dir),
+        },
+        "nodes": {node.name: answers[f"agent of {node.name}"] for node in settings.nodes},
+        "servers": {server.name: answers[server.name] for server in settings.servers()},
+        "queue": queue,
+    }
+
+
+def _outside(value: float, low: float, high: float) -> float:
+    """How far a value lies below (negative) or above a span."""
+    return min(0.0, value - low) + max(0.0, value - high)
+
+
+def judge(facts: Json) -> list[Finding]:
+    """Everything that is wrong, in the order in which to see to it."""
+    rules: list[Callable[[Json], Iterator[Finding]]] = [
+        judge_answers,
+        judge_versions,
+        judge_clocks,
+        judge_disks,
+        judge_certificates,
+        judge_queue,
+        judge_backup,
+    ]
+    return [finding for rule in rules for finding in rule(facts)]
+
+
+def judge_answers(facts: Json) -> Iterator[Finding]:
+    """Who does not answer. A node that is silent altogether is one finding."""
+    starts = "`mrcore cluster start` starts what is missing"
+    rotate = "`make rotate-certs` on the controller renews what has ended; a node that was removed stays refused"
+    of_node: dict[str, list[Json]] = {}
+    for answer in facts["servers"].values():
+        of_node.setdefault(answer["node"], []).append(answer)
+    gone = {node for node, answer in facts["nodes"].items() if "error" in answer}
+    gone = {node for node in gone if all("error" in answer for answer in of_node.get(node, []))}
+    for node, answer in facts["nodes"].items():
+        if "error" in answer:
+            yield Finding(
+                f"node {node}",
+                f"{'nothing on it answers' if node in gone else 'its agent does not answer'}: {answer['error']}",
+                "no job can run: the queue holds until the node is back",
+                rotate
+                if "certificate" in answer["error"]
+                else f"see whether `ping` reaches the machine; then {starts}",
+            )
+    for name, answer in facts["servers"].items():
+        if "error" in answer and answer["node"] not in gone:
+            yield Finding(
+                f"server {name}",
+                f"does not answer: {answer['error']}",
+                "its node's other servers do its work; a node without any servers holds the queue",
+                rotate if "certificate" in answer["error"] else f"{starts}; `mrcore logs {name}` has its last words",
+            )
+
+
+def judge_versions(facts: Json) -> Iterator[Finding]:
+    """Who runs another mrcore or Python than the master."""
+    ours = _versions(facts["master"])
+    for where, answer in _answered(facts):
+        if (theirs := _versions(answer)) != ours:
+            yield Finding(
+                where,
+                f"runs {theirs}, the master {ours}",
+                "no job can run: the queue holds until all are of one version",
+                "`make upgrade` on the controller brings all to one version; a local cluster: stop it, start it again",
+            )
+
+
+def judge_clocks(facts: Json) -> Iterator[Finding]:
+    """Whose clock is off."""
+    for node, answer in facts["nodes"].items():
+        if abs(skew := answer.get("clock_skew_seconds", 0)) > MAX_CLOCK_SKEW_SECONDS:
+            yield Finding(
+                f"node {node}",
+                f"its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the master's",
+                "certificates may be refused, times in logs and of files mislead, increments may miss changes",
+                "`timedatectl` on both tells whether they follow a time server: `systemctl restart systemd-timesyncd`",
+            )
+
+
+def judge_disks(facts: Json) -> Iterator[Finding]:
+    """Whose disk is nearly full."""
+    known = [("master", facts["master"])] + [(f"node {name}", answer) for name, answer in facts["nodes"].items()]
+    for where, answer in known:
+        if (free := answer.get("disk_free_bytes", MIN_FREE_BYTES)) < MIN_FREE_BYTES:
+            yield Finding(
+                where,
+                f"{free >> 20} MiB of disk are free, less than {MIN_FREE_BYTES >> 20}",
+                "below 256 MiB the queue holds; a run that fills the disk is handed back",
+                "`df -h` and `du -xh --max-depth=2` there tell what is large; `mrcore rm` removes inputs and output",
+            )
+
+
+def judge_certificates(facts: Json) -> Iterator[Finding]:
+    """Whose certificate ends soon, or has ended."""
+    now = facts["master"]["time"]
+    known = [(f"master, {name}", end) for name, end in facts["master"]["certificates_end"].items()]
+    known += [(where, answer.get("certificate_ends")) for where, answer in _answered(facts)]
+    for where, end in known:
+        if end is not None and end - now < RENEW_SECONDS:
+            day = datetime.fromtimestamp(end, UTC).strftime("%Y-%m-%d %H:%M UTC")
+            yield Finding(
+                where,
+                f"its certificate {'ended' if end <= now else 'ends'} on {day}",
+                "from then on every connection with it is refused",
+                "`make rotate-certs` on the controller; a local cluster: stop it, remove its pki folders, start it",
+            )
+
+
+def judge_queue(facts: Json) -> Iterator[Finding]:
+    """Why jobs do not run."""
+    queue = facts["queue"]
+    if queue["hold"]:
+        yield Finding(
+            "queue",
+            f"it holds: {queue['hold']['reason']}",
+            "no job starts until the cause is mended; then it goes on by itself",
+            "mend the cause; `mrcore resume` has it try at once",
+        )
+    if queue["paused"]:
+        yield Finding("queue", "it is paused", "no further job starts", "`mrcore resume` ends the pause")
+    if not queue["runner"] and (queue["jobs"] or not facts["master"]["local"]):
+        yield Finding(
+            "master",
+            "no Runner drains the queue",
+            f"{queue['jobs']} jobs wait, and those to come will",
+            "`systemctl status mrcore-runner` tells why, `systemctl start mrcore-runner` starts it; else: `mrcore run`",
+        )
+
+
+def judge_backup(facts: Json) -> Iterator[Finding]:
+    """Whether queue and history could be brought back; who keeps a local cluster may do without."""
+    backup, now = facts["master"]["backup"], facts["master"]["time"]
+    age = None if backup is None else now - backup["time"]
+    if not facts["master"]["local"] and (age is None or age > MAX_BACKUP_AGE_SECONDS):
+        yield Finding(
+            "master",
+            "there was no backup yet" if age is None else f"the last backup is {age / 86400:.1f} days old",
+            "what happened since would be lost with the master's disk",
+            "`systemctl status mrcore-backup.timer mrcore-backup.service` tells why; `mrcore backup FILE` makes one",
+        )
+
+
+def _answered(facts: Json) -> list[tuple[str, Json]]:
+    known = [(f"node {name}", answer) for name, answer in facts["nodes"].items()]
+    known += [(f"server {name}", answer) for name, answer in facts["servers"].items()]
+    return [(where, answer) for where, answer in known if "error" not in answer]
+
+
+def _versions(answer: Json) -> str:
+    minor = ".".join(answer["python"].split(".")[:2])
+    return f"mrcore {answer['version']} (wire {answer['wire_version']}) on Python {minor}"
