@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Collects on the controller all wheels that nodes need, so that they need no package index.
+
+    scripts/wheelhouse.py release                                          which release this checkout is
+    scripts/wheelhouse.py build --python 3.11 --machine x86_64 --glibc 2.36     mrcore and what it needs
+    scripts/wheelhouse.py project FOLDER --python 3.11 --machine x86_64 --glibc 2.36   FOLDER/requirements.txt to FOLDER/wheels
+
+pip evaluates the conditions of requirements (`python_version < "3.13"`) with its own interpreter, so an interpreter of the
+nodes' minor version does the work. Where the wheels come from is pip's configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_GLIBC_MINOR = 5  # manylinux_2_5 is the oldest tag
+OLD_TAGS = {12: "manylinux2010", 5: "manylinux1", 17: "manylinux2014"}  # names that wheels had before manylinux_2_N
+MARKER = ".complete"
+
+
+class Fault(Exception):
+    """What went wrong, for people."""
+
+
+def release_of(root: Path) -> str:
+    """The release of a checkout: its version and a checksum of what is installed of it (package and project table)."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    digest = hashlib.sha256(json.dumps(project, sort_keys=True).encode())
+    for file in sorted((root / "mrcore").rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return f"{project['version']}-{digest.hexdigest()[:8]}"
+
+
+def platform_tags(machine: str, glibc: str) -> list[str]:
+    """The platforms whose wheels run on this CPU with this glibc or a newer one, best first."""
+    major, minor = (int(part) for part in glibc.split(".")[:2])
+    if major != 2:
+        raise Fault(f"glibc {glibc} is not known here: 2.x is")
+    tags = []
+    for number in range(minor, OLDEST_GLIBC_MINOR - 1, -1):
+        tags.append(f"manylinux_2_{number}_{machine}")
+        if number in OLD_TAGS:
+            tags.append(f"{OLD_TAGS[number]}_{machine}")
+    return tags
+
+
+def interpreter(minor: str) -> str:
+    """An interpreter of this minor version with venv, ours if it is one. Raises Fault if there is none."""
+    probe = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+    for name in (sys.executable, f"python{minor}", "python3"):
+        found = name if os.path.isabs(name) else shutil.which(name)
+        if found:
+            done = subprocess.run([found, "-c", probe], capture_output=True, text=True)
+            if done.returncode == 0 and done.stdout.strip() == minor:
+                return found
+    raise Fault(
+        f"the nodes have Python {minor} and this controller has no python{minor} with venv, which the wheels must be chosen "
+        f"with: install it (apt-get install python{minor}-venv, or from source), then do this again"
+    )
+
+
+def run(command: list[str]) -> None:
+    """Run pip. Raises Fault with the end of what it said."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-8:])
+        raise Fault(f"pip failed, is there a network or a package index configured for pip?\n{said}")
+
+
+def choice(args: argparse.Namespace) -> list[str]:
+    """The options by which pip chooses wheels for the nodes instead of for this machine."""
+    options = ["--only-binary=:all:", f"--python-version={args.python}", "--implementation=cp"]
+    options.append(f"--abi=cp{args.python.replace('.', '')}")
+    return options + [f"--platform={tag}" for tag in platform_tags(args.machine, args.glibc)]
+
+
+def collect(pip: list[str], args: argparse.Namespace, folder: Path, wanted: list[str]) -> None:
+    """Fill `folder` with the wheels of `wanted` and all they need, and prove that they suffice."""
+    own = [f"--find-links={folder}"]
+    run([*pip, "download", "--quiet", *choice(args), *own, f"--dest={folder}", *wanted])
+    target = f"--target={folder / 'nowhere'}"
+    run([*pip, "install", "--quiet", "--dry-run", "--no-index", "--ignore-installed", target, *choice(args), *own, *wanted])
+
+
+def is_whole(folder: Path, glibc: str) -> bool:
+    """Whether a wheelhouse was finished, and for a glibc that is not newer than this one."""
+    try:
+        made_for = (folder / MARKER).read_text().strip()
+    except OSError:
+        return False
+    return [int(part) for part in made_for.split(".")] <= [int(part) for part in glibc.split(".")]
+
+
+def build(args: argparse.Namespace) -> dict[str, object]:
+    """Make the wheelhouse of this checkout unless it is there; a half-made one is made anew."""
+    release = release_of(ROOT)
+    house = ROOT / ".mrcore/wheelhouse" / f"{release}-cp{args.python.replace('.', '')}-{args.machine}"
+    archive = house.with_name(house.name + ".tar")
+    answer: dict[str, object] = {"release": release, "folder": str(house), "archive": str(archive), "changed": False}
+    if is_whole(house, args.glibc) and archive.exists():
+        return answer
+    chosen = interpreter(args.python)
+    house.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=house.parent, prefix="making-") as name:
+        work = Path(name)
+        run([chosen, "-m", "venv", str(work / "venv")])
+        pip = [str(work / "venv/bin/python"), "-m", "pip"]
+        source, wheels = work / "source", work / "wheels"
+        shutil.copytree(ROOT / "mrcore", source / "mrcore", ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / file, source)
+        run([*pip, "wheel", "--quiet", "--no-deps", f"--wheel-dir={wheels}", str(source)])
+        collect(pip, args, wheels, [str(file) for file in wheels.glob("mrcore-*.whl")])
+        (wheels / MARKER).write_text(args.glibc + "\n")
+        partial = work / "archive"
+        with tarfile.open(partial, "w") as tar:
+            for file in sorted(wheels.glob("*.whl")):
+                tar.add(file, file.name)
+        os.replace(partial, archive)
+        shutil.rmtree(house, ignore_errors=True)
+        os.replace(wheels, house)
+    return answer | {"changed": True}
+
+
+def project(args: argparse.Namespace) -> dict[str, object]:
+    """Resolve FOLDER/requirements.txt into FOLDER/wheels, which takes its place all at once."""
+    requirements, final = args.folder / "requirements.txt", args.folder / "wheels"
+    if not requirements.is_file():
+        raise Fault(f"{requirements} is not there: a project without it needs no wheels")
+    chosen = interpreter(args.python)
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix=".wheels-") as name:
+        work = Path(name)
+        run([chosen, "-m", "venv", str(work / "venv")])
+        (work / "wheels").mkdir()
+        collect([str(work / "venv/bin/python"), "-m", "pip"], args, work / "wheels", [f"--requirement={requirements}"])
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(work / "wheels", final)
+    return {"folder": str(final), "wheels": sorted(file.name for file in final.glob("*.whl")), "changed": True}
+
+
+def version(text: str) -> str:
+    """A version of two numbers, as an option."""
+    if not re.fullmatch(r"\d+\.\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 3.11")
+    return text
+
+
+def main() -> int:
+    """Do what is asked; prints JSON (`release`: the bare name). Exit status 1 with one line of why it failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("release")
+    for name in ("build", "project"):
+        command = commands.add_parser(name)
+        if name == "project":
+            command.add_argument("folder", type=Path)
+        command.add_argument("--python", type=version, required=True, help="minor version of the nodes' Python, as 3.11")
+        command.add_argument("--machine", required=True, help="CPU of the nodes as uname -m says it")
+        command.add_argument("--glibc", type=version, required=True, help="oldest glibc among the nodes")
+    args = parser.parse_args()
+    if args.command == "release":
+        print(release_of(ROOT))
+        return 0
+    try:
+        print(json.dumps(build(args) if args.command == "build" else project(args)))
+    except Fault as fault:
+        print(f"wheelhouse: {fault}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
