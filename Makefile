@@ -5,11 +5,12 @@ PY := .venv/bin/python
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick check bench setup clean
+export INVENTORY NODE DATA PURGE CONFIRM PROJECT ARGS
+.PHONY: help demo test test-quick check bench setup clean appliance deploy start stop kill status push-project wheels
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '  make %-12s %s\n' "$$name" "$$text"; done
+		printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 demo: setup ## start a local cluster, run two jobs over Python's own standard library, show the result, stop it
 	@$(PY) scripts/demo.py $(ARGS)
@@ -22,12 +23,14 @@ test-quick: ## run the tests that are not marked slow: an answer in under 5 minu
 	@scripts/setup.sh dev strace sudo
 	$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
 
-check: setup ## format, lint, types, docstrings, import floors, sizes
+check: appliance ## format, lint, types, docstrings, import floors, sizes
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m ruff check --select D1 --ignore D104,D105,D107 mrcore
 	$(PY) -m mypy --strict mrcore
 	$(PY) tools/check_sizes.py
+	.venv/bin/yamllint --strict .
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/ansible-lint --offline --strict
 
 bench: ## measure against a script by hand, PySpark, mrjob and Dask (installs these three first)
 	@scripts/setup.sh dev,bench
@@ -42,3 +45,29 @@ clean: ## end the demo's cluster and remove what make made: .venv, .mrcore, cach
 	@if [ -x .venv/bin/mrcore ] && [ -d .mrcore ]; then MRCORE_HOME=.mrcore .venv/bin/mrcore cluster kill; fi
 	rm -rf .venv .mrcore .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+appliance: ## only make .venv with Ansible in it
+	@scripts/setup.sh dev,appliance
+
+# One playbook each, ansible/VERB.yml. INVENTORY=prod names the folder inventory/prod; ARGS=… goes to ansible-playbook.
+
+deploy: appliance ## make the machines of INVENTORY= a cluster, or bring it up to the inventory; safe to repeat
+	@scripts/play.sh $@
+
+start: appliance ## start the cluster of INVENTORY= and its Runner, also at the next boot
+	@scripts/play.sh $@
+
+stop: appliance ## stop Runner and cluster gracefully; they stay down
+	@scripts/play.sh $@
+
+kill: appliance ## end Runner and cluster at once, for certain
+	@scripts/play.sh $@
+
+status: appliance ## show every daemon, the Runner and the queue of INVENTORY=
+	@scripts/play.sh $@
+
+push-project: appliance ## bring projects/PROJECT to the master of INVENTORY=
+	@scripts/play.sh $@
+
+wheels: appliance ## collect the wheels of projects/PROJECT/requirements.txt for the machines of INVENTORY=
+	@scripts/play.sh $@

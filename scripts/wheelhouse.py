@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Collects on the controller all wheels that nodes need, so that they need no package index.
 
-    scripts/wheelhouse.py release                                          which release this checkout is
-    scripts/wheelhouse.py build --python 3.11 --machine x86_64 --glibc 2.36     mrcore and what it needs
-    scripts/wheelhouse.py project FOLDER --python 3.11 --machine x86_64 --glibc 2.36   FOLDER/requirements.txt to FOLDER/wheels
+    scripts/wheelhouse.py release          which release this checkout is
+    scripts/wheelhouse.py build …          mrcore and what it needs, into .mrcore/wheelhouse
+    scripts/wheelhouse.py project FOLDER … FOLDER/requirements.txt into FOLDER/wheels
 
-pip evaluates the conditions of requirements (`python_version < "3.13"`) with its own interpreter, so an interpreter of the
-nodes' minor version does the work. Where the wheels come from is pip's configuration.
+… is what the nodes are: --python 3.11 --machine x86_64 --glibc 2.36. pip evaluates the conditions of requirements
+(`python_version < "3.13"`) with its own interpreter, so one of the nodes' minor version does the work. Where the wheels
+come from is pip's configuration.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def interpreter(minor: str) -> str:
             if done.returncode == 0 and done.stdout.strip() == minor:
                 return found
     raise Fault(
-        f"the nodes have Python {minor} and this controller has no python{minor} with venv, which the wheels must be chosen "
-        f"with: install it (apt-get install python{minor}-venv, or from source), then do this again"
+        f"the nodes have Python {minor} and this controller has no python{minor} with venv, which must choose the wheels: "
+        f"install it (apt-get install python{minor}-venv, or from source), then do this again"
     )
 
 
@@ -92,7 +93,20 @@ def collect(pip: list[str], args: argparse.Namespace, folder: Path, wanted: list
     own = [f"--find-links={folder}"]
     run([*pip, "download", "--quiet", *choice(args), *own, f"--dest={folder}", *wanted])
     target = f"--target={folder / 'nowhere'}"
-    run([*pip, "install", "--quiet", "--dry-run", "--no-index", "--ignore-installed", target, *choice(args), *own, *wanted])
+    run(
+        [
+            *pip,
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--no-index",
+            "--ignore-installed",
+            target,
+            *choice(args),
+            *own,
+            *wanted,
+        ]
+    )
 
 
 def is_whole(folder: Path, glibc: str) -> bool:
@@ -167,7 +181,9 @@ def main() -> int:
         command = commands.add_parser(name)
         if name == "project":
             command.add_argument("folder", type=Path)
-        command.add_argument("--python", type=version, required=True, help="minor version of the nodes' Python, as 3.11")
+        command.add_argument(
+            "--python", type=version, required=True, help="minor version of the nodes' Python, as 3.11"
+        )
         command.add_argument("--machine", required=True, help="CPU of the nodes as uname -m says it")
         command.add_argument("--glibc", type=version, required=True, help="oldest glibc among the nodes")
     args = parser.parse_args()

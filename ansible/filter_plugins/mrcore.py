@@ -44,7 +44,9 @@ def _text(value: Any) -> bool:
 
 
 def _folder(value: Any) -> bool:
-    return _text(value) and value.startswith("/") and ".." not in value.split("/") and not re.search(r"[\s%'\"\\]", value)
+    return (
+        _text(value) and value.startswith("/") and ".." not in value.split("/") and not re.search(r"[\s%'\"\\]", value)
+    )
 
 
 def _maybe(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -120,7 +122,9 @@ def _group_faults(masters: list[str], nodes: list[str], everyone: list[str], gro
     if not masters:
         faults.append("The inventory has no master: put exactly one host into the group master.")
     if len(masters) > 1:
-        faults.append(f"The inventory has {len(masters)} masters ({', '.join(masters)}): leave one in the group master.")
+        faults.append(
+            f"The inventory has {len(masters)} masters ({', '.join(masters)}): leave one in the group master."
+        )
     if not nodes:
         faults.append(f"The inventory has no nodes: put 1 to {MAX_NODES} hosts into the group nodes.")
     if len(nodes) > MAX_NODES:
@@ -157,7 +161,9 @@ def _host(name: str, given: Mapping[str, Any]) -> tuple[Json, list[str]]:
     first, count, agent = (values[key] for key in ("server_port", "servers", "agent_port"))
     if first and count and agent and (first + count > 65536 or first <= agent < first + count):
         last = first + count - 1
-        faults.append(f"Ports of {name} collide: choose mrcore_agent_port {agent} outside {first} to {last}, at most 65535.")
+        faults.append(
+            f"Ports of {name} collide: choose mrcore_agent_port {agent} outside {first} to {last}, at most 65535."
+        )
     return values, faults
 
 
@@ -251,7 +257,9 @@ def _machine_faults(name: str, found: Json, cluster: Json, host: Json) -> list[s
     faults = []
     if (found["os_id"], found["os_version"]) not in SYSTEMS:
         told = f"{found['os_id']} {found['os_version']}".strip()
-        faults.append(f"Host {name} runs {told}: mrcore needs {', '.join(SYSTEMS.values())}; reinstall it or leave it out.")
+        faults.append(
+            f"Host {name} runs {told}: mrcore needs {', '.join(SYSTEMS.values())}; reinstall it or leave it out."
+        )
     if not found["systemd"]:
         faults.append(f"Host {name} was not started by systemd, which keeps mrcore's daemons: boot it with systemd.")
     if tuple(found["python"][:2]) < OLDEST_PYTHON:
@@ -267,7 +275,9 @@ def _machine_faults(name: str, found: Json, cluster: Json, host: Json) -> list[s
             "set it, and let a time service such as chrony keep it."
         )
     if name in cluster["nodes"] and found["disk_free_bytes"] < host["min_free_bytes"]:
-        free, least = (f"{number / (1 << 20):,.0f} MiB" for number in (found["disk_free_bytes"], host["min_free_bytes"]))
+        free, least = (
+            f"{number / (1 << 20):,.0f} MiB" for number in (found["disk_free_bytes"], host["min_free_bytes"])
+        )
         faults.append(
             f"Host {name} has {free} free for {host['compute_dir']} (at least {least}): make room there, "
             "set mrcore_compute_dir to a larger disk, or lower mrcore_min_free_bytes."
@@ -277,7 +287,9 @@ def _machine_faults(name: str, found: Json, cluster: Json, host: Json) -> list[s
     for port in found["ports_taken"]:
         faults.append(f"Port {port} of {name} is in use by another program: end that, or choose another port.")
     for user in found["unknown_users"]:
-        faults.append(f"mrcore_users names {user}, who has no account on {name}: create it (adduser {user}) or leave it out.")
+        faults.append(
+            f"mrcore_users names {user}, who has no account on {name}: create it (adduser {user}) or leave it out."
+        )
     return faults
 
 
@@ -285,7 +297,9 @@ def _state_faults(name: str, found: Json, cluster: Json, authority: str, release
     """What an earlier deploy left that this one must not change by the way."""
     faults = []
     if release and found["release"] not in (None, release):
-        faults.append(f"Host {name} runs release {found['release']}, this checkout is {release}: `make upgrade` changes it.")
+        faults.append(
+            f"Host {name} runs release {found['release']}, this checkout is {release}: `make upgrade` changes it."
+        )
     trusted = set(certificates(found["authority"]))
     if trusted and not trusted & set(certificates(authority)):
         faults.append(
@@ -307,7 +321,8 @@ def certificates(text: str) -> list[str]:
 def mrcore_numbering(present: Json | None, cluster: Json) -> dict[str, int]:
     """The number of each node's first server: {node: first}.
 
-    `present`: the master's cluster.yml as it is, None before the first deploy; `cluster`: what the inventory wants. A node keeps its numbers while it has no more servers than they reach for; others get the next free ones.
+    `present`: the master's cluster.yml as it is, None before the first deploy; `cluster`: what the inventory wants. A
+    node keeps its numbers while it has no more servers than they reach for; others get the next free ones.
     """
     taken: dict[str, tuple[int, int]] = {}
     counter = 0
@@ -347,7 +362,9 @@ def mrcore_known_hosts(nodes: list[Json], keys: list[str]) -> str:
     for node, texts in zip(nodes, keys, strict=True):
         port = node["ssh_port"]
         names = [f"[{each}]:{port}" if port != 22 else each for each in (node["address"], node["name"])]
-        lines += [f"{','.join(names)} {' '.join(key.split()[:2])}\n" for key in sorted(texts.splitlines()) if key.strip()]
+        lines += [
+            f"{','.join(names)} {' '.join(key.split()[:2])}\n" for key in sorted(texts.splitlines()) if key.strip()
+        ]
     return "".join(lines)
 
 
@@ -368,6 +385,16 @@ def mrcore_authority(folder: str) -> str:
     return "".join(file.read_text(encoding="ascii") for file in files if file.exists())
 
 
+def mrcore_files(folder: str) -> dict[str, list[str]]:
+    """What a project consists of: {"folders", "files"}, relative to it, without caches and hidden files."""
+    root, found = Path(folder), {"folders": ["."], "files": []}  # type: ignore[var-annotated]
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
+        if not any(part.startswith(".") or part == "__pycache__" for part in parts):
+            found["folders" if path.is_dir() else "files"].append("/".join(parts))
+    return found
+
+
 def mrcore_release(root: str) -> str:
     """The release that this checkout is; see scripts/wheelhouse.py."""
     file = Path(root) / "scripts/wheelhouse.py"
@@ -384,5 +411,5 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
         ours = (mrcore_cluster, mrcore_machines, mrcore_numbering, mrcore_serial, mrcore_known_hosts, mrcore_release)
-        ours += (mrcore_nodes, mrcore_authority)
+        ours += (mrcore_nodes, mrcore_authority, mrcore_files)
         return {function.__name__: function for function in ours}

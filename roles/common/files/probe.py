@@ -56,22 +56,28 @@ def main():
         folder = os.path.dirname(folder)
     deployed = os.path.islink("/opt/mrcore/current")
     address_is_here = may_bind(asked["address"], 0)
-    taken = [port for port in asked["ports"] if address_is_here and not deployed and not may_bind(asked["address"], port)]
-    print(json.dumps({
-        "skew_seconds": skew,
-        "python": list(sys.version_info[:3]),
-        "os_id": system.get("ID", "an unknown system"),
-        "os_version": system.get("VERSION_ID", ""),
-        "systemd": os.path.isdir("/run/systemd/system"),
-        "machine": platform.machine(),
-        "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "glibc 0.0").split()[-1],
-        "disk_free_bytes": shutil.disk_usage(folder).free,
-        "address_is_here": address_is_here,
-        "ports_taken": taken,
-        "unknown_users": [name for name in asked["users"] if not has_account(name)],
-        "release": os.path.basename(os.readlink("/opt/mrcore/current")) if deployed else None,
-        "authority": text_of("/etc/mrcore/pki/ca.crt"),
-    }))
+    taken = [
+        port for port in asked["ports"] if address_is_here and not deployed and not may_bind(asked["address"], port)
+    ]
+    print(
+        json.dumps(
+            {
+                "skew_seconds": skew,
+                "python": list(sys.version_info[:3]),
+                "os_id": system.get("ID", "an unknown system"),
+                "os_version": system.get("VERSION_ID", ""),
+                "systemd": os.path.isdir("/run/systemd/system"),
+                "machine": platform.machine(),
+                "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "glibc 0.0").split()[-1],
+                "disk_free_bytes": shutil.disk_usage(folder).free,
+                "address_is_here": address_is_here,
+                "ports_taken": taken,
+                "unknown_users": [name for name in asked["users"] if not has_account(name)],
+                "release": os.path.basename(os.readlink("/opt/mrcore/current")) if deployed else None,
+                "authority": text_of("/etc/mrcore/pki/ca.crt"),
+            }
+        )
+    )
 
 
 main()
