@@ -68,7 +68,7 @@ def interpreter(minor: str) -> str:
             if done.returncode == 0 and done.stdout.strip() == minor:
                 return found
     raise Fault(
-        f"the nodes have Python {minor} and this controller has no python{minor} with venv, which must choose the wheels: "
+        f"the nodes have Python {minor}, this controller has no python{minor} with venv to choose the wheels with: "
         f"install it (apt-get install python{minor}-venv, or from source), then do this again"
     )
 
