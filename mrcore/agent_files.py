@@ -27,11 +27,11 @@ MAX_HELD = 8  # listings, and uploads, begun and not ended: one more drops the o
 INCOMING_SECONDS = 86_400.0  # how long what an upload left when it was cut off can be resumed
 
 Json = dict[str, Any]
-Listed = list[tuple[str, File, int]]  # a file's path under base_dir; name, size and time; inode
+Listed = list[tuple[str, File, int]]  # a file's path, whole or under base_dir; name, size and time; inode
 
 
 @dataclass
-class _Incoming:
+class Incoming:
     """An upload under way: the batches announced, and the files that came."""
 
     staging: Staging
@@ -48,7 +48,7 @@ class FileMethods:
     def __init__(self, layout: Layout, node: str) -> None:
         self._layout, self._node = layout, node
         self._held: dict[str, Listed] = {}
-        self._uploads: dict[str, _Incoming] = {}
+        self._uploads: dict[str, Incoming] = {}
         self._files_lock = threading.Lock()  # the two above
         self._publishing = threading.Lock()
         self.sweep_incoming()
@@ -104,7 +104,7 @@ class FileMethods:
             for token in [key for key, each in self._uploads.items() if each.staging.target == target]:
                 del self._uploads[token]
         token = secrets.token_hex(8)
-        self._hold(self._uploads, token, _Incoming(self._on_disk(Staging, incoming, target)))
+        self._hold(self._uploads, token, Incoming(self._on_disk(Staging, incoming, target)))
         return {"upload": token, "disk_free_bytes": shutil.disk_usage(incoming).free}
 
     def announce(self, caller: Identity, upload: str, files: list[Any]) -> int | None:

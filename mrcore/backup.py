@@ -80,6 +80,8 @@ def restore(settings: Settings, file: Path, force: bool = False) -> dict[str, An
     state_dir.mkdir(parents=True, exist_ok=True)
     with sole_runner(state_dir), contextlib.closing(Store(state_dir)) as store:
         complete(state_dir)
+        if reason := store.held_by_drain():
+            raise UsageError(f"{reason}; a restore has to wait for that")
         known = {row["job_name"]: row["last_run"] for row in store.rows("SELECT job_name, last_run FROM jobs")}
         if known and not force:
             raise UsageError(f"{store.path} holds {len(known)} jobs, which a restore would replace: add --force")

@@ -196,6 +196,8 @@ def queue(as_json: bool) -> None:
     )
     if state["paused"]:
         click.echo("the queue is paused: `mrcore resume` goes on")
+    if state["drain"]:
+        click.echo(f"the queue waits: {state['drain']}")
     if state["hold"]:
         wait = state["hold"]["until"] - time.time()
         what = f"next try in {wait:.0f} s, or `mrcore resume`" if wait > 0 else "trying again now"

@@ -10,7 +10,7 @@ import os
 import signal
 
 # Transactions of the queue, by what they are for (`Store.change`).
-CHANGES = ("submit", "queue", "wake", "cycle", "start", "phase", "end", "hold", "ledger")
+CHANGES = ("submit", "queue", "wake", "cycle", "start", "phase", "end", "hold", "ledger", "drain")
 POINTS = (
     *(f"{when} {change}" for change in CHANGES for when in ("before", "after")),
     # the master's files: the manifest is the commit of a run
@@ -25,6 +25,8 @@ POINTS = (
     ),
     # a node's agent publishes the parts of a committed run
     *("part flushed", "part renamed", "parts published", "old part removed", "working folder removed"),
+    # a drain: the agents of the new node and of the old one
+    *("moved files staged", "moved file named", "moved files published", "moved file removed", "moved files removed"),
     *("restore ready", "restore manifests", "restore queue"),
 )
 _KNOWN, _passed = frozenset(POINTS), dict.fromkeys(POINTS, 0)

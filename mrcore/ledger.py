@@ -248,6 +248,22 @@ def commit(store: Store, found: Json) -> None:
         db.execute("INSERT OR REPLACE INTO ledgers VALUES (?, ?, 1)", (job, found["run"]))
 
 
+def relocate(store: Store, moves: Sequence[tuple[tuple[str, str], tuple[str, str], int, int, int]]) -> None:
+    """Files lie elsewhere now, as they were: holder and path of before and of now, mtime_ns of both, inode.
+
+    How far they were read stays known. What was known of another file at the new place, which is gone, does not.
+    """
+    with store.change("ledger") as db:
+        for (job,) in db.execute("SELECT job_name FROM ledgers").fetchall():
+            for old, new, old_mtime_ns, mtime_ns, inode in moves:
+                db.execute("DELETE FROM ledger WHERE job_name = ? AND holder = ? AND path = ?", (job, *new))
+                db.execute(
+                    "UPDATE ledger SET holder = ?, path = ?, inode = ?, mtime_ns = iif(mtime_ns = ?, ?, mtime_ns) "
+                    "WHERE job_name = ? AND holder = ? AND path = ?",
+                    (*new, inode, old_mtime_ns, mtime_ns, job, *old),
+                )
+
+
 def forget(store: Store, job: str) -> int:
     """Drop a job's entries, also those of a run that is under way; gives how many. Raises UsageError: no ledger."""
     with store.change("ledger") as db:

@@ -311,7 +311,8 @@ class ManageCluster:
                     partition = instruction.extra["partition"]
                     order["sources"] = [self._at(source) for source in machine.sources(partition)]
                     if parts := machine.earlier.get(partition):
-                        order["earlier"] = self._at({"node": parts[0]["node"], "parts": parts})
+                        holders = sorted({part["node"] for part in parts})  # more than one, after a drain
+                        order["earlier"] = {"parts": parts, "sources": [self._at({"node": each}) for each in holders]}
                 link.put("order", order=order)
             case Give():
                 link.put(

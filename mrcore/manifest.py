@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,19 @@ def prune(state_dir: Path, job: str, kept_runs: set[int]) -> None:
                     if path.stem.isdecimal() and int(path.stem) < found["run"] and int(path.stem) not in kept_runs:
                         path.unlink(missing_ok=True)
                 return
+
+
+def relocate(state_dir: Path, job: str, run: int, nodes: Mapping[str, tuple[str, str]]) -> None:
+    """Let parts of a run lie on another node: by name, the node that they were on, and the one that has them now.
+
+    May be repeated. Nothing is written when the run has no such part.
+    """
+    found = read(state_dir, job, run)
+    moved = [each for each in found["parts"] if nodes.get(each["name"], ("",))[0] == each["node"]] if found else []
+    for part in moved:
+        part["node"] = nodes[part["name"]][1]
+    if found and moved:
+        write(state_dir, found)
 
 
 def newest(state_dir: Path, job: str) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mrcore import WIRE_VERSION, __version__, faults, inputs, ledger, procfs, runs, usercode
-from mrcore.agent_files import FileMethods
+from mrcore.agent_moves import MoveMethods
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.rpc.data import DataHandler, Range, Upload
@@ -58,7 +58,7 @@ def _number(value: Any) -> int:
     return value
 
 
-class NodeAgent(FileMethods):
+class NodeAgent(MoveMethods):
     """What the agent of one node does; public methods are RPC methods, `resolve` and `receive` serve data requests."""
 
     def __init__(self, spec: Json) -> None:

@@ -268,24 +268,27 @@ class Process:
         return fetched
 
     def _add_earlier_output(self, sorter: DiskSort) -> dict[str, int]:
-        """Give the sorter the partition's earlier output, for `merge_output`: in place, or fetched from its node."""
+        """Give the sorter the partition's earlier output, for `merge_output`: in place, or fetched from its nodes."""
         earlier = self._order.get("earlier")
         if not earlier:
             return {}
         job, parts = self._attempt[0], earlier["parts"]
-        folder = self._layout.reduce_dir(job)
-        if earlier["node"] != self._order["node"]:
-            folder = self._folder
+        folders = {source["node"]: self._folder for source in earlier["sources"]}
+        folders[self._order["node"]] = self._layout.reduce_dir(job)
+        for source in earlier["sources"]:
+            if source["node"] == self._order["node"]:
+                continue
+            names = [part["name"] for part in parts if part["node"] == source["node"]]
 
-            def sink(index: int, chunk: memoryview) -> None:
-                with open(folder / parts[index]["name"], "ab") as stream:
+            def sink(index: int, chunk: memoryview, names: list[str] = names) -> None:
+                with open(self._folder / names[index], "ab") as stream:
                     stream.write(chunk)
 
             try:
-                self._fetch(earlier, [{"part": {"job": job, "name": part["name"]}} for part in parts], sink)
+                self._fetch(source, [{"part": {"job": job, "name": name}} for name in names], sink)
             except Refused as error:
                 raise JobFault(f"the earlier output is not to be had: {error.message}") from error
-        sorter.add_run(Parts([folder / part["name"] for part in parts], parts))
+        sorter.add_run(Parts([folders[part["node"]] / part["name"] for part in parts], parts))
         return {
             "merged_items": sum(part["records"] for part in parts),
             "merged_bytes": sum(part["bytes"] for part in parts),

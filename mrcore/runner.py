@@ -170,6 +170,9 @@ class Runner:
         if self.store.get("paused"):
             self.report("paused")
             return WAKE_SECONDS
+        if reason := self.store.held_by_drain():
+            self.report("hold", reason=reason, seconds=WAKE_SECONDS)
+            return WAKE_SECONDS
         with self.store.change("wake"):
             for row in self.store.rows("SELECT job_name FROM jobs WHERE state = 'held'"):
                 self.store.move_job(row["job_name"], "queued", None, now)
@@ -204,8 +207,8 @@ class Runner:
         """Run one attempt in a thread of its own; meanwhile watch for cancel, timeout and the end of our own time."""
         with self.store.change("start"):
             job = self.store.job(name)
-            if not job or job["state"] != "queued":
-                return  # deleted since it was picked
+            if not job or job["state"] != "queued" or self.store.held_by_drain():
+                return  # deleted since it was picked, or a drain has begun
             run = self.store.start_run(name, now)
         execution = Execution(job["spec"], run, self._progress(name, run), number=job["number"])
         self.report("started", job_name=name, run=run)

@@ -99,11 +99,14 @@ class Scheduler:
         return sorted(rows, key=lambda row: not row["running"])
 
     def state(self) -> dict[str, Any]:
-        """The queue as a whole: `paused`, `hold` (reason, since, until, tries), `runner` (is there one), `running`."""
+        """The queue as a whole: `paused`, `hold` (reason, since, until, tries), `drain` (why it waits for one),
+        `runner` (is there one), `running`.
+        """
         running = self.store.running()
         return {
             "paused": bool(self.store.get("paused")),
             "hold": self.store.get("hold"),
+            "drain": self.store.held_by_drain(),
             "runner": self._doorbell.ring(),
             "cycle": self.store.get("cycle", {"number": 0})["number"],
             "running": {key: running[key] for key in ("job_name", "run", "started")} if running else None,

@@ -123,10 +123,10 @@ class Staging:
         for name, _, _ in files:
             if (final := self.target / name).is_dir() and not final.is_symlink():
                 self._in_the_way(final, replace)
-        _flush(self.folder)
+        flush(self.folder)
         for (name, _, _), path in zip(files, paths, strict=True):
             os.replace(path, self.target / name)
-        _flush(self.target)
+        flush(self.target)
         self.drop()
         return self._remove_others({name for name, _, _ in files}) if replace else 0
 
@@ -174,7 +174,7 @@ def newest(folder: Path) -> float:
         return max([folder.stat().st_mtime, *(each.stat(follow_symlinks=False).st_mtime for each in entries)])
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     """Flush all of a folder's file system: for thousands of files cheaper by far than each by itself."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mrcore import faults
+from mrcore import faults, procfs
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
 
 SCHEMA_VERSION = 2
@@ -159,6 +159,19 @@ class Store:
         """Set what `get` gives (`what`: see `change`)."""
         with self.change(what) as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    def held_by_drain(self) -> str | None:
+        """Why no run may start because of a drain (`mrcore.drain`), None when it may.
+
+        One is under way, or was cut off while some files were on two nodes.
+        """
+        found = self.get("drain")
+        if found and found["moves"]:
+            node = found["source"]
+            return f"a drain was cut off while it moved files of node {node}: `mrcore drain {node}` completes that"
+        if found and procfs.start_ticks(found["pid"]) == found["start_ticks"]:
+            return f"node {found['source']} is being drained by process {found['pid']}"
+        return None
 
     def submit(self, job: dict[str, Any], now: float) -> str | None:
         """Queue a validated job, in place of one of its name; gives the state that one had, or None."""

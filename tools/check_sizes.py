@@ -54,9 +54,9 @@ FLOORS = [
     {"shuffler", "mapper", "reducer"},
     {"process", "trial"},
     {"rpc"},
-    {"supervisor", "agent_files", "node_agent", "cluster_server"},
+    {"supervisor", "agent_files", "agent_moves", "node_agent", "cluster_server"},
     {"launchers", "links", "manage_cluster"},
-    {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "runner", "scheduler", "doctor"},
+    {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "drain", "runner", "scheduler", "doctor"},
     {"cli_common", "cli_admin", "cli_cluster", "cli_files", "cli"},
 ]
 ONLY = {"rpyc": {"rpc"}, "fabric": {"launchers"}, "cryptography": {"pki"}}

@@ -69,6 +69,18 @@ class Upload:
     flush: bool = True
 
 
+@dataclass(frozen=True)
+class Relay:
+    """Content that comes from elsewhere while it is sent, so that it is never here as a whole.
+
+    `checksum(n)` gives the crc32 of its first n bytes; `feed(at, write)` writes the rest from byte `at` on.
+    """
+
+    length: int
+    checksum: Callable[[int], int]
+    feed: Callable[[int, Callable[[memoryview], object]], object]
+
+
 Receive = Callable[[Identity, Any], Upload]
 
 
@@ -132,6 +144,29 @@ class _Outbox:
                 self._sent(got)
             if at == end:
                 return crc
+
+    def relay(self, source: Relay, at: int) -> None:
+        """Add all of a source from byte `at` on. Raises ClusterFault when it is not as long as it said."""
+        crc, kind = source.checksum(at) if at else 0, MORE
+
+        def write(chunk: memoryview) -> None:
+            nonlocal at, crc, kind
+            if at + len(chunk) > source.length:
+                raise ClusterFault(f"there is more to send than the {source.length} bytes that were announced")
+            while chunk:
+                view = self.room(len(chunk))
+                view[:], got = chunk[: len(view)], len(view)
+                crc, at, chunk = crc32(view, crc), at + got, chunk[got:]
+                kind = LAST if at == source.length else MORE
+                self.add(kind, got, crc)
+                if self._sent is not None:
+                    self._sent(got)
+
+        source.feed(at, write)
+        if at < source.length:
+            raise ClusterFault(f"what is to be sent ends at byte {at}, before {source.length}")
+        if kind != LAST:  # nothing was left to send
+            self.add(LAST, 0, crc)
 
     def fault(self, error: MrcoreError) -> None:
         """End the content that is under way with an error."""
@@ -330,16 +365,18 @@ class DataClient(Caller):
         return got
 
     def put(
-        self, request: Any, source: Path | bytes | tuple[int, int], sent: Callable[[int], object] | None = None
+        self, request: Any, source: Path | bytes | tuple[int, int] | Relay, sent: Callable[[int], object] | None = None
     ) -> Any:
-        """Send bytes, a file, or of an open one (descriptor, how many bytes), from where the server has it already.
+        """Send bytes, a file, of an open one (descriptor, how many bytes), or a Relay, from where the server has it.
 
         Gives what the finish callback answered. `sent` hears of each piece's bytes; what it raises ends the upload.
         Raises what the server answered, Refused, Unreachable, ClusterFault (shrank), OSError (no such file).
         """
-        content: Path | bytes | int
+        content: Path | bytes | int | Relay
         if isinstance(source, tuple):
             content, length = source
+        elif isinstance(source, Relay):
+            content, length = source, source.length
         else:
             content, length = source, source.stat().st_size if isinstance(source, Path) else len(source)
         with self._dropping_on_error():
@@ -349,7 +386,10 @@ class DataClient(Caller):
                 raise Refused(f"{stream.peer} wants to resume at byte {at} of {length}")
             with _Outbox(stream, heed=True, sent=sent) as out, suppress(_Answered):
                 try:
-                    out.copy(content, at, length - at, _start(content, at), True)
+                    if isinstance(content, Relay):
+                        out.relay(content, at)
+                    else:
+                        out.copy(content, at, length - at, _start(content, at), True)
                 except ClusterFault as error:
                     if stream.closed:
                         raise
