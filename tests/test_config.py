@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from mrcore.config import load_settings, server_memory_bytes
+from mrcore.config import Settings, load_settings, server_memory_bytes
 from mrcore.errors import UsageError
 from mrcore.procfs import machine_memory_bytes
 from mrcore.validation import parse_yaml
@@ -91,6 +91,43 @@ def test_faulty_files(home: Path, tmp_path: Path, text: str, said: str) -> None:
     path.write_text(text)
     with pytest.raises(UsageError, match=said):
         load_settings(path)
+
+
+def deployed(home: Path, tmp_path: Path, *nodes: str, more: str = "") -> Settings:
+    path = tmp_path / "c.yml"
+    path.write_text(f"home: {home}\n{more}nodes:\n" + "".join(f"  - {{{node}, compute_dir: /c}}\n" for node in nodes))
+    return load_settings(path)
+
+
+def test_servers_keep_their_numbers_when_nodes_come_and_go(home: Path, tmp_path: Path) -> None:
+    nodes = (
+        "name: a, address: 10.0.0.1, servers: 2, first_server: 4",
+        "name: b, address: 10.0.0.2, servers: 1",
+        "name: c, address: 10.0.0.3, servers: 2, first_server: 0, server_port: 1000, ssh_port: 2222",
+    )
+    settings = deployed(home, tmp_path, *nodes, more="user: mrcore\n")
+    told = [(each.name, each.node.name, each.port) for each in settings.servers()]
+    assert told[:3] == [("S_0", "c", 1000), ("S_1", "c", 1001), ("S_4", "a", 23456)]
+    assert told[3:] == [("S_5", "a", 23457), ("S_6", "b", 23456)]
+    assert (settings.user, settings.nodes[0].ssh_port, settings.nodes[2].ssh_port) == ("mrcore", 22, 2222)
+    without = deployed(home, tmp_path, nodes[0], nodes[2])
+    assert [each.name for each in without.servers()] == ["S_0", "S_1", "S_4", "S_5"]
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ("name: b, address: 10.0.0.2, servers: 2, first_server: 1", "a and b would both have a server S_1"),
+        ("name: b, address: 10.0.0.1, servers: 2", r"a and b have one address and port \(10.0.0.1:45678\)"),
+        ("name: b, address: 10.0.0.1, agent_port: 1, servers: 1", r"a and b have one .* \(10.0.0.1:23456\)"),
+        ("name: b, address: 10.0.0.2, agent_port: 23457, servers: 2", "agent and a server of b have one address"),
+        ("name: b, address: 10.0.0.2, server_port: 65535, servers: 2", "b: 2 servers from port 65535 on end beyond"),
+        ("name: A, address: 10.0.0.2, servers: 2", r"two nodes have one name \(A\)"),
+    ],
+)
+def test_nodes_that_clash_are_named(home: Path, tmp_path: Path, second: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        deployed(home, tmp_path, "name: a, address: 10.0.0.1, servers: 2", second)
 
 
 def test_missing_file_is_named(home: Path) -> None:

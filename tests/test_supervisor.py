@@ -33,8 +33,8 @@ def order(
 
 
 class Server(Daemon):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, [STANDIN], "S_0")
+    def __init__(self, folder: Path, **spec: Any) -> None:
+        super().__init__(folder, [STANDIN], "S_0", **spec)
         assert self.ready == b"ready\n", self.log.read_text()
         self.master = self.client()
 
@@ -79,6 +79,27 @@ def test_a_task_runs_in_its_own_group_within_the_rest_of_the_budget(server: Serv
     )
     assert done["identity"] == identity and done["result"] == {"n": 1}
     wait_until(server.only_server_left)
+
+
+def test_without_a_number_the_budget_is_a_share_of_the_daemons_own_machine(tmp_path: Path) -> None:
+    server = Server(tmp_path, memory_bytes=None, servers=3)
+    try:
+        listener, _ = server.start("done")
+        share = 0.6 * procfs.machine_memory_bytes() / 3
+        used = server.master.call("hello")["anonymous_bytes"]
+        assert listener.until("started")["memory_bytes"] == pytest.approx(share - used, rel=0.05)
+    finally:
+        server.close()
+
+
+def test_it_records_itself_while_it_lives(server: Server) -> None:
+    """What the node's agent needs to end it, also where systemd started it."""
+    record = server.folder / "node/pids/S_0.json"
+    known = json.loads(record.read_text())
+    assert known == {"pid": server.process.pid, "start_ticks": procfs.start_ticks(server.process.pid)}
+    server.process.terminate()
+    assert server.process.wait(10) == 0
+    assert not record.exists()
 
 
 def test_bundles_reach_the_task_in_order_and_stale_ones_are_refused(server: Server) -> None:
