@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mrcore import WIRE_VERSION, __version__, procfs
+from mrcore import VERSIONS, procfs
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import Layout, write_atomic
 from mrcore.rpc.data import DataClient
@@ -81,9 +81,9 @@ class ClusterServer:
         return {function.__name__: Method(function, "master") for function in ours}
 
     def hello(self, caller: Any) -> Json:
-        """Who this is: name, incarnation, version, wire_version, python, pid, anonymous_bytes (server + supervisor)."""
+        """Who this is: name, incarnation, versions, pid, anonymous_bytes (of server and supervisor)."""
         who = {"name": self._name, "incarnation": self._incarnation, "pid": os.getpid()}
-        versions = {"version": __version__, "wire_version": WIRE_VERSION, "python": platform.python_version()}
+        versions = VERSIONS | {"python": platform.python_version()}
         return who | versions | {"anonymous_bytes": self._own_bytes()}
 
     def order(self, caller: Any, order: Json) -> Json:

@@ -87,6 +87,13 @@ class Settings(BaseModel):
     on_success: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
     on_failure: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
 
+    def node(self, name: str) -> NodeSettings:
+        """The node of this name. Raises UsageError."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise UsageError(f"there is no node {name!r}; there are {', '.join(node.name for node in self.nodes)}")
+
     def servers(self) -> list[ServerSettings]:
         """All cluster servers in order of their numbers: S_0, S_1, …
 

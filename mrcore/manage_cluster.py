@@ -70,11 +70,13 @@ class ManageCluster:
         return self._launcher().status(self.settings)  # type: ignore[no-any-return]
 
     def _launcher(self) -> Any:
-        if not self.settings.local:
-            raise UsageError("this cluster is deployed: this version starts and stops local clusters only")
-        from mrcore.launchers import local
+        if self.settings.local:
+            from mrcore.launchers import local
 
-        return local
+            return local
+        from mrcore.launchers import ssh
+
+        return ssh
 
     # --- one attempt of a job ---
 

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrcore import WIRE_VERSION, __version__, faults, inputs, ledger, procfs, runs, usercode
+from mrcore import VERSIONS, faults, inputs, ledger, procfs, runs, usercode
 from mrcore.agent_moves import MoveMethods
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
@@ -81,7 +81,7 @@ class NodeAgent(MoveMethods):
 
     def health(self, caller: Identity) -> Json:
         """Who answers, its versions and clock (seconds since 1970), free disk in bytes, bytes served by kind."""
-        versions = {"version": __version__, "wire_version": WIRE_VERSION, "python": platform.python_version()}
+        versions = VERSIONS | {"python": platform.python_version()}
         disk = {"disk_free_bytes": shutil.disk_usage(self._layout.compute_dir).free, "served_bytes": self.data.served()}
         return {"name": self._spec["node"], "time": time.time()} | versions | disk
 

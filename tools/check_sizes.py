@@ -59,8 +59,9 @@ FLOORS = [
     {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "drain", "runner", "scheduler", "doctor"},
     {"cli_common", "cli_admin", "cli_cluster", "cli_files", "cli"},
 ]
-ONLY = {"rpyc": {"rpc"}, "fabric": {"launchers"}, "cryptography": {"pki"}}
-HEAVY = {"pydantic", "cryptography", "fabric", "click", "rich", "yaml"}  # never in a daemon: memory, start time
+ONLY = {"rpyc": {"rpc"}, "fabric": {"launchers"}, "paramiko": {"launchers"}, "cryptography": {"pki"}}
+# Never in a daemon: memory, start time.
+HEAVY = {"pydantic", "cryptography", "fabric", "paramiko", "click", "rich", "yaml"}
 DAEMONS = ("node_agent", "cluster_server")
 
 

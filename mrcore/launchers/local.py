@@ -28,6 +28,7 @@ import mrcore
 from mrcore import procfs
 from mrcore.config import LOCAL_SHAPE, NodeSettings, Settings, load_settings, server_memory_bytes
 from mrcore.errors import ClusterFault, UsageError
+from mrcore.launchers import leftovers
 from mrcore.paths import remove_tree, write_atomic
 
 READY_SECONDS = 60.0  # for all together: 96 servers on two cores took 4
@@ -122,7 +123,7 @@ def stop_cluster(settings: Settings) -> int:
                 procfs.send_signal(known["pid"], known["start_ticks"], number)
         _await_end([known["pid"] for known in running], STOP_SECONDS)
         _kill(settings.home)
-        _clean(settings.home)
+        _clean(settings)
     return len(running)
 
 
@@ -134,7 +135,7 @@ def kill_cluster(settings: Settings) -> int:
     with _locked(settings.home, patience_seconds=5, needed=False):
         running = _running(settings.home)
         _kill(settings.home)
-        _clean(settings.home)
+        _clean(settings)
     return len(running)
 
 
@@ -372,7 +373,11 @@ def _await_end(pids: Iterable[int], seconds: float) -> list[int]:
         time.sleep(0.005)
 
 
-def _clean(home: Path) -> None:
+def _clean(settings: Settings) -> None:
     """Remove the records and working files of all nodes."""
-    for path in [*home.glob("nodes/*/working/*"), *home.glob("nodes/*/pids/*")]:
+    gone = list(settings.home.glob("nodes/*/pids/*"))
+    for folder in settings.home.glob("nodes/*/working"):
+        entries = (str(path.relative_to(folder)) for path in [*folder.glob("*"), *folder.glob("*/*")])
+        gone += (folder / entry for entry in leftovers.removable(settings.state_dir, entries))
+    for path in gone:
         remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)

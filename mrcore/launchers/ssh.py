@@ -1,0 +1,377 @@
+"""The deployed cluster: the nodes' units, started and stopped by their master over SSH.
+
+systemd keeps the daemons: it starts them at boot and again when they die. A root-owned helper on each node acts on
+exactly that node's units and is all that the master's key may do as root. Host keys must be those that were deployed;
+a node that fails is named, the others go on, and one ClusterFault at the end names all that failed.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import getpass
+import hashlib
+import logging
+import shlex
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import paramiko
+from fabric import Config, Connection
+from invoke.exceptions import CommandTimedOut
+
+from mrcore.config import NodeSettings, Settings
+from mrcore.errors import ClusterFault, MrcoreError, UsageError
+from mrcore.launchers import health, leftovers
+
+HELPER = ("sudo", "-n", "/opt/mrcore/bin/units")
+VERB_SECONDS = {"start": 60, "stop": 150, "kill": 60, "status": 30}
+NODES_AT_ONCE = 16
+CONNECT_SECONDS = 10  # each of: TCP, SSH's greeting, its keys, our key
+KEEPALIVE_SECONDS = 15
+COMMAND_SECONDS = 60
+COPY_SECONDS = 600  # without any progress
+READY_SECONDS = 60.0
+LOG_LINES = 10  # of a daemon that did not come up
+FAULT_CHARACTERS = 2000  # of what a command printed
+
+Json = dict[str, Any]
+T = TypeVar("T")
+logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it prints a traceback for what is one sentence here
+
+
+def start_cluster(settings: Settings) -> list[Json]:
+    """Start what does not run, now and at boot; wait until all answer over TLS in our release; give `status`.
+
+    Raises UsageError off the master, ClusterFault naming each node that failed and why.
+    """
+    _, faults = _on_nodes(settings, lambda node, shell: _helper(shell, "start"))
+    started = [node for node in settings.nodes if node.name not in faults]
+    found = health.check(settings, started, READY_SECONDS)
+
+    def explain(node: NodeSettings, shell: Connection) -> str:
+        tails = [f"{fault.text}{_log_end(node, shell, fault.daemon)}" for fault in found[node.name]]
+        return "; ".join(tails)
+
+    told, silent = _on_nodes(settings, explain, [node for node in started if found[node.name]])
+    plain = {name: "; ".join(fault.text for fault in found[name]) for name in silent}
+    _raise_faults(settings, "start", faults | told | plain)
+    return status(settings)
+
+
+def stop_cluster(settings: Settings) -> int:
+    """Stop all units gracefully, also for the next boot; give how many daemons ran. Raises as `start_cluster`."""
+    return _end(settings, "stop")
+
+
+def kill_cluster(settings: Settings) -> int:
+    """End all units and whatever runs in them by SIGKILL; give how many daemons ran. Raises as `start_cluster`."""
+    return _end(settings, "kill")
+
+
+def status(settings: Settings) -> list[Json]:
+    """Each daemon's name, node, address, port, pid (or None) and state: running, stopped (frozen), absent, unreachable.
+
+    Rows of a node that does not answer have a `reason`. Raises UsageError off the master.
+    """
+    looks, faults = _on_nodes(settings, _look)
+    rows = []
+    for daemon in _daemons(settings):
+        pid, state = looks.get(daemon["node"], {}).get(daemon["name"], (None, "absent"))
+        if daemon["node"] in faults:
+            rows.append(daemon | {"pid": None, "state": "unreachable", "reason": faults[daemon["node"]]})
+        else:
+            rows.append(daemon | {"pid": pid, "state": state})
+    return rows
+
+
+def list_logs(settings: Settings) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
+    """The nodes' log files, as (node, path, bytes), and what went wrong by node."""
+
+    def look(node: NodeSettings, shell: Connection) -> list[tuple[str, str, int]]:
+        folder = shlex.quote(str(node.layout.logs_dir))
+        lines = _run(shell, f"find {folder} -maxdepth 1 -type f -printf '%s %p\\n'").splitlines()
+        found = [line.partition(" ") for line in lines]
+        return sorted((node.name, path, int(size)) for size, _, path in found)
+
+    looks, faults = _on_nodes(settings, look)
+    return [row for node in settings.nodes for row in looks.get(node.name, [])], faults
+
+
+def read_log(settings: Settings, node_name: str, name: str, lines: int) -> str:
+    """The last lines of a daemon's log on a node. Raises ClusterFault, UsageError (no such node)."""
+    node = settings.node(node_name)
+    file = shlex.quote(str(node.layout.logs_dir / f"{name}.log"))
+    return run_on_node(settings, node_name, f"tail -n {lines:d} -- {file}")
+
+
+def run_on_node(settings: Settings, node_name: str, command: str, seconds: float = COMMAND_SECONDS) -> str:
+    """Run a shell command on a node as the cluster's user; give what it prints. Raises ClusterFault, UsageError."""
+    found, faults = _on_nodes(settings, lambda node, shell: _run(shell, command, seconds), [settings.node(node_name)])
+    _raise_faults(settings, command.split()[0], faults)
+    return found[node_name]
+
+
+def copy_file(settings: Settings, node_name: str, source: Path, folder: Path) -> Path:
+    """Copy a file into a folder of a node, made if need be (mode 0700); it appears there whole, or not at all.
+
+    Gives its path there. Raises ClusterFault, UsageError.
+    """
+    target = folder / source.name
+    partial = target.with_name(target.name + ".partial")
+
+    def copy(node: NodeSettings, shell: Connection) -> None:
+        _run(shell, f"umask 077 && mkdir -p {shlex.quote(str(folder))}")
+        with contextlib.closing(shell.client.open_sftp()) as files:
+            files.get_channel().settimeout(COPY_SECONDS)
+            with source.open("rb") as content, files.open(str(partial), "wb") as there:
+                there.set_pipelined(True)
+                files.chmod(str(partial), 0o600)
+                shutil.copyfileobj(content, there, 1 << 20)
+            if files.stat(str(partial)).st_size != source.stat().st_size:
+                raise ClusterFault(f"{source} changed while it was copied: copy it again")
+        _run(shell, f"sync {shlex.quote(str(partial))} && mv -f {shlex.quote(str(partial))} {shlex.quote(str(target))}")
+
+    _, faults = _on_nodes(settings, copy, [settings.node(node_name)])
+    _raise_faults(settings, f"copy {source} to", faults)
+    return target
+
+
+def attach_command(settings: Settings, server_name: str) -> list[str]:
+    """The command that shows a cluster server's screen window. Raises UsageError for a server that there is not."""
+    server = next((each for each in settings.servers() if each.name == server_name), None)
+    if server is None:
+        known = ", ".join(each.name for each in settings.servers())
+        raise UsageError(f"there is no cluster server {server_name!r}; there are {known}")
+    key, known_hosts = _credentials(settings)
+    options = {
+        "IdentityFile": key, "IdentitiesOnly": "yes", "IdentityAgent": "none", "UserKnownHostsFile": known_hosts,
+        "GlobalKnownHostsFile": "/dev/null", "StrictHostKeyChecking": "yes", "BatchMode": "yes",
+        "ConnectTimeout": CONNECT_SECONDS, "ServerAliveInterval": KEEPALIVE_SECONDS, "Port": server.node.ssh_port,
+    }  # fmt: skip
+    written = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+    window = f"SCREENDIR=/run/mrcore-{server.name} exec screen -x {server.name}"
+    return ["ssh", "-F", "none", "-t", *written, f"{_user(settings)}@{server.node.address}", window]
+
+
+# ---- what the verbs do on a node
+
+
+def _end(settings: Settings, verb: str) -> int:
+    def end(node: NodeSettings, shell: Connection) -> int:
+        ran = sum(pid is not None for pid, _ in _look(node, shell).values())
+        _helper(shell, verb)
+        _clean(settings, node, shell)
+        return ran
+
+    found, faults = _on_nodes(settings, end)
+    _raise_faults(settings, verb, faults)
+    return sum(found.values())
+
+
+def _clean(settings: Settings, node: NodeSettings, shell: Connection) -> None:
+    """Remove the working files of all runs but those whose commit is not carried out yet."""
+    folder = node.layout.working_dir
+    listed = _run(
+        shell, f"cd {shlex.quote(str(folder))} 2>/dev/null && find . -mindepth 1 -maxdepth 2 -printf '%P\\n'", ok=(0, 1)
+    )
+    if gone := leftovers.removable(settings.state_dir, listed.splitlines()):
+        paths = (shlex.quote(str(folder / path)) for path in gone)
+        _run(shell, f"rm -rf -- {' '.join(paths)}", VERB_SECONDS["kill"])
+
+
+def _look(node: NodeSettings, shell: Connection) -> dict[str, tuple[int | None, str]]:
+    """What runs on a node by name of the daemon: (pid, state)."""
+    units = [
+        dict(line.partition("=")[::2] for line in block.splitlines())
+        for block in _helper(shell, "status").split("\n\n")
+    ]
+    records = shlex.quote(str(node.layout.pids_dir))
+    told = _run(shell, f"cat {records}/S_*[0-9].json 2>/dev/null; echo; cat /proc/[0-9]*/stat 2>/dev/null; true")
+    recorded, _, processes = told.partition("\n")
+    states, parents = _processes(processes)
+    supervisors = {pid for pid in states if f'"pid": {pid},' in recorded}
+    found: dict[str, tuple[int | None, str]] = {}
+    for unit in units:
+        name = unit.get("Id", "").removesuffix(".service").removeprefix("mrcore-").removeprefix("server@")
+        main = int(unit.get("MainPID") or 0)
+        if unit.get("ActiveState") not in ("active", "deactivating") or not main:
+            continue
+        family = {main}
+        while more := {pid for pid, parent in parents.items() if parent in family} - family:
+            family |= more
+        frozen = any(states.get(pid) == "T" for pid in family)
+        pid = next(iter(supervisors & family), main)
+        found[name] = (pid, "stopped" if frozen else "running")
+    return found
+
+
+def _processes(text: str) -> tuple[dict[int, str], dict[int, int]]:
+    """States and parents by pid, from the lines of /proc/PID/stat; a name in parentheses may hold anything."""
+    states, parents = {}, {}
+    for line in text.splitlines():
+        pid, fields = line.partition(" ")[0], line.rpartition(")")[2].split()
+        if pid.isdigit() and len(fields) > 1:
+            states[int(pid)], parents[int(pid)] = fields[0], int(fields[1])
+    return states, parents
+
+
+def _log_end(node: NodeSettings, shell: Connection, daemon: str) -> str:
+    file = node.layout.logs_dir / f"{daemon}.log"
+    with contextlib.suppress(MrcoreError):
+        if tail := _run(shell, f"tail -n {LOG_LINES} -- {shlex.quote(str(file))}").strip():
+            return f"; the end of {file}:\n{tail}"
+    return ""
+
+
+def _daemons(settings: Settings) -> Iterator[Json]:
+    for node in settings.nodes:
+        yield {"name": "agent", "node": node.name, "address": node.address, "port": node.agent_port}
+    for server in settings.servers():
+        yield {"name": server.name, "node": server.node.name, "address": server.node.address, "port": server.port}
+
+
+# ---- SSH
+
+
+def _on_nodes(
+    settings: Settings, work: Callable[[NodeSettings, Connection], T], nodes: Iterable[NodeSettings] | None = None
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Do something on nodes, some at a time, each over a connection of its own: results and faults by node's name."""
+    _credentials(settings)
+    results, faults = dict[str, T](), dict[str, str]()
+
+    def one(node: NodeSettings) -> None:
+        try:
+            with _connect(settings, node) as shell:
+                results[node.name] = work(node, shell)
+        except MrcoreError as error:
+            faults[node.name] = error.message
+        except Exception as error:  # noqa: BLE001  paramiko raises what it likes; the other nodes go on
+            faults[node.name] = _explain(settings, node, error)
+
+    with ThreadPoolExecutor(NODES_AT_ONCE) as pool:
+        list(pool.map(one, settings.nodes if nodes is None else nodes))
+    return results, faults
+
+
+def _raise_faults(settings: Settings, verb: str, faults: dict[str, str]) -> None:
+    if faults:
+        told = [f"{node.name}: {faults[node.name]}" for node in settings.nodes if node.name in faults]
+        head = f"{verb} failed on {len(told)} of {len(settings.nodes)} nodes: "
+        raise ClusterFault(head + (told[0] if len(told) == 1 else "\n  " + "\n  ".join(told)), nodes=faults)
+
+
+class _KnownHostsOnly(paramiko.RejectPolicy):  # type: ignore[misc]
+    """Refuses a host without a known key, as its base does, but in words of ours."""
+
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+        raise ClusterFault(
+            f"its SSH host key ({_fingerprint(key)}) is not among the known ones of the master, so nothing was sent to "
+            "it; `make deploy` makes the keys of all nodes known"
+        )
+
+
+@contextlib.contextmanager
+def _connect(settings: Settings, node: NodeSettings) -> Iterator[Connection]:
+    key, known_hosts = _credentials(settings)
+    connection = Connection(
+        node.address,
+        user=_user(settings),
+        port=node.ssh_port,
+        config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # nobody's own files have a say
+        connect_timeout=CONNECT_SECONDS,
+        connect_kwargs={
+            "key_filename": str(key), "allow_agent": False, "look_for_keys": False, "banner_timeout": CONNECT_SECONDS,
+            "auth_timeout": CONNECT_SECONDS, "channel_timeout": CONNECT_SECONDS,
+        },
+    )  # fmt: skip
+    connection.client.set_missing_host_key_policy(_KnownHostsOnly())  # Fabric's own takes any key
+    connection.client.load_system_host_keys(str(known_hosts))
+    try:
+        connection.open()
+        connection.transport.set_keepalive(KEEPALIVE_SECONDS)
+        yield connection
+    finally:
+        connection.client.close()
+
+
+def _helper(shell: Connection, verb: str) -> str:
+    """Have the node's helper act on its units; give what it prints."""
+    command = " ".join([*HELPER, verb])
+    status, out, error = _try(shell, command, VERB_SECONDS[verb])
+    if status == 0:
+        return out
+    if "command not found" in error or "No such file" in error:
+        raise ClusterFault(f"it has no {HELPER[-1]}: `make deploy` installs it")
+    if "password is required" in error or "is not allowed" in error or "may not run" in error:
+        raise ClusterFault(f"sudo refuses `{command}` to the cluster's user: `make deploy` writes its rule")
+    raise ClusterFault(f"`{command}` ended with status {status}: {_shortened(error or out)}")
+
+
+def _run(shell: Connection, command: str, seconds: float = COMMAND_SECONDS, ok: tuple[int, ...] = (0,)) -> str:
+    status, out, error = _try(shell, command, seconds)
+    if status not in ok:
+        raise ClusterFault(f"`{command[:200]}` ended with status {status}: {_shortened(error or out)}")
+    return out
+
+
+def _try(shell: Connection, command: str, seconds: float) -> tuple[int, str, str]:
+    try:
+        result = shell.run(command, hide=True, warn=True, in_stream=False, timeout=int(seconds))
+    except CommandTimedOut:
+        raise ClusterFault(f"`{command[:200]}` did not end within {seconds:g} s: look at the node itself") from None
+    if result.exited < 0:
+        raise ClusterFault(f"the connection broke during `{command[:200]}`: whether it was carried out is not known")
+    return result.exited, result.stdout, result.stderr
+
+
+def _explain(settings: Settings, node: NodeSettings, error: Exception) -> str:
+    place, key = f"{node.address}:{node.ssh_port}", _credentials(settings)[0]
+    if isinstance(error, paramiko.BadHostKeyException):
+        return (
+            f"its SSH host key has changed: it shows {_fingerprint(error.key)}, known is "
+            f"{_fingerprint(error.expected_key)}. Nothing was sent. If the machine was installed anew, `make deploy` "
+            "takes up its key; if not, something answers in its place: find out what"
+        )
+    if isinstance(error, paramiko.AuthenticationException):
+        return f"it does not accept the master's key {key} for user {_user(settings)}: `make deploy` authorises it"
+    if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
+        causes = {str(each.strerror or each).lower() for each in error.errors.values()}
+        return f"SSH at {place}: {', '.join(sorted(causes))}: is the machine up, and does its sshd listen there?"
+    if isinstance(error, TimeoutError) or "banner" in str(error):
+        return f"SSH at {place} gave no answer within {CONNECT_SECONDS} s: is the machine up and reachable from here?"
+    if isinstance(error, socket.gaierror):
+        return f"the address {node.address} is not known: {error.strerror}; mend it in the inventory"
+    return f"SSH at {place}: {error or type(error).__name__}"
+
+
+def _credentials(settings: Settings) -> tuple[Path, Path]:
+    """The master's key and the hosts that it knows. Raises UsageError where they cannot be read."""
+    files = settings.home / ".ssh/id_ed25519", settings.home / ".ssh/known_hosts"
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise UsageError(
+                f"cannot read {file}: {error.strerror}. A deployed cluster is operated on its master, as user "
+                f"{_user(settings)}; `make deploy` sets both up"
+            ) from None
+    return files
+
+
+def _user(settings: Settings) -> str:
+    return settings.user or getpass.getuser()
+
+
+def _fingerprint(key: Any) -> str:
+    digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+    return f"{key.get_name()} SHA256:{digest}"
+
+
+def _shortened(text: str) -> str:
+    return text.strip()[-FAULT_CHARACTERS:] or "it said nothing"
