@@ -330,6 +330,10 @@ def _try(shell: Connection, command: str, seconds: float) -> tuple[int, str, str
     return result.exited, result.stdout, result.stderr
 
 
+# What paramiko says when the other side accepts and then says nothing.
+_SILENT = ("Error reading SSH protocol banner", "No existing session")
+
+
 def _explain(settings: Settings, node: NodeSettings, error: Exception) -> str:
     place, key = f"{node.address}:{node.ssh_port}", _credentials(settings)[0]
     if isinstance(error, paramiko.BadHostKeyException):
@@ -343,7 +347,7 @@ def _explain(settings: Settings, node: NodeSettings, error: Exception) -> str:
     if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
         causes = {str(each.strerror or each).lower() for each in error.errors.values()}
         return f"SSH at {place}: {', '.join(sorted(causes))}: is the machine up, and does its sshd listen there?"
-    if isinstance(error, TimeoutError) or "banner" in str(error):
+    if isinstance(error, TimeoutError) or str(error) in _SILENT:
         return f"SSH at {place} gave no answer within {CONNECT_SECONDS} s: is the machine up and reachable from here?"
     if isinstance(error, socket.gaierror):
         return f"the address {node.address} is not known: {error.strerror}; mend it in the inventory"
