@@ -136,10 +136,12 @@ def run(once: bool) -> None:
 
     When the queue holds because of the cluster, this waits, also with --once; a paused queue it does not wait for.
     """
+    from mrcore.config import watch_settings
     from mrcore.runner import Runner
 
+    settings, fresh = settings_in_force(), watch_settings(click.get_current_context().find_root().obj)
     with _reporter() as report:
-        ended = Runner(settings_in_force(), report=report).run(once=once)
+        ended = Runner(settings, report=report, fresh=fresh).run(once=once)
     if once and scheduler_in_force().state()["paused"]:
         raise MrcoreError("the queue is paused: `mrcore resume` goes on")
     if once and not ended:

@@ -20,6 +20,7 @@ from mrcore.errors import UsageError
 from mrcore.paths import Layout
 from mrcore.procfs import budget_bytes
 from mrcore.validation import explain, parse_yaml
+from mrcore.watched import Watched
 
 SYSTEM_CONFIG = Path("/etc/mrcore/cluster.yml")
 LOCAL_SHAPE: dict[str, Any] = {
@@ -135,6 +136,13 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     if faults := _faults_between_nodes(settings):
         raise UsageError(f"settings of {source} refused: {'; '.join(faults)}", faults=faults)
     return settings
+
+
+def watch_settings(path: str | os.PathLike[str] | None = None) -> Watched[Settings]:
+    """The settings as `load_settings` gives them, read again when their file changes; a faulty one changes nothing."""
+    chosen = path or os.environ.get("MRCORE_CONFIG")
+    files = [Path(chosen) if chosen else SYSTEM_CONFIG, load_settings(path).home / "cluster.json"]
+    return Watched(files, lambda: load_settings(path))
 
 
 def _faults_between_nodes(settings: Settings) -> list[str]:

@@ -23,9 +23,14 @@ class Hooks:
     """Calls the commands, each in a thread of its own; `note(job_name, run, text)` hears of those that failed."""
 
     def __init__(self, settings: Settings, note: Callable[[str, int, str], None]) -> None:
-        self._commands = {"succeeded": settings.on_success, "failed": settings.on_failure}
-        self._log, self._note = settings.logs_dir / "hooks.log", note
+        self._note = note
         self._threads: list[threading.Thread] = []
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Take the commands from these settings from now on."""
+        self._commands = {"succeeded": settings.on_success, "failed": settings.on_failure}
+        self._log = settings.logs_dir / "hooks.log"
 
     def call(self, **facts: Any) -> None:
         """Call the command for `facts["state"]`, if there is one, with the facts as a JSON object on standard input."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import signal
@@ -26,6 +27,7 @@ from mrcore.errors import ClusterFault, JobFault, MrcoreError
 from mrcore.hooks import Hooks
 from mrcore.store import Store, sole_runner
 
+log = logging.getLogger(__name__)
 WAKE_SECONDS = 5.0  # the doorbell's fallback: a ring that came before the FIFO was there
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 QUEUED = (
@@ -109,12 +111,14 @@ class Execution:
 
 class Runner:
     """Drains the queue: cycles, priorities, groups, holds, recovery. `report(event, **facts)` hears what happens:
-    `started`, `progress`, `ended`, `hold`, `idle`, `paused`, `recovered`."""
+    `started`, `progress`, `ended`, `hold`, `idle`, `paused`, `recovered`. `fresh` gives the settings between runs."""
 
     def __init__(
-        self, settings: Settings | None = None, manage_cluster: Any = None, report: Callable[..., None] | None = None
-    ) -> None:
+        self, settings: Settings | None = None, manage_cluster: Any = None, report: Callable[..., None] | None = None,
+        fresh: Callable[[], Settings] | None = None,
+    ) -> None:  # fmt: skip
         self.settings = settings or load_settings()
+        self._fresh, self._unfit = fresh or (lambda: self.settings), self.settings
         self.store = Store(self.settings.state_dir)
         self.report = report or (lambda event, **facts: None)
         self.executors: dict[str, Callable[[Execution], dict[str, Any]]] = {
@@ -161,6 +165,7 @@ class Runner:
 
     def step(self, now: float) -> float | None:
         """One iteration: recover, or run the next job. Gives the seconds to wait, None when the cycle is over."""
+        self._take_up_settings()
         hold = self.store.get("hold")
         if hold and now < hold["until"]:
             return float(hold["until"] - now)
@@ -185,6 +190,18 @@ class Runner:
             return None
         self._execute(job["job_name"], now)
         return 0.0
+
+    def _take_up_settings(self) -> None:
+        """Nodes come and go while a Runner runs; only the folder of its queue cannot be another one."""
+        fresh, before = self._fresh(), self.settings
+        if fresh == before or fresh is self._unfit:
+            return
+        if fresh.state_dir != before.state_dir:
+            self._unfit = fresh
+            log.error("the settings name another state_dir, %s: start this Runner again", fresh.state_dir)
+        else:
+            self.settings, self._manager = fresh, None
+            self._hooks.configure(fresh)
 
     def _mapreduce(self, execution: Execution) -> dict[str, Any]:
         facts = {key: getattr(execution, key) for key in ("run", "attempt", "progress", "stop")}

@@ -18,8 +18,9 @@ import pytest
 from conftest import wait_until
 from fake_cluster import FakeCluster, ran
 
-from mrcore.config import Settings, load_settings
+from mrcore.config import Settings, load_settings, watch_settings
 from mrcore.errors import UsageError
+from mrcore.paths import write_atomic
 from mrcore.runner import Doorbell, Runner, pick
 from mrcore.scheduler import Scheduler
 
@@ -426,3 +427,31 @@ def test_ringing_a_runner_that_ends_at_that_moment(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "open", open_then_end)
     assert not Doorbell(tmp_path).ring()
+
+
+def test_the_runner_takes_up_changed_settings_between_runs(
+    config: Path, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node that joins or leaves must not end what runs, so the Runner is not started again for it."""
+    keys, fresh = json.loads(config.read_text()), watch_settings(config)
+    runner = Runner(settings, FakeCluster(settings), fresh=fresh)
+
+    def step(text: str) -> Settings:
+        write_atomic(config, text.encode())
+        runner.step(time.time())
+        return runner.settings
+
+    runner.store.put("cycle", {"number": 1, "drained": None, "first": 0})
+    assert step(json.dumps(keys)) == settings
+    two = [{"name": name, "address": "127.0.0.1", "servers": 1, "agent_port": port, "server_port": port + 1,
+            "compute_dir": "/c"} for name, port in (("a", 1000), ("b", 2000))]  # fmt: skip
+    joined = step(json.dumps(keys | {"home": str(settings.home), "nodes": two, "on_failure": ["/tell"]}))
+    assert [node.name for node in joined.nodes] == ["a", "b"]
+    assert runner._manage_cluster().settings is joined
+    assert step("{ half a fi") is joined
+    assert step(json.dumps(keys | {"home": str(settings.home), "state_dir": "/elsewhere", "nodes": two})) is joined
+    runner.step(time.time())
+    assert [record.getMessage().split(":")[0] for record in caplog.records][1:] == [
+        "the settings name another state_dir, /elsewhere"
+    ]
+    runner.store.close()
