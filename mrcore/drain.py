@@ -220,6 +220,7 @@ class _Drain:
         self._files = self._sent_bytes = self._total_bytes = 0
         self._moved: dict[str, Json] = {}
         self._renamed: list[list[str]] = []
+        self._left: dict[str, str] = {}  # by name: why a file did not move in this round
 
     def run(self, node: str, wait_seconds: float) -> Json:
         cut_off = (self._store.get("drain") or {"source": None})["source"] == node
@@ -228,18 +229,21 @@ class _Drain:
             self._wait(wait_seconds)
             self._carry_on()  # what an earlier drain, perhaps of another node, left in its middle
             self._write_down(source=node)
-            told: Json = {"moved": self._moved, "renamed": self._renamed, "left": []}
+            told: Json = {"moved": self._moved, "renamed": self._renamed}
             if nodes is None:  # it was taken out of the cluster meanwhile, and this was all that could be done
                 return {"node": node, "empty": True} | told
             with nodes.crew:
                 if not nodes.others:
                     raise UsageError(f"{node} is the only node: there is none that could take what it holds")
                 self._give_auxiliary(nodes)
+                idle = 0
                 for _ in range(MAX_ROUNDS):
-                    before, told["left"] = self._files, [*self._round(nodes).values()]
-                    if self._files == before:
+                    before = self._files
+                    self._round(nodes)
+                    idle = idle + 1 if self._files == before else 0
+                    if idle > bool(self._left):  # what is written to now may be at rest the next time
                         break
-                return nodes.told() | told
+                return nodes.told() | told | {"left": [*self._left.values()]}
 
     @contextlib.contextmanager
     def _alone(self, node: str) -> Iterator[None]:
@@ -278,13 +282,13 @@ class _Drain:
                 self._send(nodes.crew, nodes.source, target, upload, listing, [(number, (name, size, mtime_ns))])
             nodes.crew.call(target, "commit_upload", upload=upload, replace=False)
 
-    def _round(self, nodes: _Nodes) -> Json:
-        """Move what the node holds now, a page at a time; gives what cannot be moved, and why, by name."""
-        rooms = {}
+    def _round(self, nodes: _Nodes) -> None:
+        """Move what the node holds now, a page at a time."""
+        rooms, start = {}, 0
+        self._left = {}
         for other in nodes.others:
             health = nodes.crew.call(other, "health")
             rooms[other.name] = Room(next(nodes.pages(other))["bytes"], health["disk_free_bytes"])
-        left, start = dict[str, str](), 0
         for page in nodes.pages(nodes.source):
             self._total_bytes = page.get("bytes", self._total_bytes)
             names = [file[0] for file in page["files"]]
@@ -293,12 +297,11 @@ class _Drain:
                 found = nodes.crew.call(other, "taken", names=asked)
                 rooms[other.name].taken = {name for name, taken in zip(asked, found, strict=True) if taken}
             moves, more = plan(page["files"], rooms, self._parts(names, nodes.source.name), nodes.source.name)
-            left |= more
+            self._left |= more
             numbers = {name: start + at for at, name in enumerate(names)}
             for step in cut(moves, STEP_FILES, STEP_BYTES):
                 self._step(nodes, page["listing"], numbers, step)
             start += len(names)
-        return left
 
     def _parts(self, names: Iterable[str], node: str) -> set[str]:
         """Of these names those of committed parts on a node."""
@@ -402,6 +405,7 @@ class _Drain:
                 answers = crew.call(node, "publish_moves", source=noted["source"], files=files)
                 done += [move for move, answer in zip(those, answers, strict=True) if answer]
         lost = set(moves) - set(done)  # they are where they were
+        self._left |= {move.name: f"{move.name}: {move.target} could not give it the name" for move in lost}
         self._enter(noted, done, lost)
         with self._store.change("drain"):
             ledger.relocate(self._store, [_places(noted, move) for move in done])
@@ -427,6 +431,7 @@ class _Drain:
             if move.new_name != move.name:
                 self._renamed.append([move.name, move.target, move.new_name])
         if kept:
+            self._left |= {move.name: f"{move.name}: it is locked, or was written to meanwhile" for move in kept}
             self._enter(noted, (), kept)
             with self._store.change("drain"):
                 ledger.relocate(self._store, [_places(noted, move, back=True) for move in kept])

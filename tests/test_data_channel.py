@@ -24,7 +24,7 @@ from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, Unreachable
 from mrcore.rpc import data
 from mrcore.rpc.channel import Stream
-from mrcore.rpc.data import FAULT, LAST, MORE, PIECE, DataClient, DataHandler, Range, Upload
+from mrcore.rpc.data import FAULT, LAST, MORE, PIECE, DataClient, DataHandler, Range, Relay, Upload
 from mrcore.rpc.service import Server
 from mrcore.rpc.tls import DATA_PROTOCOL, LIMITS, Identity
 
@@ -378,6 +378,38 @@ def test_a_source_that_shrinks_fails_on_both_sides(
     with pytest.raises(ClusterFault, match="source ends at byte 1000, before 5000"):
         client.put({"name": "x"}, store.folder / "source")
     assert not store.finished.is_set()
+
+
+@pytest.mark.parametrize("size", [0, 1, LIMITS_HERE.piece_bytes, 3 * LIMITS_HERE.piece_bytes + 7])
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_content_is_passed_on_while_it_comes_and_resumed(
+    store: Store, client: DataClient, server: Server, certificates: Certificates, size: int, share: float
+) -> None:
+    content, present = store.write("r", size), int(size * share)
+    (store.uploads / "copy.partial").write_bytes(content[:present])
+
+    def feed(at: int, write: Callable[[memoryview], object]) -> None:
+        with closing(DataClient("127.0.0.1", server.port, certificates.pki("b"), limits=LIMITS_HERE)) as other:
+            other.get([["r", at, size - at]], lambda _, chunk: write(chunk))
+
+    sent: list[int] = []
+    relay = Relay(size, lambda length: zlib.crc32(content[:length]), feed)
+    client.put({"name": "copy", "resume": True}, relay, sent.append)
+    assert (store.uploads / "copy").read_bytes() == content and sum(sent) == size - present
+
+
+@pytest.mark.parametrize("wrong", [-1, 1, "gone"])
+def test_what_is_passed_on_must_be_as_long_as_was_said(store: Store, client: DataClient, wrong: Any) -> None:
+    def feed(at: int, write: Callable[[memoryview], object]) -> None:
+        write(memoryview(bytes(100_000)))
+        if wrong == "gone":
+            raise Unreachable("the node that has it died")
+        write(memoryview(bytes(100_000 + wrong)))
+
+    with pytest.raises(ClusterFault, match=r"died|ends at byte 199999|more to send"):
+        client.put({"name": "copy", "resume": True}, Relay(200_000, lambda length: 0, feed))
+    assert not (store.uploads / "copy").exists()
+    client.put({"name": "next"}, b"usable")
 
 
 class _Longer:
