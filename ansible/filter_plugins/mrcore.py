@@ -139,7 +139,8 @@ def _group_faults(masters: list[str], nodes: list[str], everyone: list[str], gro
 
 def _host(name: str, given: Mapping[str, Any]) -> tuple[Json, list[str]]:
     """The variables of one host with their defaults, and what is wrong with them."""
-    faults, values = [], {}
+    faults: list[str] = []
+    values: Json = {}
     if not NAME.fullmatch(name) or name in ("master", "localhost"):
         what = "1 to 63 letters, digits, dots and hyphens, and neither master nor localhost"
         faults.append(f"Host name {name!r} cannot be a node's name: rename it in the inventory ({what}).")
@@ -149,6 +150,7 @@ def _host(name: str, given: Mapping[str, Any]) -> tuple[Json, list[str]]:
     for key, variable in VARIABLES.items():
         value = given.get(f"mrcore_{key}", variable.default)
         value = _derived(key, given) if value is None else value
+        values[key] = None
         if key == "cluster_ip" and value is None:
             faults.append(
                 f"Host {name} has no address: set mrcore_cluster_ip (or an ansible_host that is an IP address) for it."
@@ -157,7 +159,6 @@ def _host(name: str, given: Mapping[str, Any]) -> tuple[Json, list[str]]:
             values[key] = _address(value) if key == "cluster_ip" else value
         else:
             faults.append(f"mrcore_{key} of {name} is {value!r}: it must be {variable.must_be}.")
-            values[key] = None
     first, count, agent = (values[key] for key in ("server_port", "servers", "agent_port"))
     if first and count and agent and (first + count > 65536 or first <= agent < first + count):
         last = first + count - 1
