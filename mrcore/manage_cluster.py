@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-from mrcore import WIRE_VERSION, __version__, faults, ledger, manifest
+from mrcore import RELEASE, WIRE_VERSION, faults, ledger, manifest
 from mrcore.config import NodeSettings, Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, UsageError
 from mrcore.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW, plan_bundles
@@ -213,8 +213,8 @@ class ManageCluster:
         return found
 
     def _check_versions(self, node: NodeSettings, health: Json) -> None:
-        ours = (__version__, WIRE_VERSION, platform.python_version_tuple()[:2])
-        theirs = (health["version"], health["wire_version"], tuple(health["python"].split(".")[:2]))
+        ours = (RELEASE, WIRE_VERSION, platform.python_version_tuple()[:2])
+        theirs = (health["release"], health["wire_version"], tuple(health["python"].split(".")[:2]))
         if ours != theirs:
             raise ClusterFault(
                 f"node {node.name} runs mrcore {theirs[0]} (wire {theirs[1]}) on Python {'.'.join(theirs[2])}, the "
