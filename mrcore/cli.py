@@ -321,19 +321,20 @@ def try_project(
     auxiliary: Path | None,
 ) -> None:
     """Run a project's functions over files in this one process, without a cluster: to develop them."""
-    from mrcore.trial import run_trial
+    from mrcore import environments, trial
 
     folder = settings_of_caller().projects_dir / project
     if not folder.is_dir():
         folder = Path(project).absolute()
     if not folder.is_dir():
         raise UsageError(f"there is no project {project!r}: no folder of projects_dir, no folder here")
-    try:
-        data = json.loads(auxiliary.read_bytes()) if auxiliary else None
-    except ValueError as error:
-        raise UsageError(f"the auxiliary data {auxiliary} is no JSON: {error}") from None
-    for item in run_trial(folder, map_name, reduce_name, list(inputs), combine=combine, auxiliary=data):
-        sys.stdout.write(json.dumps(item, ensure_ascii=False) + "\n")
+    asked = {"map_name": map_name, "reduce_name": reduce_name, "inputs": inputs, "combine": combine}
+    asked |= {"project_dir": str(folder), "auxiliary_file": str(auxiliary) if auxiliary else None}
+    if packages := environments.install_for_trial(folder):
+        # A process of its own: this one has loaded click and others, of which the project may want other versions.
+        asked["packages"] = str(packages)
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "mrcore.trial", json.dumps(asked)])
+    trial.print_trial(asked)
 
 
 for each in (*cli_cluster.COMMANDS, *cli_admin.COMMANDS, *cli_files.COMMANDS):

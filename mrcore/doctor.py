@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from mrcore import WIRE_VERSION, __version__, pki
+from mrcore import VERSIONS, pki
 from mrcore.backup import last_backup
 from mrcore.config import Settings
 from mrcore.errors import MrcoreError
@@ -71,8 +71,7 @@ def gather(settings: Settings) -> Json:
     return {
         "master": {
             "time": time.time(),
-            "version": __version__,
-            "wire_version": WIRE_VERSION,
+            **VERSIONS,
             "python": platform.python_version(),
             "local": settings.local,
             "disk_free_bytes": shutil.disk_usage(settings.state_dir).free,
@@ -229,4 +228,4 @@ def _answered(facts: Json) -> list[tuple[str, Json]]:
 
 def _versions(answer: Json) -> str:
     minor = ".".join(answer["python"].split(".")[:2])
-    return f"mrcore {answer['version']} (wire {answer['wire_version']}) on Python {minor}"
+    return f"mrcore {answer['release']} (wire {answer['wire_version']}) on Python {minor}"

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mrcore import environments
 from mrcore.access import blocked
 from mrcore.errors import UsageError
 from mrcore.validation import brief, explain, nearest
@@ -261,8 +262,9 @@ def check_project(job: dict[str, Any], projects_dir: str | os.PathLike[str]) -> 
     if not folder.is_dir():
         others = sorted(each.name for each in folder.parent.glob("*/")) if folder.parent.is_dir() else []
         return [f"project folder {folder} does not exist{nearest(folder.name, others)}: make it or set projects_dir"]
+    faults += [reason] if (reason := environments.missing(folder)) else []
     mappers = [job["map_function_name"]] if job["map_function_name"] else []
-    faults = _check_module(folder / "map_functions.py", mappers)
+    faults += _check_module(folder / "map_functions.py", mappers)
     reducers = [job[key] for key in ("reduce_function_name", "combine_function_name") if job[key]]
     return faults + (_check_module(folder / "reduce_functions.py", reducers) if reducers else [])
 

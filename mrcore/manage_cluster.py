@@ -2,8 +2,8 @@
 
 `run` is: preflight (nodes answer, same version, project pushed, inputs listed) → the attempt's phases (`phases`
 decides, `links` carries out) → commit (the manifest) → publish on the nodes. An order is
-`{"identity", "job", "project", "partitions", "sample_by_lines", "node", …}` and, for MAP, "bundles" and "no_more",
-for REDUCE, "partition", "low", "high" and "sources".
+`{"identity", "job", "project", "environment", "partitions", "sample_by_lines", "node", …}` and, for MAP, "bundles" and
+"no_more", for REDUCE, "partition", "low", "high" and "sources".
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from mrcore import RELEASE, WIRE_VERSION, faults, ledger, manifest
+from mrcore import WIRE_VERSION, __version__, environments, faults, ledger, manifest
 from mrcore.config import NodeSettings, Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, UsageError
 from mrcore.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW, plan_bundles
@@ -149,7 +150,8 @@ class ManageCluster:
         if not folder.is_dir():
             raise JobFault(f"project folder {folder} does not exist: create it, or set projects_dir")
         snapshot = project_hash(folder)
-        listings = self._on_all_nodes(lambda node: self._prepare_node(node, job, run, snapshot, folder))
+        with environments.Shipment(folder, self.settings.state_dir) as packages:
+            listings = self._on_all_nodes(lambda node: self._prepare_node(node, job, run, snapshot, folder, packages))
         files = {node.name: found["files"] for node, found in zip(self.settings.nodes, listings, strict=True)}
         self._check_inputs(job, listings)
         plan: Json = {"nothing_new": False, "known": 0}
@@ -171,7 +173,7 @@ class ManageCluster:
             for reason, number in found.get("skipped", {}).items():
                 skipped[reason] = skipped.get(reason, 0) + number
         read = {"files": sum(map(len, files.values())), "bytes": total, "skipped": skipped}
-        return plan | {"project": snapshot, "bundles": bundles, "input": read}
+        return plan | {"project": snapshot, "environment": packages.hash, "bundles": bundles, "input": read}
 
     def _look(self, node: str, files: list[list[Any]]) -> list[list[Any]]:
         agent, found = self._agent(self._node(node)), []
@@ -179,19 +181,20 @@ class ManageCluster:
             found += agent.call("look_into", files=files[first : first + FILES_A_LOOK], timeout_seconds=600)
         return found
 
-    def _prepare_node(self, node: NodeSettings, job: Json, run: int, snapshot: str, folder: Any) -> Json:
-        """Check one node, bring it the project, make its working folder and list its inputs."""
+    def _prepare_node(
+        self, node: NodeSettings, job: Json, run: int, snapshot: str, folder: Path, packages: environments.Shipment
+    ) -> Json:
+        """Check one node, bring it the project and its packages, make its working folder and list its inputs."""
         agent = self._agent(node)
         self._check_versions(node, agent.call("health"))
-        if not agent.call("project_state", hash=snapshot):
-            with contextlib.closing(DataClient(node.address, node.agent_port, self._pki, node.name)) as client:
+        with contextlib.closing(DataClient(node.address, node.agent_port, self._pki, node.name)) as client:
+            if not agent.call("project_state", hash=snapshot):
                 client.put({"project": snapshot}, pack_project(folder))
+            packages.bring(agent.call, client.put)
         for key in ("auxiliary_data_name_mapper", "auxiliary_data_name_reducer"):
             if job[key] is not None and not agent.call("auxiliary", name=job[key]):
-                missing = node.layout.auxiliary_dir / f"{job[key]}.data"
-                raise JobFault(
-                    f"auxiliary data {job[key]!r} is not on node {node.name}: {missing} is missing; upload it"
-                )
+                file = node.layout.auxiliary_dir / f"{job[key]}.data"
+                raise JobFault(f"auxiliary data {job[key]!r} is not on node {node.name}: {file} is missing; upload it")
         # One job runs at a time: whatever else is there is of dead runs.
         agent.call("sweep", keep=[[job["job_name"], run]], timeout_seconds=600)
         free = agent.call("start_run", job=job["job_name"], run=run)["disk_free_bytes"]
@@ -204,17 +207,15 @@ class ManageCluster:
         if self.settings.local:
             asked["sibling_dirs"] = str(node.compute_dir.parent)
         names = [each.name for each in self.settings.nodes]
-        page = agent.call("list_inputs", job=asked, node_names=names, timeout_seconds=600)
-        listing, files = page, page["files"]
+        listing = page = agent.call("list_inputs", job=asked, node_names=names, timeout_seconds=600)
         while page["next"]:
             page = agent.call("list_inputs", job=asked, node_names=names, cursor=page["next"], timeout_seconds=600)
-            files += page["files"]
-        found: Json = listing | {"files": files}
-        return found
+            listing["files"] += page["files"]
+        return dict(listing)
 
     def _check_versions(self, node: NodeSettings, health: Json) -> None:
-        ours = (RELEASE, WIRE_VERSION, platform.python_version_tuple()[:2])
-        theirs = (health["release"], health["wire_version"], tuple(health["python"].split(".")[:2]))
+        ours = (__version__, WIRE_VERSION, platform.python_version_tuple()[:2])
+        theirs = (health["version"], health["wire_version"], tuple(health["python"].split(".")[:2]))
         if ours != theirs:
             raise ClusterFault(
                 f"node {node.name} runs mrcore {theirs[0]} (wire {theirs[1]}) on Python {'.'.join(theirs[2])}, the "
@@ -271,6 +272,7 @@ class ManageCluster:
         common = {
             "job": job,
             "project": plan["project"],
+            "environment": plan["environment"],
             "partitions": machine.partitions,
             "sample_by_lines": total_bytes < THIN_BY_LINES_BELOW,
         }

@@ -24,18 +24,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrcore import VERSIONS, faults, inputs, ledger, procfs, runs, usercode
+from mrcore import VERSIONS, environments, faults, inputs, ledger, procfs, runs, usercode
 from mrcore.agent_moves import MoveMethods
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.rpc.data import DataHandler, Range, Upload
 from mrcore.rpc.service import Method, Server
 from mrcore.rpc.tls import Identity, Pki
+from mrcore.staging import flush
 from mrcore.watched import watch_membership
 
 FILES_A_PAGE = 5_000
 MAX_LISTINGS = 4  # begun and not read to their end
-KEPT_PROJECTS = 20
+KEPT_PROJECTS, KEPT_VENVS = 20, 5
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -68,12 +69,15 @@ class NodeAgent(MoveMethods):
         super().__init__(layout, spec["node"])
         self._listings: dict[str, tuple[Json, int]] = {}  # by cursor: what is listed, from where on
         self._lock = threading.Lock()  # listings and snapshots; never held while listing
+        self._installing = threading.Lock()
         self.data = DataHandler(self.resolve, self.receive)
-        remove_tree(self._layout.projects_dir / PARTIAL)
+        for folder in (self._layout.projects_dir, self._layout.venvs_dir):
+            remove_tree(folder / PARTIAL)
 
     def methods(self) -> dict[str, Method]:
         """The RPC methods: `health` for any member, the others for the master only."""
-        names = "list_inputs look_into project_state auxiliary start_run publish end_run sweep end_server"
+        names = "list_inputs look_into project_state environment_state install_environment auxiliary start_run publish"
+        names += " end_run sweep end_server"
         masters = {name: Method(getattr(self, name), "master") for name in [*names.split(), *self.RPC.split()]}
         return masters | {"health": Method(self.health, "member")}
 
@@ -136,11 +140,32 @@ class NodeAgent(MoveMethods):
 
     def project_state(self, caller: Identity, hash: str) -> bool:
         """Whether this snapshot of a project is here; if it is, it counts as used just now."""
-        folder = self._layout.projects_dir / _named(_HASH, hash)
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(folder)
-            return True
-        return False
+        return _touched(self._layout.projects_dir / _named(_HASH, hash))
+
+    def environment_state(self, caller: Identity, hash: str) -> bool:
+        """Whether these packages of a project are installed here; if they are, they count as used just now."""
+        return _touched(self._layout.venvs_dir / _named(_HASH, hash))
+
+    def install_environment(self, caller: Identity, hash: str, project: str) -> bool:
+        """Install the packages that a PUT brought; False: they are here. Raises JobFault (pip's complaint)."""
+        final = self._layout.venvs_dir / _named(_HASH, hash)
+        source = final.parent / PARTIAL / hash
+        target = source.with_suffix(".installed")
+        with self._installing:
+            if final.is_dir():
+                return False
+            if not source.is_dir():
+                raise Refused(f"the wheels of environment {hash} never came: send them again")
+            try:
+                environments.install(source, target, _named(_NAME, project), f"node {self._spec['node']}")
+                flush(target)
+                os.replace(target, final)
+                fsync_dir(final.parent)
+            except OSError as error:
+                raise ClusterFault(f"node {self._spec['node']}: cannot install {final}: {error.strerror}") from None
+            finally:
+                remove_tree(source)
+        return True
 
     def auxiliary(self, caller: Identity, name: str) -> bool:
         """Whether auxiliary data of this name is on this node."""
@@ -216,11 +241,14 @@ class NodeAgent(MoveMethods):
         for job_folder in self._layout.working_dir.iterdir():
             with contextlib.suppress(OSError):
                 job_folder.rmdir()
-        snapshots = [path for path in self._layout.projects_dir.iterdir() if _HASH.fullmatch(path.name)]
-        snapshots.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for folder in snapshots[KEPT_PROJECTS:]:
-            self._remove(folder)
-        return {"working": len(removed), "projects": len(snapshots[KEPT_PROJECTS:])}
+        counts = {"working": len(removed)}
+        for folder, kept_newest in ((self._layout.projects_dir, KEPT_PROJECTS), (self._layout.venvs_dir, KEPT_VENVS)):
+            snapshots = [path for path in folder.iterdir() if _HASH.fullmatch(path.name)]
+            snapshots.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+            for snapshot in snapshots[kept_newest:]:
+                self._remove(snapshot)
+            counts[folder.name] = len(snapshots[kept_newest:])
+        return counts
 
     def _remove(self, path: Path) -> None:
         try:
@@ -257,17 +285,36 @@ class NodeAgent(MoveMethods):
     def receive(self, caller: Identity, request: Json) -> Upload:
         """Where a PUT writes to, and what takes the file in.
 
-        The master: {"project": hash}, a tar of that content; {"batch": [upload, number]}, announced files.
+        The master: {"project": hash}, a tar of that content; {"environment": hash}, the same of requirements and
+        wheels, for `install_environment`; {"batch": [upload, number]}, announced files.
         """
         if isinstance(asked := request.get("batch"), list) and caller.role == "master" and len(asked) == 2:
             return self.take_batch(*asked)
-        if caller.role != "master" or "project" not in request:
+        kinds = {"project": self._layout.projects_dir, "environment": self._layout.venvs_dir}
+        kind = next(iter(request), "")
+        if caller.role != "master" or kind not in kinds:
             raise Refused(f"not taken from a {caller.role}: {', '.join(request)!r:.100}")
-        content = _named(_HASH, request["project"])
-        partial = self._layout.projects_dir / PARTIAL
+        content = _named(_HASH, request[kind])
+        partial = kinds[kind] / PARTIAL
         partial.mkdir(exist_ok=True)
         archive = partial / f"{content}.tar"
-        return Upload(archive, lambda: self._take_in(archive, content))
+        take_in = self._take_in if kind == "project" else self._take_in_wheels
+        return Upload(archive, lambda: take_in(archive, content))
+
+    def _take_in_wheels(self, archive: Path, content: str) -> None:
+        """Unpack requirements and wheels, and check them; `install_environment` makes of them what has a name."""
+        folder = archive.with_suffix("")
+        try:
+            with self._installing:
+                remove_tree(folder)
+                unpack(archive, folder)
+                if (found := environments.environment_hash(folder)) != content:
+                    remove_tree(folder)
+                    raise ClusterFault(f"the wheels of environment {content} arrived as {found}: send them again")
+        except OSError as error:
+            raise ClusterFault(f"node {self._spec['node']}: cannot unpack wheels: {error}") from None
+        finally:
+            archive.unlink(missing_ok=True)
 
     def _take_in(self, archive: Path, content: str) -> None:
         """Unpack a snapshot beside its place, check it, and give it its name; one that is here already stays."""
@@ -285,6 +332,14 @@ class NodeAgent(MoveMethods):
         finally:
             archive.unlink(missing_ok=True)
             remove_tree(folder)
+
+
+def _touched(folder: Path) -> bool:
+    """Whether a folder is here; if it is, it counts as used just now."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(folder)
+        return True
+    return False
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -48,6 +48,11 @@ class Layout:
         return self.compute_dir / "projects"
 
     @property
+    def venvs_dir(self) -> Path:
+        """Packages of projects, installed, by a hash of what was asked for (`environments`)."""
+        return self.compute_dir / "venvs"
+
+    @property
     def logs_dir(self) -> Path:
         """What daemons and user functions print."""
         return self.compute_dir / "logs"
@@ -84,8 +89,8 @@ class Layout:
 
     def make(self) -> None:
         """Create the folders that must exist before work starts."""
-        own = (self.base_dir, self.auxiliary_dir, self.working_dir, self.incoming_dir, self.projects_dir, self.logs_dir)
-        for folder in own:
+        own = (self.base_dir, self.auxiliary_dir, self.working_dir, self.incoming_dir, self.projects_dir)
+        for folder in (*own, self.venvs_dir, self.logs_dir):
             folder.mkdir(parents=True, exist_ok=True)
 
 

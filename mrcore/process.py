@@ -31,7 +31,7 @@ from mrcore.reducer import Reduce
 from mrcore.runs import Parts, Segment, select
 from mrcore.shuffler import DirectOutput, Shuffle
 from mrcore.sorter import Combine
-from mrcore.usercode import is_disk_full, load_auxiliary, load_function, make_combiner
+from mrcore.usercode import is_disk_full, load_auxiliary, load_function, make_combiner, use_packages
 
 Json = dict[str, Any]
 Fetch = Callable[[Json, list[Json], Callable[[int, memoryview], None]], None]
@@ -111,6 +111,8 @@ class Process:
 
     def _user_code(self, watch: MemoryWatch) -> tuple[Path, Any]:
         project = self._layout.projects_dir / self._order["project"]
+        if environment := self._order.get("environment"):
+            use_packages(self._layout.venvs_dir / environment)
         reducing = self._identity["phase"] == "REDUCE"
         name = self._job["auxiliary_data_name_reducer" if reducing else "auxiliary_data_name_mapper"]
         return project, load_auxiliary(self._layout.auxiliary_dir, name)

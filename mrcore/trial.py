@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 from mrcore import task
 from mrcore.disk_sort import DiskSort
-from mrcore.errors import JobFault
+from mrcore.errors import JobFault, MrcoreError, UsageError
 from mrcore.inputs import Reader, list_inputs, plan_bundles
 from mrcore.mapper import Map
 from mrcore.memory import MemoryWatch
@@ -20,7 +23,36 @@ from mrcore.records import Key, Value, as_tuple, loads
 from mrcore.reducer import Reduce
 from mrcore.runs import Segment
 from mrcore.shuffler import DirectOutput, Shuffle
-from mrcore.usercode import load_function, make_combiner
+from mrcore.usercode import load_function, make_combiner, use_packages
+
+
+def print_trial(asked: dict[str, Any]) -> None:
+    """Run a trial as the command line asks for it and print its items, one as JSON per line. Raises UsageError."""
+    name = asked["auxiliary_file"]
+    try:
+        auxiliary = json.loads(Path(name).read_bytes()) if name else None
+    except ValueError as error:
+        raise UsageError(f"the auxiliary data {name} is no JSON: {error}") from None
+    project, names = Path(asked["project_dir"]), (asked["map_name"], asked["reduce_name"])
+    for item in run_trial(project, *names, asked["inputs"], combine=asked["combine"], auxiliary=auxiliary):
+        sys.stdout.write(json.dumps(item, ensure_ascii=False) + "\n")
+
+
+def main(asked: dict[str, Any]) -> int:
+    """Run a trial in a process of its own, with a project's packages; gives the exit status, as `mrcore` does."""
+    use_packages(Path(asked["packages"]))
+    try:
+        print_trial(asked)
+        sys.stdout.flush()
+    except MrcoreError as error:
+        print(f"mrcore: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
 
 
 def run_trial(
@@ -91,3 +123,7 @@ def _items(folder: Path, parts: Sequence[dict[str, Any]]) -> Iterator[tuple[Key,
             for line in lines:
                 key, value = loads(line)
                 yield (as_tuple(key) if isinstance(key, list) else key), value
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import io
 import os
+import site
 import sys
 import tarfile
 import traceback
@@ -63,6 +64,17 @@ def pack_project(folder: Path) -> bytes:
             member.size, member.mode = len(content), 0o644
             archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def use_packages(environment: Path) -> None:
+    """Let this process import from a folder of installed packages: after the standard library, before all others."""
+    before = len(sys.path)
+    site.addsitedir(str(environment))  # unlike a mere entry, this reads .pth files
+    entries = sys.path[before:]
+    del sys.path[before:]
+    others = [number for number, entry in enumerate(sys.path) if entry.endswith(("site-packages", "dist-packages"))]
+    at = min(others, default=len(sys.path))
+    sys.path[at:at] = entries
 
 
 def load_function(project_dir: Path, kind: str, name: str) -> Function:

@@ -23,7 +23,7 @@ FAR = NOW + 100 * DAY
 
 
 def node(name: str, **changes: Any) -> dict[str, Any]:
-    versions = {"version": "1.0.0", "wire_version": 1, "python": "3.11.2"}
+    versions = {"version": "1.0.0", "release": "1.0.0-abc", "wire_version": 1, "python": "3.11.2"}
     well = {"node": name, "clock_skew_seconds": 0.0, "disk_free_bytes": 1 << 40, "certificate_ends": FAR}
     return versions | well | changes
 
@@ -74,7 +74,7 @@ def test_a_refused_certificate_needs_other_certificates_and_no_start() -> None:
     assert "make rotate-certs" in found.do and "cluster start" not in found.do
 
 
-@pytest.mark.parametrize("change", [{"version": "0.9"}, {"wire_version": 2}, {"python": "3.12.1"}])
+@pytest.mark.parametrize("change", [{"release": "1.0.0-def"}, {"wire_version": 2}, {"python": "3.12.1"}])
 @pytest.mark.parametrize(("kind", "name"), [("nodes", "w1"), ("servers", "S_0")])
 def test_another_version(kind: str, name: str, change: dict[str, Any]) -> None:
     found = only(judge(facts(**{kind: facts()[kind] | {name: node("w1", **change)}})))

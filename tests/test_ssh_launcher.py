@@ -208,11 +208,6 @@ def test_a_command_that_hangs_ends(running: DeployedCluster) -> None:
         ssh.run_on_node(running.settings, "w1", "sleep 60", 1)
 
 
-def test_a_connection_that_breaks_leaves_it_open_what_was_done(running: DeployedCluster) -> None:
-    with pytest.raises(ClusterFault, match=r"w1: the connection broke during .*: whether it was carried out"):
-        ssh.run_on_node(running.settings, "w1", "kill -9 $PPID; sleep 5")
-
-
 def test_a_daemon_that_does_not_come_up_is_told_with_the_end_of_its_log(
     deployed: DeployedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

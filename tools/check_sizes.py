@@ -26,6 +26,7 @@ FLOORS = [
         "config",
         "validation",
         "access",
+        "environments",
         "job",
         "phases",
         "records",
