@@ -236,7 +236,7 @@ def test_start_end_and_sweep_remove_what_they_should(agent: Agent) -> None:
         os.utime(snapshot, (number, number))
     assert agent.master.call("project_state", hash=f"{0:032x}") is True  # used again: no longer the oldest
     assert agent.master.call("sweep", keep=[["b", 7]]) == {"working": 2, "projects": 5, "venvs": 0}
-    assert agent.master.call("sweep", keep=[["b", 7]]) == {"working": 0, "projects": 0}
+    assert agent.master.call("sweep", keep=[["b", 7]]) == {"working": 0, "projects": 0, "venvs": 0}
     assert agent.layout.run_dir("b", 7).exists() and sorted(os.listdir(agent.layout.working_dir)) == ["b"]
     assert (agent.layout.projects_dir / f"{0:032x}").exists() and not (agent.layout.projects_dir / f"{1:032x}").exists()
     agent.master.call("end_run", job="b", run=7)
