@@ -380,6 +380,12 @@ def mrcore_nodes(cluster: Json, numbers: dict[str, int]) -> list[Json]:
     return rows
 
 
+def mrcore_places(cluster: Json) -> list[list[Any]]:
+    """Where each node's agent answers: [[name, address, port]…]."""
+    hosts = [(name, cluster["hosts"][name]) for name in cluster["nodes"]]
+    return [[name, host["cluster_ip"], host["agent_port"]] for name, host in hosts]
+
+
 def mrcore_authority(folder: str) -> str:
     """The CA certificates that the controller's folder holds: the one that signs, and during a rotation the other."""
     files = [Path(folder) / name for name in AUTHORITY_FILES]
@@ -412,5 +418,5 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
         ours = (mrcore_cluster, mrcore_machines, mrcore_numbering, mrcore_serial, mrcore_known_hosts, mrcore_release)
-        ours += (mrcore_nodes, mrcore_authority, mrcore_files)
+        ours += (mrcore_nodes, mrcore_places, mrcore_authority, mrcore_files)
         return {function.__name__: function for function in ours}
