@@ -194,6 +194,18 @@ class Person:
         """Write a file of the person's own."""
         self.run(f'mkdir -p "$(dirname {shlex.quote(path)})" && cat >{shlex.quote(path)}', stdin=text)
 
+    def bring(self, folder: Path, target: str) -> None:
+        """Copy a folder from this machine into `target` there; files get into the target folder's group."""
+        packed = subprocess.run(
+            ["tar", "-C", str(folder.parent), "--exclude=__pycache__", "-cz", folder.name],
+            capture_output=True,
+            check=True,
+        ).stdout
+        command = self.ssh_command(f"umask 0002 && mkdir -p {target} && tar -C {target} --no-same-owner -xz")
+        done = subprocess.run(command, input=packed, capture_output=True, timeout=60)
+        if done.returncode:
+            raise CommandFailed(f"{folder.name} does not get into {target}: {done.stderr.decode()}")
+
     def mrcore(self, *arguments: str, status: int | None = 0, timeout: float = 180) -> Done:
         """Call `mrcore` as this person."""
         return self.run(f"mrcore {shlex.join(arguments)}", status=status, timeout=timeout)
@@ -381,8 +393,12 @@ class Operator:
         log.write_text(f"$ {shlex.join(command)}\n{done.output}\nstatus {done.status} after {seconds:.1f} s\n")
         return Played(done, seconds)
 
+    def times(self) -> dict[str, float]:
+        """The times that were measured so far."""
+        file = self.lab.folder / "times.json"
+        found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        return found
+
     def note_time(self, what: str, seconds: float) -> None:
         """Keep a measured time; the scenario prints all of them at its end."""
-        file = self.lab.folder / "times.json"
-        times = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(times | {what: round(seconds, 1)}, indent=1))
+        (self.lab.folder / "times.json").write_text(json.dumps(self.times() | {what: round(seconds, 1)}, indent=1))

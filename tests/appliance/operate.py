@@ -50,9 +50,8 @@ def deploy(operator: Operator, *arguments: str) -> None:
     """`make deploy`; says whether anything changed."""
     played = operator.make("deploy", **({"ARGS": " ".join(arguments)} if arguments else {}))
     changed = {host: number for host, number in played.changed.items() if number}
-    times = operator.lab.folder / "times.json"
     if not arguments:
-        first = not times.exists() or "deploy from bare machines" not in times.read_text()
+        first = "deploy from bare machines" not in operator.times()
         operator.note_time("deploy from bare machines" if first else "deploy with nothing to do", played.seconds)
     operator.lab.keep_packages()
     print(f"changed: {changed}" if changed else "nothing changed")

@@ -1,0 +1,95 @@
+"""Who reaches what: members each other, nobody else anything; other tools' rules and SSH are as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+
+import pytest
+from harness import AGENT_PORT, SERVER_PORT, Machine, Operator, Person
+from operate import FOREIGN_TABLES
+
+MEMBERS = ("m1", "w1", "w2")
+
+
+def foreign_rules(machine: Machine) -> str:
+    """The tables of other tools, without their counters."""
+    listed = "".join(machine.run(f"nft list table {table}").stdout for table in FOREIGN_TABLES)
+    return re.sub(r"packets \d+ bytes \d+", "", listed)
+
+
+@pytest.mark.parametrize("target", ["w1", "w2"])
+@pytest.mark.parametrize("port", [AGENT_PORT, SERVER_PORT, SERVER_PORT + 1])
+def test_members_reach_every_port_and_nobody_else_does(operator: Operator, target: str, port: int) -> None:
+    address = operator.machine(target).address
+    for name in MEMBERS:
+        assert operator.machine(name).reaches(address, port), f"{name} → {target}:{port}"
+    assert not operator.machine("outsider").reaches(address, port), f"outsider → {target}:{port}"
+    with pytest.raises(TimeoutError), socket.create_connection((address, port), 3):  # dropped, not refused
+        pass
+
+
+@pytest.mark.parametrize("target", ["w1", "w2"])
+def test_it_is_the_firewall_that_keeps_strangers_out(operator: Operator, target: str) -> None:
+    machine = operator.machine(target)
+    machine.run("nft delete table inet mrcore")
+    try:
+        assert operator.machine("outsider").reaches(machine.address, AGENT_PORT)
+    finally:
+        machine.run("systemctl restart mrcore-firewall")
+    assert not operator.machine("outsider").reaches(machine.address, AGENT_PORT)
+
+
+def test_ipv6_is_closed_as_well(w1: Machine) -> None:
+    """Our table is of the family inet, and strangers are dropped after both kinds of addresses."""
+    table = w1.text("nft list table inet mrcore")
+    assert str(AGENT_PORT) in table and re.search(r"chain members \{[^}]*drop\s*\}", table), table
+    listening = w1.text("ss -Htln")
+    for port in (AGENT_PORT, SERVER_PORT):
+        assert f"[::]:{port}" not in listening and f"*:{port}" not in listening
+
+
+def test_ssh_and_other_tools_rules_survive_a_deploy(operator: Operator, w1: Machine) -> None:
+    before = {name: foreign_rules(operator.machine(name)) for name in MEMBERS}
+    assert "ufw-user-input" in before["w1"] and "8080" in before["w1"]
+    with Person(w1, "admin").terminal("cat") as session:  # a session that is open during the deploy
+        session.type("before\r")
+        session.wait_for("before")
+        operator.make("deploy")
+        w1.run("systemctl restart mrcore-firewall")
+        session.type("afterwards\r")
+        session.wait_for("afterwards")
+    assert {name: foreign_rules(operator.machine(name)) for name in MEMBERS} == before
+
+
+def test_a_rule_of_another_tool_that_blocks_is_named(operator: Operator, w1: Machine, w2: Machine) -> None:
+    """An accept of ours cannot undo a drop of theirs; who deploys must be told."""
+    w2.run(f"nft insert rule inet neighbour input tcp dport {AGENT_PORT} drop")
+    try:
+        assert not w1.reaches(w2.address, AGENT_PORT)
+        said = " ".join(operator.make("deploy", status=2).output.split())
+        assert "w2" in said and "neighbour" in said, said
+    finally:
+        handle = w2.text("nft -a list chain inet neighbour input | sed -n 's/.*45678 drop # handle //p'")
+        w2.run(f"nft delete rule inet neighbour input handle {handle}")
+    assert w1.reaches(w2.address, AGENT_PORT)
+
+
+@contextlib.contextmanager
+def other_host_keys(machine: Machine):  # type: ignore[no-untyped-def]
+    machine.run("mkdir /root/keys && mv /etc/ssh/ssh_host_* /root/keys/ && systemctl restart ssh")
+    try:
+        yield
+    finally:
+        machine.run("rm -f /etc/ssh/ssh_host_* && mv /root/keys/* /etc/ssh/ && rmdir /root/keys; systemctl restart ssh")
+
+
+def test_a_changed_host_key_is_refused_by_the_master(operator: Operator, w2: Machine, anna: Person) -> None:
+    with other_host_keys(w2):
+        done = anna.mrcore("cluster", "status", status=None)
+        said = " ".join(done.output.split())
+        assert "w2" in said and "host key" in said.lower(), done.output
+        assert done.status != 0
+        assert w2.address in said or "known_hosts" in said, "what to look at"
+    assert "host key" not in anna.mrcore("cluster", "status").output.lower()
