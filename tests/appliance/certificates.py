@@ -38,7 +38,7 @@ def issue(
     signer_folder: Path, folder: Path, stem: str, *,
     role: str, name: str, address: str, organization: str = "mrcore", days: tuple[int, int] = (-1, 10),
 ) -> str:  # fmt: skip
-    """STEM.crt and STEM.key, signed by ca.crt and ca.key of `signer_folder`; gives the serial as deny lists write it."""
+    """STEM.crt and STEM.key, signed by the ca.key of `signer_folder`; gives the serial as deny lists write it."""
     issuer = x509.load_pem_x509_certificate((signer_folder / "ca.crt").read_bytes())
     signer = serialization.load_pem_private_key((signer_folder / "ca.key").read_bytes(), password=None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)

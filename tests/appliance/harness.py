@@ -265,19 +265,19 @@ class Terminal:
         deadline = time.monotonic() + seconds
         while text not in COLOURS.sub("", self.shown):
             left = deadline - time.monotonic()
-            assert left > 0 and self._read(left), f"{text!r} is not shown:\n{COLOURS.sub('', self.shown)[-3000:]}"
+            assert left > 0 and self.read(left), f"{text!r} is not shown:\n{COLOURS.sub('', self.shown)[-3000:]}"
         return COLOURS.sub("", self.shown)
 
     def wait_for_end(self, seconds: float = 30) -> int:
         """Read until the command ends; give its exit status."""
         deadline = time.monotonic() + seconds
-        while self._read(max(0.0, deadline - time.monotonic())):
+        while self.read(max(0.0, deadline - time.monotonic())):
             assert time.monotonic() < deadline, f"it does not end:\n{self.shown[-2000:]}"
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
         return os.waitstatus_to_exitcode(status)
 
-    def _read(self, seconds: float) -> bool:
+    def read(self, seconds: float) -> bool:
         """Take in what comes within this time; False: nothing came, or the command has ended."""
         if not select.select([self._fd], [], [], seconds)[0]:
             return False

@@ -119,5 +119,5 @@ def test_a_server_that_is_not_of_the_cluster_gets_no_word(w2: Machine, keys: Pat
     (tmp_path / "ca.crt").write_bytes((tmp_path / "other/ca.crt").read_bytes())
     for name in ("master.crt", "master.key"):
         (tmp_path / name).write_bytes((keys / name).read_bytes())
-    with pytest.raises((Refused, Unreachable), match="(?i)certificate"):
+    with pytest.raises((Refused, Unreachable), match=r"(?i)certificate"):
         ask(w2, tmp_path, "master")

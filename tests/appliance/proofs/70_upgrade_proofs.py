@@ -1,0 +1,93 @@
+"""An upgrade to a build that speaks another wire version, in mid-job; and one to a build that does not start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from checkouts import checkout
+from harness import Machine, Operator, Person, wait_until
+from lab import HERE, Lab
+
+NODES = ("w1", "w2", "w3")
+LINES = 60  # of half a second each, on six servers
+
+
+def slow_job(name: str, folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"job_name": name, "job_type": "mapreduce", "project_name": "slow", "run_once": True}
+    return found | {"input_dirs": [folder], "map_function_name": "slowly"}
+
+
+def releases(operator: Operator) -> dict[str, str]:
+    return {name: operator.machine(name).text("readlink -f /opt/mrcore/current") for name in ("m1", *NODES)}
+
+
+@pytest.fixture(scope="module")
+def upgraded(lab: Lab) -> Operator:
+    return Operator(lab, project=checkout(lab.folder / "next", "1.1.0", wire=77))
+
+
+@pytest.fixture(scope="module")
+def bad(lab: Lab) -> Operator:
+    return Operator(lab, project=checkout(lab.folder / "bad", "1.2.0", wire=77, broken=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inputs(operator: Operator, anna: Person) -> Iterator[None]:
+    anna.bring(HERE / "projects/slow", "/srv/mrcore/projects")
+    for name in NODES:
+        lines = "".join(f"{name} {number}\n" for number in range(LINES))
+        operator.machine(name).write("/var/tmp/slow/text", lines)
+    yield
+
+
+def expected() -> list[list[Any]]:
+    return sorted([f"{name} {number}", 1] for name in NODES for number in range(LINES))
+
+
+def test_deploy_refuses_another_build(upgraded: Operator, operator: Operator) -> None:
+    before = releases(operator)
+    said = " ".join(upgraded.playbook("deploy", status=None).output.split())
+    assert "make upgrade" in said and releases(operator) == before, said
+
+
+def test_an_upgrade_in_mid_job_loses_no_job(upgraded: Operator, operator: Operator, anna: Person, m1: Machine) -> None:
+    before = releases(operator)
+    anna.submit(*(slow_job(f"slow_{number}", "/var/tmp/slow") for number in range(3)))
+    wait_until(lambda: any(row["state"] == "running" for row in anna.runs("slow_0")), 60, "the first job runs")
+    played = upgraded.playbook("upgrade")
+    operator.note_time("upgrade of three nodes and the master, with a job under way", played.seconds)
+    after = releases(operator)
+    assert len(set(after.values())) == 1 and "/1.1.0-" in after["w1"] and after != before, after
+    for number in range(3):
+        run = anna.finished(f"slow_{number}", seconds=240)
+        assert run["state"] == "succeeded"
+        assert sorted(anna.items(f"slow_{number}")) == expected()
+        ended = [row for row in anna.runs(f"slow_{number}") if row["state"] != "handed back"]
+        assert len(ended) == 1, "each ran to its end exactly once"
+    code = "import mrcore; print(mrcore.__version__, mrcore.WIRE_VERSION)"
+    assert m1.text(f"/opt/mrcore/current/bin/python -c '{code}'") == "1.1.0 77"
+    assert anna.mrcore("cluster", "check").status == 0
+
+
+def test_a_build_that_does_not_start_stops_and_is_rolled_back(bad: Operator, operator: Operator, anna: Person) -> None:
+    before = releases(operator)
+    anna.submit(slow_job("during_a_bad_upgrade", "/var/tmp/slow"))
+    wait_until(lambda: anna.runs("during_a_bad_upgrade"), 60, "the job runs")
+    played = bad.playbook("upgrade", status=None)
+    assert played.done.status != 0
+    said = " ".join(played.output.split())
+    assert "w1" in said and ("rolled back" in said or "roll back" in said), played.output[-3000:]
+    assert releases(operator) == before
+    anna.finished("during_a_bad_upgrade", seconds=240)
+    assert sorted(anna.items("during_a_bad_upgrade")) == expected()
+    assert anna.mrcore("cluster", "check").status == 0
+
+
+def test_back_to_this_checkouts_build(operator: Operator, anna: Person) -> None:
+    """The way back is an upgrade as well; what follows is this build again."""
+    operator.make("upgrade")
+    assert "/1.1.0-" not in releases(operator)["w1"]
+    assert anna.mrcore("cluster", "check").status == 0
+    assert not any(operator.make("deploy").changed.values())

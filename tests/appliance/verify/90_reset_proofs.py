@@ -1,0 +1,38 @@
+"""Reset takes away what deploy brought, asks before, keeps the data unless told otherwise; other tools stay as they are."""
+
+from __future__ import annotations
+
+import re
+
+from harness import Machine, Operator, Person
+from operate import FOREIGN_TABLES
+
+
+def foreign_rules(machine: Machine) -> str:
+    listed = "".join(machine.run(f"nft list table {table}").stdout for table in FOREIGN_TABLES)
+    return re.sub(r"packets \d+ bytes \d+", "", listed)
+
+
+def test_reset_wants_the_clusters_name(operator: Operator, w1: Machine) -> None:
+    before = w1.pids()
+    for given in ({}, {"CONFIRM": "another"}):
+        said = " ".join(operator.make("reset", status=2, **given).output.split())
+        assert "mrcore" in said and w1.pids() == before, said
+
+
+def test_reset_leaves_data_ssh_and_foreign_rules(operator: Operator, m1: Machine, w1: Machine, w2: Machine) -> None:
+    before = {machine.name: foreign_rules(machine) for machine in (m1, w1, w2)}
+    operator.make("reset", CONFIRM="mrcore")
+    assert {machine.name: foreign_rules(machine) for machine in (m1, w1, w2)} == before
+    for machine in (m1, w1, w2):
+        assert "mrcore" not in machine.text("nft list tables")
+        assert machine.run("pgrep -u mrcore", status=None).stdout == ""
+        assert machine.text("ls -d /opt/mrcore /etc/mrcore 2>/dev/null || true") == ""
+        assert "mrcore" not in machine.text("systemctl list-unit-files --no-pager --plain")
+        assert Person(machine, "admin").run("echo in").stdout == "in\n"
+    assert w1.text("ls /var/lib/mrcore/compute/cluster"), "the data stays"
+
+
+def test_reset_with_purge_removes_the_data_as_well(operator: Operator, w1: Machine) -> None:
+    operator.make("reset", CONFIRM="mrcore", PURGE="yes")
+    assert not w1.exists("/var/lib/mrcore/compute/cluster")
