@@ -6,22 +6,23 @@ export PYTHON
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
 export INVENTORY NODE DATA PURGE CONFIRM PROJECT ARGS
-.PHONY: help demo test test-quick check bench setup clean appliance deploy start stop kill status push-project wheels
+.PHONY: help demo test test-quick test-appliance check bench setup clean appliance deploy start stop kill status push-project wheels
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '  make %-13s %s\n' "$$name" "$$text"; done
+		printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 demo: setup ## start a local cluster, run two jobs over Python's own standard library, show the result, stop it
 	@$(PY) scripts/demo.py $(ARGS)
 
-test: ## run every test
-	@scripts/setup.sh dev strace sudo
-	$(PY) -m pytest -n 2 $(ARGS)
+test: ## run every test: the unit tests, then the appliance's on containers; with ARGS= only these of the unit tests
+	@scripts/test.sh $(ARGS)
 
-test-quick: ## run the tests that are not marked slow: an answer in under 5 minutes
-	@scripts/setup.sh dev strace sudo
-	$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+test-quick: ## run the unit tests that are not marked slow: an answer in under 5 minutes
+	@scripts/test.sh -m "not slow" $(ARGS)
+
+test-appliance: ## run the appliance's tests on containers only; ARGS=… see docs/testing.md
+	@scripts/test.sh --appliance $(ARGS)
 
 check: appliance ## format, lint, types, docstrings, import floors, sizes
 	$(PY) -m ruff format --check .

@@ -4,7 +4,8 @@
 #   scripts/setup.sh [EXTRAS [COMMAND…]]
 #
 # EXTRAS of pyproject.toml, comma-separated, default dev. COMMANDs are programs that must be there, each installed from
-# the Debian package of its name when it is not.
+# the Debian package of its name when it is not; COMMAND=PACKAGE when the package is called otherwise. Exit status 3:
+# such programs are missing, and we have no right to install them.
 #
 # Every make target calls this; when nothing has changed it is done in a few milliseconds. PYTHON=… chooses the
 # interpreter. The stamp .venv/.ready-EXTRAS is written last and removed first, so a venv without any stamp is one
@@ -40,6 +41,7 @@ find_python() { # prints the first interpreter that will do
     return 1
 }
 
+no_rights=1 # the exit status when we may not install
 install_packages() { # by apt, with what rights there are
     line="apt-get install --yes --no-install-recommends $*"
     if ! command -v apt-get >/dev/null; then
@@ -52,7 +54,7 @@ install_packages() { # by apt, with what rights there are
     else
         say "missing: $*. Installing needs root: run this once, then the same make command again:"
         echo "    sudo $line" >&2
-        exit 1
+        exit $no_rights
     fi
     say "missing: $*. Running: ${rights:+$rights }$line"
     $rights apt-get update -qq || say "apt-get update failed; going on with the package lists that are here"
@@ -88,9 +90,20 @@ if command -v flock >/dev/null; then
     flock 9
 fi
 
+is_there() ( # also where only root's PATH leads; a path may be that of any file
+    PATH=$PATH:/usr/sbin:/sbin
+    [ -e "$1" ] && [ "${1#/}" != "$1" ] || command -v "$1" >/dev/null
+)
+missing=
 for each in "$@"; do
-    if ! command -v "$each" >/dev/null; then install_packages "$each"; fi
+    if ! is_there "${each%%=*}"; then missing="$missing ${each#*=}"; fi
 done
+if [ -n "$missing" ]; then
+    no_rights=3
+    # shellcheck disable=SC2086  # a list of words
+    install_packages $missing
+    no_rights=1
+fi
 
 works() { .venv/bin/python -c 'import mrcore, pip' 2>/dev/null; }
 

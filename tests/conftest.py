@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +13,45 @@ from typing import Any
 import pytest
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only root can do."""
+def left_out() -> dict[str, str]:
+    """Markers of what cannot be run here, and why. With CI=true nothing is left out: it fails instead."""
+    found = {}
     if os.geteuid() != 0:
-        out = [item for item in items if item.get_closest_marker("needs_root")]
+        found["needs_root"] = "the tests marked needs_root: `pytest -m needs_root` as root runs them"
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    for program in ("strace", "sshd"):
+        if shutil.which(program, path=path) is None:
+            found[f"needs_{program}"] = f"the tests marked needs_{program}: there is no {program} here"
+    if "needs_root" in found and may_become_root():
+        found["needs_root"] = ""  # scripts/test.sh runs them by sudo
+        return found
+    return {} if os.environ.get("CI") == "true" else found
+
+
+def may_become_root() -> bool:
+    """Whether sudo works without a password."""
+    if shutil.which("sudo") is None:
+        return False
+    return subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False).returncode == 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what cannot be run here."""
+    markers = left_out()
+    out = [item for item in items if any(item.get_closest_marker(marker) for marker in markers)]
+    if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say so."""
-    if os.geteuid() != 0:
-        terminalreporter.write_line("not run: the tests marked needs_root (`pytest -m needs_root` as root runs them)")
+    """Say so, to scripts/test.sh as well."""
+    told = [reason for reason in left_out().values() if reason]
+    for line in told:
+        terminalreporter.write_line(f"not run: {line}")
+    if told and (file := os.environ.get("MRCORE_NOT_RUN")):
+        with open(file, "a") as stream:
+            stream.writelines(f"{line}\n" for line in told)
 
 
 def wait_until(condition: Callable[[], Any], deadline_seconds: float = 10.0, message: str = "the condition") -> Any:

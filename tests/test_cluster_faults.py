@@ -206,6 +206,7 @@ def test_what_is_served_on_the_data_channel_is_what_the_manifest_says(cluster: T
     assert output(cluster) == EXPECTED
 
 
+@pytest.mark.needs_strace
 def test_no_process_opens_another_nodes_folder(tmp_path: Path) -> None:
     """Every file name that a process of a node hands to the kernel during a job, by strace."""
     with TestCluster(tmp_path, 3, 1) as cluster:

@@ -149,6 +149,22 @@ def test_without_rights_it_prints_the_one_line_and_stops(machine: Machine, sudo:
     assert machine.log == [] and not (machine.project / ".venv").exists()
 
 
+def test_programs_come_from_packages_of_their_own_names_or_others(machine: Machine) -> None:
+    machine.python()
+    machine.has("apt-get", APT)
+    machine.has("here", "#!/bin/sh\n")
+    machine.set_up("dev", "here", "gone", "tool=its-package", "/opt/nowhere/tool=another")
+    assert "apt-get install --yes --no-install-recommends gone its-package another" in machine.log, "all in one go"
+
+
+def test_programs_that_may_not_be_installed_have_a_status_of_their_own(machine: Machine) -> None:
+    machine.user(1000)
+    machine.python()
+    machine.has("apt-get", APT)
+    said = machine.set_up("dev", "gone", status=3)
+    assert "    sudo apt-get install --yes --no-install-recommends gone\n" in said and machine.log == []
+
+
 def test_without_apt_it_names_what_is_missing(machine: Machine) -> None:
     machine.python(ensurepip=False)
     assert "missing: python3.11-venv. There is no apt-get here" in machine.set_up(status=1)

@@ -27,6 +27,8 @@ from mrcore.config import load_settings
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers import health, ssh
 
+pytestmark = pytest.mark.needs_sshd
+
 HELPER = (sys.executable, str(Path(standin_units.__file__)))
 
 

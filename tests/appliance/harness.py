@@ -29,6 +29,7 @@ from lab import BIN, PROJECT, Lab, podman
 
 ADDRESSES = {"m1": 11, "w1": 21, "w2": 22, "w3": 23, "outsider": 99}
 AGENT_PORT, SERVER_PORT = 45678, 23456
+NOT_OURS = {"INVENTORY", "NODE", "DATA", "PURGE", "CONFIRM", "PROJECT", "ARGS"}  # of the make that runs the tests
 RECAP = re.compile(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>()][0-9A-Za-z]?")
 
@@ -359,7 +360,7 @@ class Operator:
         found: dict[str, Any] = yaml.safe_load((self.folder / "hosts.yml").read_text())
         return found
 
-    def make(self, verb: str, *, status: int | None = 0, timeout: float = 900, **variables: str) -> Played:
+    def make(self, verb: str, *, status: int | None = 0, timeout: float = 2400, **variables: str) -> Played:
         """Type `make VERB INVENTORY=… NAME=value …`; what it prints goes to a log as well. Raises CommandFailed.
 
         `status` is 0, or 2 for a run that has to fail: make knows no other.
@@ -368,7 +369,7 @@ class Operator:
         command = ["make", "--no-print-directory", verb, f"INVENTORY={self.folder}", *words]
         return self._play(verb, command, status, timeout)
 
-    def playbook(self, verb: str, *arguments: str, status: int | None = 0, timeout: float = 900) -> Played:
+    def playbook(self, verb: str, *arguments: str, status: int | None = 0, timeout: float = 2400) -> Played:
         """The same by `ansible-playbook` typed by hand; `verb` as the file is called."""
         command = [str(BIN / "ansible-playbook"), "-i", str(self.folder), f"ansible/{verb}.yml", *arguments]
         return self._play(verb, command, status, timeout)

@@ -1,4 +1,4 @@
-"""Reset takes away what deploy brought, asks before, keeps the data unless told otherwise; other tools stay as they are."""
+"""Reset takes away what deploy brought, asks before, keeps the data unless told so; other tools stay as they are."""
 
 from __future__ import annotations
 

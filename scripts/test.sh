@@ -1,0 +1,69 @@
+#!/bin/sh
+# Runs the tests for make.
+#
+#   scripts/test.sh                     the unit tests, then the appliance's on containers
+#   scripts/test.sh ARGUMENT…           only the unit tests that these arguments of pytest choose
+#   scripts/test.sh --appliance [STEP…] only the appliance's; see tests/appliance/run.py
+#
+# What is missing is installed by apt where we may. Without the right to, the rest is run, and at the end it is said what
+# was not; the exit status is then 3, and 1 when something failed. With CI=true nothing is left out.
+# (make itself ends with 2 in either case; it prints this status as "Error 3".)
+set -u
+cd "$(dirname "$0")/.."
+unit="strace sudo screen sshd=openssh-server"
+containers="podman runc conmon mmdebstrap ssh=openssh-client nft=nftables nsenter=util-linux ip=iproute2
+/usr/lib/podman/netavark=netavark /usr/lib/podman/aardvark-dns=aardvark-dns
+/usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring"
+MRCORE_NOT_RUN=$(mktemp)
+export MRCORE_NOT_RUN
+trap 'rm -f "$MRCORE_NOT_RUN"' EXIT
+failed=no
+
+prepare() { # 0: all there; 3: not, and we may not install it
+    # shellcheck disable=SC2068  # a list of words
+    scripts/setup.sh dev,appliance $@
+    status=$?
+    if [ $status = 3 ] && [ "${CI:-}" = true ]; then status=1; fi
+    if [ $status != 0 ] && [ $status != 3 ]; then exit 1; fi
+    return $status
+}
+
+run_unit() {
+    prepare $unit # without them the tests that need them are left out, and told
+    .venv/bin/python -m pytest -n 2 "$@" || failed=yes
+    if [ "$(id -u)" != 0 ] && sudo -n true 2>/dev/null; then # what only root can do, with the right to become root
+        sudo -n -E .venv/bin/python -m pytest -q -p no:cacheprovider "$@" -m needs_root || failed=yes
+    fi
+}
+
+run_appliance() {
+    if prepare $containers; then
+        PATH=$PATH:/usr/sbin:/sbin .venv/bin/python tests/appliance/run.py "$@"
+        status=$?
+    else
+        .venv/bin/python tests/appliance/run.py inventories || failed=yes
+        echo "the scenarios on containers: the packages named above are missing" >>"$MRCORE_NOT_RUN"
+        status=0
+    fi
+    case $status in 0 | 3) ;; 130) exit 130 ;; *) failed=yes ;; esac
+}
+
+if [ "${1:-}" = --appliance ]; then
+    shift
+    run_appliance "$@"
+elif [ $# -gt 0 ]; then
+    run_unit "$@"
+else
+    run_unit
+    run_appliance
+fi
+
+if [ -s "$MRCORE_NOT_RUN" ]; then
+    echo "NOT RUN:" >&2
+    sort -u "$MRCORE_NOT_RUN" | sed 's/^/  /' >&2
+fi
+if [ $failed = yes ]; then exit 1; fi
+if [ -s "$MRCORE_NOT_RUN" ]; then
+    if [ "${CI:-}" = true ]; then exit 1; fi
+    exit 3
+fi
