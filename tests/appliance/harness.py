@@ -137,6 +137,11 @@ class Machine:
         names = [*self.units(), *(["mrcore-runner.service"] if self.exists("/etc/mrcore/cluster.yml") else [])]
         return {name: self.unit(name)["MainPID"] for name in names}
 
+    def nft(self, *arguments: str, stdin: str | None = None) -> str:
+        """What nft prints in the machine's network; nft itself is the controller's, a bare machine has none."""
+        pid = podman("inspect", "--format", "{{.State.Pid}}", self.container).strip()
+        return execute(["nsenter", "--target", pid, "--net", "nft", *arguments], stdin=stdin).stdout
+
     def reaches(self, address: str, port: int, seconds: float = 3) -> bool:
         """Whether a TCP connection from this machine comes about."""
         code = f"import socket; socket.create_connection(({address!r}, {port}), {seconds})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness import Machine, Operator, Person
+from operate import foreign_rules
 
 
 def pids(*machines: Machine) -> dict[str, dict[str, str]]:
@@ -13,21 +14,24 @@ def all_run(operator: Operator, *names: str) -> bool:
     return all(int(pid) > 0 for name in names for pid in operator.machine(name).pids().values())
 
 
-def test_a_second_deploy_changes_nothing_and_restarts_nothing(
+def test_another_deploy_by_hand_changes_nothing_restarts_nothing_and_cuts_nobody_off(
     operator: Operator, m1: Machine, w1: Machine, w2: Machine
 ) -> None:
-    before = pids(m1, w1, w2)
+    """Typed as `ansible-playbook …`, with a session over SSH that stays open, and other tools' rules as they were."""
+    before, rules = pids(m1, w1, w2), {machine.name: foreign_rules(machine) for machine in (m1, w1, w2)}
     assert all(int(pid) > 0 for found in before.values() for pid in found.values()), before
-    played = operator.make("deploy")
+    assert "ufw-user-input" in rules["w1"] and "8080" in rules["w1"]
+    with Person(w1, "admin").terminal("cat") as session:
+        session.type("before\r")
+        session.wait_for("before")
+        played = operator.playbook("deploy")
+        w1.run("systemctl restart mrcore-firewall")
+        session.type("afterwards\r")
+        session.wait_for("afterwards")
     operator.note_time("deploy with nothing to do", played.seconds)
     assert not any(played.changed.values()), played.output
     assert pids(m1, w1, w2) == before
-
-
-def test_by_hand_it_is_the_same(operator: Operator, m1: Machine, w1: Machine, w2: Machine) -> None:
-    before = pids(m1, w1, w2)
-    played = operator.playbook("deploy")
-    assert not any(played.changed.values()) and pids(m1, w1, w2) == before
+    assert {machine.name: foreign_rules(machine) for machine in (m1, w1, w2)} == rules
 
 
 def test_stop_twice_then_start_twice(operator: Operator, w1: Machine, w2: Machine, anna: Person) -> None:

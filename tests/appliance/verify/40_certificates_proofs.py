@@ -43,10 +43,10 @@ def keys(operator: Operator, m1: Machine, w1: Machine, tmp_path_factory: pytest.
 @pytest.fixture(scope="module", autouse=True)
 def no_firewall(w2: Machine) -> Iterator[None]:
     """w2 without our table."""
-    w2.run("nft delete table inet mrcore")
+    w2.nft("delete", "table", "inet", "mrcore")
     yield
     w2.run("systemctl restart mrcore-firewall")
-    assert "mrcore" in w2.text("nft list tables")
+    assert "mrcore" in w2.nft("list", "tables")
 
 
 def ask(machine: Machine, keys: Path, stem: str, port: int = AGENT_PORT, method: str = "health") -> object:

@@ -10,8 +10,8 @@ from checkouts import checkout
 from harness import Machine, Operator, Person, wait_until
 from lab import HERE, Lab
 
-NODES = ("w1", "w2", "w3")
-LINES = 60  # of half a second each, on six servers
+NODES = ("w1", "w2")
+LINES = 40  # of half a second each, on four servers
 
 
 def slow_job(name: str, folder: str) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def test_an_upgrade_in_mid_job_loses_no_job(upgraded: Operator, operator: Operat
     anna.submit(*(slow_job(f"slow_{number}", "/var/tmp/slow") for number in range(3)))
     wait_until(lambda: any(row["state"] == "running" for row in anna.runs("slow_0")), 60, "the first job runs")
     played = upgraded.playbook("upgrade")
-    operator.note_time("upgrade of three nodes and the master, with a job under way", played.seconds)
+    operator.note_time("upgrade of two nodes and the master, with a job under way", played.seconds)
     after = releases(operator)
     assert len(set(after.values())) == 1 and "/1.1.0-" in after["w1"] and after != before, after
     for number in range(3):
@@ -83,11 +83,3 @@ def test_a_build_that_does_not_start_stops_and_is_rolled_back(bad: Operator, ope
     anna.finished("during_a_bad_upgrade", seconds=240)
     assert sorted(anna.items("during_a_bad_upgrade")) == expected()
     assert anna.mrcore("cluster", "check").status == 0
-
-
-def test_back_to_this_checkouts_build(operator: Operator, anna: Person) -> None:
-    """The way back is an upgrade as well; what follows is this build again."""
-    operator.make("upgrade")
-    assert "/1.1.0-" not in releases(operator)["w1"]
-    assert anna.mrcore("cluster", "check").status == 0
-    assert not any(operator.make("deploy").changed.values())
