@@ -10,10 +10,12 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sqlite3
 import tarfile
 import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +58,67 @@ def backup(settings: Settings, file: Path) -> dict[str, Any]:
         for path in file.parent.glob(f"{copy.name}*"):
             path.unlink()
         partial.unlink(missing_ok=True)
-    note = {"time": about["time"], "file": str(file.absolute())}
-    write_atomic(settings.state_dir / "last_backup.json", json.dumps(note).encode())
+    _note(settings, time=about["time"], file=str(file.absolute()))
     return {**counts, "manifests": len(manifests), "bytes": file.stat().st_size}
 
 
+def copy_to_node(settings: Settings, file: Path, node_name: str) -> Path:
+    """Keep a copy of a backup in COMPUTE_DIR/backups of a node; gives its path there. Raises ClusterFault, UsageError.
+
+    Until it is there the doctor knows that it is missing.
+    """
+    folder = settings.node(node_name).compute_dir / "backups"
+    about = (last_backup(settings.state_dir) or {}) | {"copy_to": node_name, "copied": False}
+    _note(settings, **about)
+    if settings.local:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target = folder / file.name
+        write_atomic(target, file.read_bytes(), 0o600)
+    else:
+        from mrcore.launchers import ssh
+
+        target = ssh.copy_file(settings, node_name, file, folder)
+    _note(settings, **about | {"copied": True})
+    return target
+
+
+def prune(settings: Settings, file: Path, keep: int, node_name: str | None = None) -> int:
+    """Remove all but the `keep` newest files that are named like `file` but for their numbers, in its folder, and of a
+    node's copies; `file` itself stays. Gives how many went."""
+    like = re.compile("[0-9]+".join(map(re.escape, re.split("[0-9]+", file.name))))
+
+    def surplus(found: Iterable[tuple[float, str]]) -> list[str]:
+        others = sorted((each for each in found if like.fullmatch(each[1]) and each[1] != file.name), reverse=True)
+        return [name for _, name in others[keep - 1 :]]
+
+    gone = surplus((path.stat().st_mtime, path.name) for path in file.absolute().parent.iterdir() if path.is_file())
+    for name in gone:
+        file.with_name(name).unlink(missing_ok=True)
+    if node_name is None:
+        return len(gone)
+    folder = settings.node(node_name).compute_dir / "backups"
+    if settings.local:
+        away = surplus((path.stat().st_mtime, path.name) for path in folder.iterdir() if path.is_file())
+        for name in away:
+            (folder / name).unlink(missing_ok=True)
+        return len(gone) + len(away)
+    from mrcore.launchers import ssh
+
+    place = shlex.quote(str(folder))
+    listed = ssh.run_on_node(settings, node_name, f"find {place} -maxdepth 1 -type f -printf '%T@ %f\\n'").splitlines()
+    pairs = (line.partition(" ") for line in listed)
+    if away := surplus((float(moment), name) for moment, _, name in pairs):
+        names = " ".join(shlex.quote(name) for name in away)
+        ssh.run_on_node(settings, node_name, f"cd {place} && rm -f -- {names}")
+    return len(gone) + len(away)
+
+
+def _note(settings: Settings, **about: Any) -> None:
+    write_atomic(settings.state_dir / "last_backup.json", json.dumps(about).encode())
+
+
 def last_backup(state_dir: Path) -> dict[str, Any] | None:
-    """The newest backup: time, file. None: there was none that we know of."""
+    """The newest backup: time, file, and if a copy was asked for `copy_to` (a node) and `copied`. None: none known."""
     try:
         found: dict[str, Any] = json.loads((state_dir / "last_backup.json").read_text())
     except (OSError, ValueError):

@@ -43,12 +43,23 @@ def doctor(as_json: bool) -> int:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-def backup(file: Path) -> None:
+@click.option("--copy-to", "node", metavar="NODE", help="Keep a copy on this node, in backups/ of its compute_dir.")
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="Remove older ones of such a name, here and there.")
+def backup(file: Path, node: str | None, keep: int | None) -> None:
     """Copy queue, history, ledger and manifests into one file; also while a Runner runs."""
-    from mrcore.backup import backup as write
+    from mrcore import backup as backups
 
-    counts = write(settings_in_force(), file)
+    settings = settings_in_force()
+    if node is not None:
+        settings.node(node)  # before anything is done
+    counts = backups.backup(settings, file)
     click.echo(f"{file}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
+    gone = backups.prune(settings, file, keep) if keep else 0
+    if node is not None:
+        click.echo(f"a copy is on {node}: {backups.copy_to_node(settings, file, node)}")
+        gone += backups.prune(settings, file, keep, node) if keep else 0
+    if gone:
+        click.echo(f"older ones removed: {gone}")
 
 
 @click.command()

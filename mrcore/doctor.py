@@ -219,6 +219,14 @@ def judge_backup(facts: Json) -> Iterator[Finding]:
             "`systemctl status mrcore-backup.timer mrcore-backup.service` tells why; `mrcore backup FILE` makes one",
         )
 
+    if backup and backup.get("copied") is False:
+        yield Finding(
+            f"node {backup['copy_to']}",
+            "it did not get its copy of the last backup",
+            "should the master's disk be lost now, the newest backup is lost with it",
+            f"`mrcore backup FILE --copy-to {backup['copy_to']}` tries again and tells why it fails",
+        )
+
 
 def _answered(facts: Json) -> list[tuple[str, Json]]:
     known = [(f"node {name}", answer) for name, answer in facts["nodes"].items()]
