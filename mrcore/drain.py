@@ -292,16 +292,23 @@ class _Drain:
         for page in nodes.pages(nodes.source):
             self._total_bytes = page.get("bytes", self._total_bytes)
             names = [file[0] for file in page["files"]]
-            asked = names + [renamed(name, nodes.source.name) for name in names]
-            for other in nodes.others if names else ():
-                found = nodes.crew.call(other, "taken", names=asked)
-                rooms[other.name].taken = {name for name, taken in zip(asked, found, strict=True) if taken}
+            for room in rooms.values():
+                room.taken = set()
+            self._ask(nodes, rooms, names)
+            taken = set().union(*(room.taken for room in rooms.values()))
+            self._ask(nodes, rooms, [renamed(name, nodes.source.name) for name in taken])
             moves, more = plan(page["files"], rooms, self._parts(names, nodes.source.name), nodes.source.name)
             self._left |= more
             numbers = {name: start + at for at, name in enumerate(names)}
             for step in cut(moves, STEP_FILES, STEP_BYTES):
                 self._step(nodes, page["listing"], numbers, step)
             start += len(names)
+
+    def _ask(self, nodes: _Nodes, rooms: Mapping[str, Room], names: Sequence[str]) -> None:
+        """Find out which of these names are taken, and where."""
+        for other in nodes.others if names else ():
+            found = nodes.crew.call(other, "taken", names=names)
+            rooms[other.name].taken |= {name for name, taken in zip(names, found, strict=True) if taken}
 
     def _parts(self, names: Iterable[str], node: str) -> set[str]:
         """Of these names those of committed parts on a node."""

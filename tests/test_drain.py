@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -618,6 +619,29 @@ def test_a_new_node_never_comes_back(victim: Victim, point: str) -> None:
     assert drain.drain(victim.settings, victim.node)["empty"]
     now = Counter(content for _, content in every_file(victim.settings).elements())
     assert not Counter(before.values()) - now, "what the node had is lost"
+
+
+def test_until_a_drain_that_was_cut_off_is_completed_nothing_else_begins(
+    victim: Victim, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert victim.drain("after drain@4").wait(60) == -signal.SIGKILL
+    scheduler = Scheduler(victim.settings)
+    scheduler.submit_job(victim.cluster.job(**victim.job.keys, run_once=True))
+    told: list[Any] = []
+    runner = Runner(victim.settings, report=lambda event, **facts: told.append((event, facts.get("reason"))))
+    assert runner.step(time.time()) and runner.step(time.time())
+    reason = f"a drain was cut off while it moved files of node {victim.node}: `mrcore drain {victim.node}` completes"
+    assert told[0][0] == "hold" and told[0][1].startswith(reason) and not scheduler.history()
+    for arguments in (["rm", "inputs"], ["restore", "--force", str(tmp_path / "file")]):
+        with pytest.raises(SystemExit) as ended:
+            main(["--config", str(victim.config), *arguments])
+        assert ended.value.code == 2 and reason in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--config", str(victim.config), "queue"])
+    assert f"the queue waits: {reason}" in capfd.readouterr().out
+    scheduler.delete_job(victim.job.name)
+    scheduler.store.close()
+    victim.check_at_the_end()
 
 
 def test_a_large_file_is_streamed_and_goes_on_where_it_was(victim: Victim) -> None:
