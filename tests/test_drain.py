@@ -631,7 +631,7 @@ def test_until_a_drain_that_was_cut_off_is_completed_nothing_else_begins(
     runner = Runner(victim.settings, report=lambda event, **facts: told.append((event, facts.get("reason"))))
     assert runner.step(time.time()) and runner.step(time.time())
     reason = f"a drain was cut off while it moved files of node {victim.node}: `mrcore drain {victim.node}` completes"
-    assert told[0][0] == "hold" and told[0][1].startswith(reason) and not scheduler.history()
+    assert told[0][0] == "hold" and told[0][1].startswith(reason) and not scheduler.history(victim.job.name)
     for arguments in (["rm", "inputs"], ["restore", "--force", str(tmp_path / "file")]):
         with pytest.raises(SystemExit) as ended:
             main(["--config", str(victim.config), *arguments])
