@@ -17,7 +17,7 @@ import pytest
 from conftest import wait_until
 from daemons import living, own_address
 
-from mrcore import procfs
+from mrcore import manifest, procfs
 from mrcore.config import NodeSettings, Settings
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable, UsageError
 from mrcore.job import template as job_template
@@ -103,6 +103,20 @@ def test_start_answers_and_the_end_leaves_nothing_and_both_can_be_repeated(setti
         assert_nothing_left(settings)
         assert end(settings) == 0
         assert_nothing_left(settings)
+
+
+@enders
+def test_a_committed_run_keeps_its_working_files_until_it_is_published(settings: Settings, end: Ender) -> None:
+    """A node may have been away when the others gave their parts their places; the next Runner sees to it."""
+    local.start_cluster(settings)
+    manifest.write(settings.state_dir, {"job": "wc", "run": 3})
+    for node in settings.nodes:
+        for job, run in (("wc", 2), ("wc", 3), ("other", 3)):
+            node.layout.parts_dir(job, run, 1).mkdir(parents=True)
+    end(settings)
+    for node in settings.nodes:
+        left = {str(path.relative_to(node.layout.working_dir)) for path in node.layout.working_dir.rglob("*")}
+        assert left == {"wc", "wc/3", "wc/3/1", "wc/3/1/parts"}
 
 
 def test_every_node_has_its_own_certificate_and_folder_and_a_minimal_environment(settings: Settings) -> None:
