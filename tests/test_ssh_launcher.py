@@ -302,7 +302,7 @@ def test_check_is_a_gate(running: DeployedCluster, monkeypatch: pytest.MonkeyPat
 def test_attach_goes_where_the_window_is(running: DeployedCluster) -> None:
     """The command itself is run, with another program than screen at its end: sshd, keys and terminal are real."""
     command = ssh.attach_command(running.settings, "S_10")
-    assert command[-1] == "SCREENDIR=/run/mrcore-S_10 exec screen -x S_10" and command[-2].endswith(
+    assert command[-1] == "SCREENDIR=/run/mrcore-S_10 exec screen -U -x S_10" and command[-2].endswith(
         running.nodes[1].address
     )
     said = subprocess.run([*command[:-1], "echo $NODE_FOLDER; tty"], capture_output=True, text=True, timeout=20)

@@ -154,7 +154,7 @@ def attach_command(settings: Settings, server_name: str) -> list[str]:
         "ConnectTimeout": CONNECT_SECONDS, "ServerAliveInterval": KEEPALIVE_SECONDS, "Port": server.node.ssh_port,
     }  # fmt: skip
     written = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
-    window = f"SCREENDIR=/run/mrcore-{server.name} exec screen -x {server.name}"
+    window = f"SCREENDIR=/run/mrcore-{server.name} exec screen -U -x {server.name}"
     return ["ssh", "-F", "none", "-t", *written, f"{_user(settings)}@{server.node.address}", window]
 
 
