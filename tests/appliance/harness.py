@@ -76,7 +76,7 @@ def execute(
     except subprocess.TimeoutExpired as error:
         said = b"".join(part or b"" for part in (error.stdout, error.stderr)).decode(errors="replace")
         raise CommandFailed(f"{shlex.join(command)}: not done within {timeout} s:\n{said[-3000:]}") from None
-    found = Done(done.returncode, done.stdout, done.stderr)
+    found = Done(done.returncode, done.stdout or "", done.stderr or "")
     if status is not None and found.status != status:
         tail = found.output[-4000:]
         raise CommandFailed(f"{shlex.join(command)}: ended with {found.status}, not {status}:\n{tail}")
@@ -136,6 +136,11 @@ class Machine:
         """Main process of each unit of ours on this machine; 0: it does not run."""
         names = [*self.units(), *(["mrcore-runner.service"] if self.exists("/etc/mrcore/cluster.yml") else [])]
         return {name: self.unit(name)["MainPID"] for name in names}
+
+    def daemons(self) -> list[str]:
+        """What user mrcore runs here, but for sessions of SSH and systemd."""
+        found = self.run("find /proc -maxdepth 1 -name '[0-9]*' -user mrcore -exec cat {}/comm ';'", status=None).stdout
+        return [name for name in found.split("\n") if name and not name.startswith(("sshd", "systemd", "(sd-pam"))]
 
     def nft(self, *arguments: str, stdin: str | None = None) -> str:
         """What nft prints in the machine's network; nft itself is the controller's, a bare machine has none."""
@@ -384,20 +389,22 @@ class Operator:
         number = len(list(self.logs.glob("*.log")))
         log = self.logs / f"{number:03}-{verb}.log"
         started = time.monotonic()
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "MOLECULE"))
-        }
+        others = ("MAKE", "MFLAGS", "MOLECULE")
+        kept = {name: text for name, text in os.environ.items() if not name.startswith(others) and name not in NOT_OURS}
         environment = kept | self.lab.environment() | {"ANSIBLE_NOCOLOR": "1"}
         for name in ("ANSIBLE_CONFIG", "ANSIBLE_ROLES_PATH", "ANSIBLE_FORCE_COLOR", "PYTHONPATH", "PYTEST_PLUGINS"):
             environment.pop(name, None)  # Molecule's and ours: the operator has the checkout's
-        try:
-            done = execute(command, status=status, timeout=timeout, cwd=self.project, env=environment)
-        except CommandFailed as failed:
-            log.write_text(f"$ {shlex.join(command)}\n{failed}\n")
-            raise
-        seconds = time.monotonic() - started
-        log.write_text(f"$ {shlex.join(command)}\n{done.output}\nstatus {done.status} after {seconds:.1f} s\n")
-        return Played(done, seconds)
+        with open(log, "w") as stream:
+            stream.write(f"$ {shlex.join(command)}\n")
+            stream.flush()
+            options = {"capture_output": False, "stdout": stream, "stderr": subprocess.STDOUT}
+            done = execute(command, status=None, timeout=timeout, cwd=self.project, env=environment, **options)
+            seconds = time.monotonic() - started
+            stream.write(f"status {done.status} after {seconds:.1f} s\n")
+        said = log.read_text(errors="replace")
+        if status is not None and done.status != status:
+            raise CommandFailed(f"{shlex.join(command)}: ended with {done.status}, not {status}:\n{said[-4000:]}")
+        return Played(Done(done.status, said, ""), seconds)
 
     def times(self) -> dict[str, float]:
         """The times that were measured so far."""
