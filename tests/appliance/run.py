@@ -13,6 +13,7 @@ docs/testing.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from lab import BIN, HERE, PROJECT, Lab, LabError, leftovers, require_containers
 
 SCENARIOS = ("roles", "cluster")
 NOT_HERE = 3
+STRAYS_SECONDS = 10.0  # for what is told to end, before it is killed
 
 
 class Failed(Exception):
@@ -46,11 +48,41 @@ def molecule(lab: Lab, steps: Sequence[str]) -> None:
         try:
             status = process.wait()
         except BaseException:
-            process.terminate()
+            at_peace()
+            end_strays(lab)
             process.wait()
             raise
         if status:
             raise Failed(f"scenario {lab.scenario}: molecule {step} failed; logs: {lab.folder}")
+
+
+def end_strays(lab: Lab) -> None:
+    """End what a scenario has started, wherever it has gone: Ansible's workers leave our process group."""
+    mark = f"MRCORE_LAB_PREFIX={lab.prefix}".encode()
+    ours, pid = set(), os.getpid()
+    while pid > 1:  # we ourselves, and a shell of the lab that we may have been called from
+        ours.add(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    deadline = time.monotonic() + STRAYS_SECONDS
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        while strays := [each for each in marked(mark) if each not in ours]:
+            for each in strays:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, number)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+
+
+def marked(mark: bytes) -> list[int]:
+    """Processes whose environment has this line, but for those that have ended and wait for their parent."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+    return found
 
 
 def follow(file: Path, stop: threading.Event) -> None:
