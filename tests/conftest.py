@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mrcore.config import Settings, load_settings
+from mrcore.scheduler import Scheduler
 
 
 def left_out() -> dict[str, str]:
@@ -100,3 +104,34 @@ def projects_dir(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def count_reduce(group, auxiliary_data):\n    return [(group[0][0], sum(value for _, value in group))]\n"
     )
     return folder
+
+
+@pytest.fixture
+def settings(config: Path) -> Settings:
+    """What the test module's own `config` says."""
+    return load_settings(config)
+
+
+@pytest.fixture
+def scheduler(settings: Settings) -> Iterator[Scheduler]:
+    """The queue of the test module's settings, which must be sound at the end."""
+    made = Scheduler(settings)
+    yield made
+    made.store.check()
+    made.store.close()
+
+
+@pytest.fixture
+def spawn(config: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start Runners on a stand-in for the cluster, as processes that do not outlive the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(Path(__file__).with_name("fake_cluster.py")), str(config), *arguments]
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

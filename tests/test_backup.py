@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from conftest import wait_until
 from fake_cluster import FakeCluster
 
 from mrcore import backup, cli, manifest
-from mrcore.config import Settings, load_settings
+from mrcore.config import Settings
 from mrcore.errors import UsageError
 from mrcore.runner import Runner
 from mrcore.scheduler import Scheduler
@@ -34,19 +33,6 @@ def config(home: Path, projects_dir: Path) -> Path:
     path = home.parent / "config.json"
     path.write_text(json.dumps({"projects_dir": str(projects_dir), "hold_backoff_first_seconds": 0.05}))
     return path
-
-
-@pytest.fixture
-def settings(config: Path) -> Settings:
-    return load_settings(config)
-
-
-@pytest.fixture
-def scheduler(settings: Settings) -> Iterator[Scheduler]:
-    made = Scheduler(settings)
-    yield made
-    made.store.check()
-    made.store.close()
 
 
 @pytest.fixture

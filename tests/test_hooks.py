@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,6 @@ def settings(home: Path, projects_dir: Path) -> Settings:
     tell = {key: [sys.executable, "-c", TELL, str(home / key)] for key in ("on_success", "on_failure")}
     path.write_text(json.dumps({"projects_dir": str(projects_dir), "hold_backoff_first_seconds": 0.05} | tell))
     return load_settings(path)
-
-
-@pytest.fixture
-def scheduler(settings: Settings) -> Iterator[Scheduler]:
-    made = Scheduler(settings)
-    yield made
-    made.store.check()
-    made.store.close()
 
 
 def job(name: str, does: str = "ok", **keys: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from test_scheduler import config, job, ran, scheduler, settings, spawn  # noqa: F401  fixtures
+from test_scheduler import config, job, ran  # noqa: F401  a fixture
 
 from mrcore import manifest
 from mrcore.config import load_settings
@@ -355,9 +355,9 @@ sys.exit(sum(os.waitpid(pid, 0)[1] != 0 for pid in pids))
 
 @pytest.mark.slow
 def test_fifty_submitters_and_a_thousand_jobs(
-    scheduler: Scheduler,  # noqa: F811
+    scheduler: Scheduler,
     config: Path,  # noqa: F811
-    spawn: Any,  # noqa: F811
+    spawn: Any,
 ) -> None:
     runner = spawn("--once")
     began = time.monotonic()
@@ -374,7 +374,7 @@ def test_fifty_submitters_and_a_thousand_jobs(
     assert len(scheduler.history()) == 1000
 
 
-def test_a_long_history_is_listed_quickly(scheduler: Scheduler) -> None:  # noqa: F811
+def test_a_long_history_is_listed_quickly(scheduler: Scheduler) -> None:
     store = scheduler.store
     scheduler.submit_jobs([job(f"j{n}", run_once=False) for n in range(100)])
     with store.change():

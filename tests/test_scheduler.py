@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ import pytest
 from conftest import wait_until
 from fake_cluster import FakeCluster, ran
 
-from mrcore.config import Settings, load_settings, watch_settings
+from mrcore.config import Settings, watch_settings
 from mrcore.errors import UsageError
 from mrcore.paths import write_atomic
 from mrcore.runner import Doorbell, Runner, pick
 from mrcore.scheduler import Scheduler
 
-FAKE = Path(__file__).with_name("fake_cluster.py")
 BEHAVIOURS = ("ok", "fail", "bug", "down", "wait", "stubborn", "die", "die_after_commit", "half")
 
 
@@ -37,34 +35,6 @@ def config(home: Path, projects_dir: Path) -> Path:
     path = home.parent / "config.json"
     path.write_text(json.dumps(settings))
     return path
-
-
-@pytest.fixture
-def settings(config: Path) -> Settings:
-    return load_settings(config)
-
-
-@pytest.fixture
-def scheduler(settings: Settings) -> Iterator[Scheduler]:
-    made = Scheduler(settings)
-    yield made
-    made.store.check()
-    made.store.close()
-
-
-@pytest.fixture
-def spawn(config: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(FAKE), str(config), *arguments]
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def job(name: str, does: str = "ok", **keys: Any) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from conftest import wait_until
 from fake_cluster import FakeCluster
 
 from mrcore import cli, procfs, scripts
-from mrcore.config import Settings, load_settings
+from mrcore.config import Settings
 from mrcore.runner import Runner
 from mrcore.scheduler import Scheduler
 
-RUNNER = Path(__file__).with_name("fake_cluster.py")
 # A script with a child, a detached grandchild and a daemon that has wiped its environment; all tell their pids.
 FAMILY = """
 import os, signal, sys, time
@@ -62,34 +60,6 @@ def config(home: Path, projects_dir: Path) -> Path:
     path = home.parent / "config.json"
     path.write_text(json.dumps({"hold_backoff_first_seconds": 0.05, "projects_dir": str(projects_dir)}))
     return path
-
-
-@pytest.fixture
-def settings(config: Path) -> Settings:
-    return load_settings(config)
-
-
-@pytest.fixture
-def scheduler(settings: Settings) -> Iterator[Scheduler]:
-    made = Scheduler(settings)
-    yield made
-    made.store.check()
-    made.store.close()
-
-
-@pytest.fixture
-def spawn(config: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(RUNNER), str(config), *arguments]
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def once(settings: Settings) -> dict[str, int]:
