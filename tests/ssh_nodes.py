@@ -58,6 +58,8 @@ class Node:
         self.start_sshd()
 
     def start_sshd(self) -> None:
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where no sshd was ever started by the system
         (self.folder / "sshd_config").write_text(
             SSHD_CONFIG.format(address=self.address, port=self.ssh_port, folder=self.folder)
         )

@@ -74,6 +74,7 @@ def states(rows: list[dict[str, Any]]) -> dict[str, str]:
 ALL = ["agent@w1", "agent@w2", "S_0@w1", "S_1@w1", "S_10@w2", "S_11@w2"]
 
 
+@pytest.mark.slow
 def test_start_stop_kill_and_status_may_be_repeated(deployed: DeployedCluster) -> None:
     settings = deployed.settings
     assert states(ssh.status(settings)) == dict.fromkeys(ALL, "absent")
@@ -176,6 +177,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda each: each.__name__)
 def test_a_node_that_fails_is_named_with_the_cause_and_the_others_go_on(
     fault: Any, deployed: DeployedCluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
