@@ -5,8 +5,8 @@ PY := .venv/bin/python
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
-export INVENTORY NODE DATA PURGE CONFIRM PROJECT ARGS
-.PHONY: help demo test test-quick test-appliance check bench setup clean appliance deploy start stop kill status push-project wheels
+export INVENTORY NODE DATA PURGE CONFIRM PROJECT CA ARGS
+.PHONY: help demo test test-quick test-appliance check bench setup clean appliance deploy start stop kill status push-project wheels add-node remove-node upgrade rotate-certs doctor collect-logs reset
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -71,4 +71,25 @@ push-project: appliance ## bring projects/PROJECT to the master of INVENTORY=
 	@scripts/play.sh $@
 
 wheels: appliance ## collect the wheels of projects/PROJECT/requirements.txt for the machines of INVENTORY=
+	@scripts/play.sh $@
+
+add-node: appliance ## take NODE=, which is in the inventory, into the cluster that runs
+	@scripts/play.sh $@
+
+remove-node: appliance ## take NODE= out for good, also a dead one; DATA=move or DATA=abandon when it holds data
+	@scripts/play.sh $@
+
+upgrade: appliance ## bring the cluster to this checkout, node by node, with a health check and a way back
+	@scripts/play.sh $@
+
+rotate-certs: appliance ## new keys and certificates for all machines; CA=yes: a new authority too
+	@scripts/play.sh $@
+
+doctor: appliance ## find what is wrong or soon will be, and say what to type; changes nothing
+	@scripts/play.sh $@
+
+collect-logs: appliance ## one archive with logs and states of all machines, without secrets
+	@scripts/play.sh $@
+
+reset: appliance ## take the cluster off its machines; CONFIRM= its name; data stay unless PURGE=yes
 	@scripts/play.sh $@

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs one playbook for make:  scripts/play.sh VERB
 #
-# INVENTORY names a folder of inventory/ or any path. NODE, DATA, PURGE, CONFIRM and PROJECT become the variables mrcore_node
+# INVENTORY names a folder of inventory/ or any path. NODE, DATA, PURGE, CONFIRM, PROJECT and CA become the variables mrcore_node
 # and so on; ARGS is passed as it is. The same by hand:  .venv/bin/ansible-playbook -i inventory/prod ansible/VERB.yml
 set -eu
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ fi
 export LC_ALL="${LC_ALL:-C.UTF-8}" # Ansible refuses to start without UTF-8
 
 set --
-for each in NODE DATA PURGE CONFIRM PROJECT; do
+for each in NODE DATA PURGE CONFIRM PROJECT CA; do
     eval "value=\${$each:-}"
     name=mrcore_$(echo "$each" | tr '[:upper:]' '[:lower:]')
     if [ -n "$value" ]; then set -- "$@" --extra-vars "$name='$value'"; fi

@@ -76,12 +76,13 @@ VARIABLES: dict[str, Variable] = {
     "certificate_days": Variable(365, "a number from 2 to 3650", _integer(2, 3650)),
     "certificate_renew_days": Variable(30, "a number from 1 to 3650", _integer(1, 3650)),
     "max_clock_skew_seconds": Variable(60, "a number from 1 to 3600", _integer(1, 3600)),
+    "upgrade_wait_seconds": Variable(300, "a number from 0 to 86400", _integer(0, 86400)),
     "backup_calendar": Variable("daily", "a time as systemd writes it (daily, *-*-* 03:00)", _text),
     "backup_keep": Variable(14, "a number from 1 to 1000", _integer(1, 1000)),
     "backup_copy_to": Variable(None, "the name of a node", lambda v: v is None or isinstance(v, str)),
 }  # fmt: skip
-# Given on the command line by the verbs that need them: NODE=, DATA=, PURGE=, CONFIRM=, PROJECT= of make.
-OF_THE_COMMAND_LINE = ("node", "data", "purge", "confirm", "project")
+# Given on the command line by the verbs that need them: NODE=, DATA=, PURGE=, CONFIRM=, PROJECT=, CA= of make, or -e.
+OF_THE_COMMAND_LINE = ("node", "data", "purge", "confirm", "project", "ca", "json", "output_dir")
 OF_MRCORE = {"cluster_name", "user", "home", "state_dir", "pki_dir", "logs_dir", "projects_dir", "nodes", "local"}
 
 
@@ -402,6 +403,12 @@ def mrcore_files(folder: str) -> dict[str, list[str]]:
     return found
 
 
+def mrcore_list(folder: str, name: str) -> list[str]:
+    """A list that the controller keeps beside the authority: denied.json (serials), removed.json (nodes)."""
+    file = Path(folder) / name
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+
+
 def mrcore_release(root: str) -> str:
     """The release that this checkout is; see scripts/wheelhouse.py."""
     file = Path(root) / "scripts/wheelhouse.py"
@@ -418,5 +425,5 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
         ours = (mrcore_cluster, mrcore_machines, mrcore_numbering, mrcore_serial, mrcore_known_hosts, mrcore_release)
-        ours += (mrcore_nodes, mrcore_places, mrcore_authority, mrcore_files)
+        ours += (mrcore_list, mrcore_nodes, mrcore_places, mrcore_authority, mrcore_files)
         return {function.__name__: function for function in ours}
