@@ -16,8 +16,10 @@ have done their work and succeeds afterwards.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Protocol
 
 SECTIONS = ("What you see", "What it means", "What to type", "How you know that it worked")
-BLOCK_SECONDS = 900.0  # a first deploy on slow machines
+BLOCK_SECONDS = 1800.0  # a first deploy on slow machines
 PAUSE_SECONDS = 0.5
 _PLACE = r"controller|[a-z][a-z0-9-]*@[a-z][a-z0-9-]*"
 _OPTIONS = re.compile(rf"({_PLACE})(?: exit (\d+))?(?: within (\d+) s)?( by hand)?")
@@ -164,11 +166,14 @@ def _block(info: str, code: str, source: str, section: str) -> Block | None:
 
 
 def _told(block: Block, paragraph: str) -> None:
-    """A browser does not show who types a block, so the line above it must say so."""
+    """A browser does not show what stands after the fence, so the text above must say it as well."""
     user, at, machine = block.place.partition("@")
-    for word in [user, machine] if at else [user]:
+    words = [user, machine] if at else [user]
+    words += [f"status {block.exit_status}"] if block.exit_status else []
+    words += ["(?:seconds?|minutes?|until)"] if block.within_seconds else []
+    for word in words:
         if not re.search(rf"\b{word}\b", paragraph):
-            raise Unreadable(f"{block.source}: the text above does not say {word!r}, where the block is typed")
+            raise Unreadable(f"{block.source}: the text above does not say {word!r}, as the fence does")
 
 
 def substituted(block: Block, names: Mapping[str, str]) -> Block:
@@ -182,6 +187,11 @@ def substituted(block: Block, names: Mapping[str, str]) -> Block:
         return pattern.sub(lambda found: names[found[0]], text)
 
     return replace(block, text=swap(block.text), output=swap(block.output), file=swap(block.file))
+
+
+def once(block: Block) -> Block:
+    """The same block without patience."""
+    return replace(block, within_seconds=0.0)
 
 
 def execute(blocks: Sequence[Block], places: Mapping[str, Place], names: Mapping[str, str] | None = None) -> None:
@@ -237,6 +247,7 @@ class Shell:
     folder: str = "."
     quoted: bool = False
     environment: Mapping[str, str] | None = field(default=None, repr=False)
+    log: Path | None = None
 
     def run(self, script: str, timeout_seconds: float = BLOCK_SECONDS) -> tuple[int, str]:
         """Execute a script of bash that ends at its first failing command."""
@@ -245,18 +256,27 @@ class Shell:
         command = ["bash", "-lc" if self.prefix else "-c", whole]  # our own environment is as it should be
         if self.quoted:
             command = [shlex.join(command)]
+        process = subprocess.Popen(
+            [*self.prefix, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [*self.prefix, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=timeout_seconds,
-                env=self.environment,
-            )
-        except subprocess.TimeoutExpired as error:
-            return -1, (error.stdout or b"").decode(errors="replace") + f"\nnot done after {timeout_seconds:.0f} s"
-        output, mark, folder = done.stdout.decode(errors="replace").rpartition(_MARK)
+            printed, status = process.communicate(timeout=timeout_seconds)[0], process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            printed, status = process.communicate()[0] + f"\nnot done after {timeout_seconds:.0f} s".encode(), -1
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if self.log:
+            with self.log.open("ab") as log:
+                log.write(f"\n$ {' '.join(self.prefix)} status {status}\n{script}\n".encode() + printed)
+        output, mark, folder = printed.decode(errors="replace").rpartition(_MARK)
         if mark:
             self.folder = folder
-        return done.returncode, output if mark else folder
+        return status, output if mark else folder
