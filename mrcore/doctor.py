@@ -196,6 +196,13 @@ def judge_queue(facts: Json) -> Iterator[Finding]:
             "no job starts until the cause is mended; then it goes on by itself",
             "mend the cause; `mrcore resume` has it try at once",
         )
+    if queue["drain"]:
+        yield Finding(
+            "queue",
+            f"it waits: {queue['drain']}",
+            "no job starts until then",
+            "wait for the drain's end, or, if it was cut off, repeat it",
+        )
     if queue["paused"]:
         yield Finding("queue", "it is paused", "no further job starts", "`mrcore resume` ends the pause")
     if not queue["runner"] and (queue["jobs"] or not facts["master"]["local"]):

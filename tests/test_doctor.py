@@ -35,7 +35,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "master": master | {"backup": {"time": NOW - DAY, "file": "/b"}},
         "nodes": {"w1": node("w1"), "w2": node("w2")},
         "servers": {"S_0": node("w1"), "S_1": node("w2"), "S_2": node("w2")},
-        "queue": {"paused": False, "hold": None, "runner": True, "jobs": 0},
+        "queue": {"paused": False, "hold": None, "drain": None, "runner": True, "jobs": 0},
     }
     return well | changes
 
@@ -115,6 +115,7 @@ def test_the_queue() -> None:
     queue = facts()["queue"]
     assert "node w2 was lost" in only(judge(facts(queue=queue | {"hold": {"reason": "node w2 was lost"}}))).what
     assert "mrcore resume" in only(judge(facts(queue=queue | {"paused": True}))).do
+    assert "a drain was cut off" in only(judge(facts(queue=queue | {"drain": "a drain was cut off"}))).what
     found = only(judge(facts(queue=queue | {"runner": False, "jobs": 3})))
     assert "3 jobs wait" in found.means and "mrcore-runner" in found.do
 
