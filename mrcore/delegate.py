@@ -36,6 +36,16 @@ def is_needed(settings: Settings) -> bool:
         ) from None
 
 
+def insist(settings: Settings) -> Settings:
+    """Give the settings back. Raises UsageError for a Python program that another user runs, also root."""
+    if is_needed(settings):
+        raise UsageError(
+            f"this queue belongs to user {settings.user}, for whom what others write there would be closed: run the "
+            f"program as that user (`sudo -u {settings.user} …`), or call the command `mrcore`, which does so by itself"
+        )
+    return settings
+
+
 def hand_over(settings: Settings, arguments: Sequence[str], standard_input: bytes | None = None) -> NoReturn:
     """Become `mrcore ARGUMENTS` as the settings' user. Raises UsageError when the caller may not."""
     sudo = shutil.which("sudo")

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mrcore import backup, manifest, scripts
+from mrcore import backup, delegate, manifest, scripts
 from mrcore.config import Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError
 from mrcore.hooks import Hooks
@@ -117,7 +117,7 @@ class Runner:
         self, settings: Settings | None = None, manage_cluster: Any = None, report: Callable[..., None] | None = None,
         fresh: Callable[[], Settings] | None = None,
     ) -> None:  # fmt: skip
-        self.settings = settings or load_settings()
+        self.settings = delegate.insist(settings or load_settings())
         self._fresh, self._unfit = fresh or (lambda: self.settings), self.settings
         self.store = Store(self.settings.state_dir)
         self.report = report or (lambda event, **facts: None)

@@ -31,7 +31,7 @@ class Scheduler:
     """Puts jobs into the queue, takes them out, and tells about them."""
 
     def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or load_settings()
+        self.settings = delegate.insist(settings or load_settings())
         self.store = Store(self.settings.state_dir)
         self._doorbell = Doorbell(self.settings.state_dir)
 

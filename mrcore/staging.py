@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mrcore.access import blocked
 from mrcore.errors import ClusterFault, JobFault, Refused
 from mrcore.paths import PARTIAL, remove_tree
 
@@ -52,10 +53,14 @@ def inside(folder: Path, name: str) -> Path:
 def walk(folder: Path, name: str = "") -> Iterator[tuple[File, int]]:
     """Give every file below `folder`, or `folder`/`name`, with its inode, in order, but for what ends in `.partial`.
 
-    Raises JobFault for a symbolic link, or what else is no plain file, and for a name that is not UTF-8.
+    Raises JobFault for a symbolic link, or what else is no plain file, for one that we may not read, for a name that is
+    not UTF-8.
     """
     path = folder / name if name else folder
     status = path.lstat()
+    plain = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
+    if plain and not os.access(path, os.R_OK, effective_ids=True):  # before the first file is sent
+        raise JobFault(blocked(path) or f"{path} cannot be read")
     if stat.S_ISDIR(status.st_mode):
         with os.scandir(path) as entries:
             names = sorted(entry.name for entry in entries)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from mrcore.access import blocked
-from mrcore.errors import UsageError
+from mrcore.errors import JobFault, UsageError
 from mrcore.job import validate
+from mrcore.staging import walk
+from mrcore.usercode import project_hash
 
 
 @pytest.fixture
@@ -103,3 +105,19 @@ def test_all_blocked_paths_of_a_job_are_told_at_once(open_folder: Path, as_nobod
         validate({"job_type": "script", "job_name": "t", "script_location": str(private / "s.py")}, "projects")
     private.chmod(0o755)
     assert validate(job | {"transfer_type": "upload", "job_priority": 1, "input_dir": str(private)}, "projects")
+
+
+@pytest.mark.parametrize(("name", "mode"), [("file", 0o200), ("folder/", 0o300)])
+def test_a_transfer_names_what_it_may_not_read_inside_its_folder(
+    open_folder: Path, as_nobody: None, name: str, mode: int
+) -> None:
+    make(open_folder, "a", 0o644)
+    path = make(open_folder, name, mode)
+    with pytest.raises(JobFault, match=f"user .* may not read {path} "):
+        list(walk(open_folder))
+
+
+def test_a_project_file_that_may_not_be_read_is_named(open_folder: Path, as_nobody: None) -> None:
+    path = make(open_folder, "helper.py", 0o200)
+    with pytest.raises(JobFault, match=f"project file: user .* may not read {path} "):
+        project_hash(open_folder)

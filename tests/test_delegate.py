@@ -16,6 +16,9 @@ from people import TOP, People
 
 from mrcore import cli, delegate
 from mrcore.config import Settings, load_settings
+from mrcore.errors import UsageError
+from mrcore.runner import Runner
+from mrcore.scheduler import Scheduler
 
 SETTINGS = {
     "user": "mrcore",
@@ -177,3 +180,10 @@ def test_what_is_called(
     assert arguments[:4] == ["-n", "-u", "daemon", "--"]
     assert arguments[5:] == ["--config", str(settings.home / "cluster.json"), "queue", "--json"]
     assert Path(arguments[4]).name == "mrcore"
+
+
+@pytest.mark.parametrize("kind", [Scheduler, Runner])
+def test_a_python_program_of_another_user_is_refused(settings: Settings, kind: type) -> None:
+    with pytest.raises(UsageError, match=r"belongs to user daemon.*sudo -u daemon"):
+        kind(settings)
+    assert not settings.state_dir.exists()
