@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_fit_machines_and_what_wheels_they_need() -> None:
 @pytest.mark.parametrize(
     ("result", "sentence"),
     [
-        ({"unreachable": True, "msg": "no route\nto host"}, r"Host w2 cannot be reached \(no route to host\): mend"),
+        ({"unreachable": True, "msg": "Task failed: no route\nto host"}, r"Host w2 cannot be reached \(no route to host\): mend"),
         ({"rc": 127, "stdout": "", "stderr": "sh: not found"}, "Host w2 has no /usr/bin/python3: install python3"),
         ({"rc": 1, "msg": "Missing sudo password", "stdout": ""}, "Host w2 let nothing be run as root"),
         (probe(os_id="ubuntu", os_version="22.04"), "Host w2 runs ubuntu 22.04: mrcore needs Debian 12, Debian 13, Ub"),
@@ -363,3 +364,100 @@ def test_an_inventory_that_is_not_there_is_answered_with_what_to_do(tmp_path: Pa
     assert status == 2 and "    cp -r inventory/sample inventory/prod\n" in said and "inventory/prod/hosts.yml" in said
     status, said = play(tmp_path, "deploy")
     assert status == 2 and "make deploy INVENTORY=prod" in said
+
+
+# ---- scripts that are run on machines
+
+
+def test_the_probe_tells_what_preflight_reads(tmp_path: Path) -> None:
+    asked = {
+        "address": "127.0.0.1",
+        "compute_dir": str(tmp_path / "not/yet"),
+        "ports": [],
+        "users": ["root", "nobody-x"],
+    }
+    command = [sys.executable, "-c", (PROJECT / "roles/common/files/probe.py").read_text(), "0", json.dumps(asked)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert set(found) == set(json.loads(probe()["stdout"].splitlines()[1]))
+    assert found["skew_seconds"] > 1e9 and found["python"] == list(sys.version_info[:3])
+    assert found["unknown_users"] == ["nobody-x"] and found["address_is_here"] is True
+    assert found["disk_free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
+
+
+SYSTEMCTL = """#!/bin/sh
+cat <<'END'
+Id=mrcore-agent.service
+ActiveState=active
+ExecMainStartTimestamp=@1000
+
+Id=mrcore-server@S_1.service
+ActiveState=active
+ExecMainStartTimestamp=@1000
+
+Id=mrcore-server@S_2.service
+ActiveState=inactive
+ExecMainStartTimestamp=
+END
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "stale"),
+    [
+        ("", []),
+        ("specs/agent.json", ["mrcore-agent.service"]),
+        ("specs/S_1.json", ["mrcore-server@S_1.service"]),
+        ("specs/S_2.json", []),
+        ("units/mrcore-server@.service", ["mrcore-server@S_1.service"]),
+        ("current", ["mrcore-agent.service", "mrcore-server@S_1.service"]),
+    ],
+)
+def test_daemons_that_are_older_than_what_they_are_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], written: str, stale: list[str]
+) -> None:
+    names = ["specs/agent.json", "specs/S_1.json", "specs/S_2.json", "current"]
+    for name in [*names, "units/mrcore-agent.service", "units/mrcore-server@.service"]:
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        os.utime(file, (2000, 2000) if name == written else (900, 900))
+    (tmp_path / "systemctl").write_text(SYSTEMCTL)
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    script: Any = module("roles/mrcore_node/files/stale.py")
+    script.UNITS, script.SPECS, script.RELEASE = tmp_path / "units", tmp_path / "specs", tmp_path / "current"
+    script.main()
+    assert capsys.readouterr().out.split() == stale
+
+
+RULES = {
+    "nftables": [
+        {"chain": {"family": "inet", "table": "mrcore", "name": "input", "hook": "input", "policy": "accept"}},
+        {"rule": {"family": "inet", "table": "mrcore", "chain": "input", "expr": [{"drop": None}]}},
+        {"chain": {"family": "ip", "table": "filter", "name": "INPUT", "hook": "input", "policy": "drop"}},
+        {"chain": {"family": "inet", "table": "other", "name": "in", "hook": "input", "policy": "accept"}},
+        {"rule": {"family": "inet", "table": "other", "chain": "in", "expr": [{"accept": None}]}},
+    ]
+}
+
+
+def test_what_blocks_is_named_and_our_own_table_is_not(tmp_path: Path) -> None:
+    text = (PROJECT / "roles/firewall/files/blockers.py").read_text().replace("/usr/sbin:", f"{tmp_path}:", 1)
+    for name, script in (("nft", f"cat <<'END'\n{json.dumps(RULES)}\nEND\n"), ("ufw", "echo Status: active\n")):
+        (tmp_path / name).write_text("#!/bin/sh\n" + script)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (
+        "ufw is active (ufw allow from MEMBER to any port PORT proto tcp); "
+        "chain INPUT of table ip filter drops packets (nft list table ip filter)"
+    )
+
+
+def test_who_does_not_answer_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        open_port = server.getsockname()[1]
+        places = [["w1", "127.0.0.1", open_port], ["w2", "127.0.0.1", 1]]
+        text = (PROJECT / "roles/firewall/files/reach.py").read_text()
+        command = [sys.executable, "-c", text, json.dumps(places)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "w2 (127.0.0.1 port 1: Connection refused)"

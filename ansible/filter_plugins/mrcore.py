@@ -242,6 +242,7 @@ def _version(text: str) -> tuple[int, ...]:
 def _said(name: str, result: Json, python: str) -> tuple[Json, str | None]:
     """The answer of one host, or the sentence about why there is none."""
     reason = " ".join(str(result.get("msg") or result.get("stderr") or "").split())[:300]
+    reason = reason.removeprefix("Task failed: ")
     if result.get("unreachable"):
         return {}, f"Host {name} cannot be reached ({reason}): mend its SSH access, or take it out of the inventory."
     lines = [line for line in str(result.get("stdout", "")).splitlines() if line.startswith("{")]

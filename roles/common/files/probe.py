@@ -80,4 +80,5 @@ def main():
     )
 
 
-main()
+if __name__ == "__main__":
+    main()

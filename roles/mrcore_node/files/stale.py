@@ -30,4 +30,5 @@ def main():
                 print(unit["Id"])
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
