@@ -158,7 +158,7 @@ def test_fit_machines_and_what_wheels_they_need() -> None:
 @pytest.mark.parametrize(
     ("result", "sentence"),
     [
-        ({"unreachable": True, "msg": "Task failed: no route\nto host"}, r"Host w2 cannot be reached \(no route to host\): mend"),
+        ({"unreachable": True, "msg": "Task failed: no\nroute"}, r"Host w2 cannot be reached \(no route\): mend"),
         ({"rc": 127, "stdout": "", "stderr": "sh: not found"}, "Host w2 has no /usr/bin/python3: install python3"),
         ({"rc": 1, "msg": "Missing sudo password", "stdout": ""}, "Host w2 let nothing be run as root"),
         (probe(os_id="ubuntu", os_version="22.04"), "Host w2 runs ubuntu 22.04: mrcore needs Debian 12, Debian 13, Ub"),
