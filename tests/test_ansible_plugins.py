@@ -66,6 +66,14 @@ def machines(authority: str = "", release: str | None = "1.0.0-aaaaaaaa", **chan
 # ---- inventories
 
 
+def test_a_number_of_the_command_line_comes_as_text() -> None:
+    given = {"mrcore_upgrade_wait_seconds": "3"}
+    found = cluster(m1=given, w1=given, w2=given)
+    assert (found["faults"], found["upgrade_wait_seconds"]) == ([], 3)
+    bad = {"mrcore_upgrade_wait_seconds": "3 s"}
+    assert "mrcore_upgrade_wait_seconds of m1 is '3 s'" in " ".join(cluster(m1=bad, w1=bad, w2=bad)["faults"])
+
+
 def test_a_good_inventory_has_its_defaults() -> None:
     found = cluster(w2={"mrcore_servers": 5, "ansible_port": "2222"}, m1={"mrcore_users": []})
     assert found["faults"] == []
