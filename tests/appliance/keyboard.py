@@ -19,7 +19,7 @@ from runbook import Block, Shell, execute
 
 GIT = "https://git.example.org/mrcore.git"  # what the documents say
 CLUSTER_NET = "10.0.0"
-NOT_OURS = ("MAKE", "MFLAGS", "MOLECULE", "ANSIBLE_CONFIG", "ANSIBLE_ROLES", "VIRTUAL_ENV", "PYTEST_", "PYTHON")
+NOT_OURS = ("MAKE", "MFLAGS", "MOLECULE", "ANSIBLE_", "VIRTUAL_ENV", "PYTEST_", "PYTHON", "PY_COLORS")
 
 
 @dataclass
@@ -107,7 +107,9 @@ def _environment(lab: Lab) -> Mapping[str, str]:
     )
     programs = lab.folder / "bin"
     programs.mkdir(exist_ok=True)
-    kept = {name: value for name, value in (os.environ | lab.environment()).items() if not name.startswith(NOT_OURS)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
+    ours = lab.environment()
+    kept |= {name: value for name, value in ours.items() if name not in ("PYTHONPATH", "PYTEST_PLUGINS")}
     kept["PATH"] = os.pathsep.join(each for each in kept["PATH"].split(os.pathsep) if ".venv" not in each)
     for name in ("ssh", "scp", "sftp"):
         real = shutil.which(name, path=kept["PATH"])
