@@ -45,7 +45,10 @@ def other_program(cluster: Cluster) -> None:
 
 def soon_expired(cluster: Cluster) -> None:
     """Certificates are good for 20 more days."""
-    cluster.type("controller", 'make rotate-certs INVENTORY=prod ARGS="-e mrcore_certificate_days=20"')
+    cluster.type(
+        "controller",
+        'make rotate-certs INVENTORY=prod ARGS="-e mrcore_certificate_days=20 -e mrcore_certificate_renew_days=10"',
+    )
 
 
 def no_archive(cluster: Cluster) -> None:
