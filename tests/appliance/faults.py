@@ -146,8 +146,10 @@ def joined(cluster: Cluster) -> None:
     """w3 is a node that holds data."""
     assert "w3" in cluster.type("anna@m1", "mrcore cluster status"), "the page add-node comes first"
     cluster.type("anna@m1", "mrcore submit upload.yml count.yml")
-    done = "test $(mrcore history word_count --json | grep -c succeeded) -gt 1"
-    wait_until(lambda: cluster.places["anna@m1"].run(done)[0] == 0, 120, "input and output lie on w3 too")
+    holds = "mrcore drain w3 --list"
+    wait_until(lambda: cluster.places["anna@m1"].run(holds)[0] == 1, 120, "input lies on w3 too")
+    idle = "! mrcore queue | grep word_count"
+    wait_until(lambda: cluster.places["anna@m1"].run(idle)[0] == 0, 120, "the count over three nodes is done")
 
 
 def certificate_copied(cluster: Cluster) -> None:
