@@ -74,7 +74,7 @@ class Lab:
             "PATH": path,
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(HERE),
-            "PYTEST_PLUGINS": "fixtures",
+            "PYTEST_PLUGINS": "living_cluster",
             "MRCORE_LAB": str(self.folder),
             "MRCORE_LAB_PREFIX": self.prefix,
             "MRCORE_LAB_NET": self.net,

@@ -1,4 +1,4 @@
-"""The living cluster of the scenario, for proofs: a plugin of pytest that the lab's environment names.
+"""Fixtures of the living cluster, for proofs: a plugin of pytest that the lab's environment names.
 
 No conftest.py: pytest would take it for the one of tests/.
 """
