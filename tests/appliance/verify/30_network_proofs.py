@@ -7,7 +7,7 @@ import re
 import socket
 
 import pytest
-from harness import AGENT_PORT, SERVER_PORT, Machine, Operator, Person
+from harness import AGENT_PORT, SERVER_PORT, Machine, Operator, Person, wait_until
 
 MEMBERS = ("m1", "w1", "w2")
 
@@ -34,13 +34,28 @@ def test_it_is_the_firewall_that_keeps_strangers_out(operator: Operator, target:
     assert not operator.machine("outsider").reaches(machine.address, AGENT_PORT)
 
 
-def test_ipv6_is_closed_as_well(w1: Machine) -> None:
-    """Our table is of the family inet, and strangers are dropped after both kinds of addresses."""
-    table = w1.nft("list", "table", "inet", "mrcore")
-    assert str(AGENT_PORT) in table and re.search(r"chain members \{[^}]*drop\s*\}", table), table
-    listening = w1.text("ss -Htln")
-    for port in (AGENT_PORT, SERVER_PORT):
-        assert f"[::]:{port}" not in listening and f"*:{port}" not in listening
+LISTEN = """import selectors, socket
+chosen = selectors.DefaultSelector()
+for port in {ports}:
+    listener = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=False)
+    chosen.register(listener, selectors.EVENT_READ)
+while True:
+    for key, _ in chosen.select():
+        key.fileobj.accept()[0].close()
+"""
+
+
+def test_ipv6_is_closed_as_well(w1: Machine, outsider: Machine) -> None:
+    """Our daemons listen on IPv4 here; something that listens on the same ports over IPv6 is out of reach, too."""
+    ports, free = [AGENT_PORT, SERVER_PORT, SERVER_PORT + 1], 45999
+    w1.write("/root/listen.py", LISTEN.format(ports=[*ports, free]))
+    address = w1.text("ip -6 -o address show dev eth0 scope link").split()[3].split("/")[0]
+    w1.run("systemd-run --quiet --unit=listen python3 /root/listen.py")
+    try:
+        wait_until(lambda: outsider.reaches(f"{address}%eth0", free), 20, "the free port answers over IPv6")
+        assert [port for port in ports if outsider.reaches(f"{address}%eth0", port)] == []
+    finally:
+        w1.run("systemctl stop listen; rm /root/listen.py")
 
 
 def test_a_rule_of_another_tool_that_blocks_is_named(operator: Operator, w1: Machine, w2: Machine) -> None:
