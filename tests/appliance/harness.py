@@ -129,8 +129,9 @@ class Machine:
         return sorted(name.removesuffix(".json") for name in listed if name.startswith("S_"))
 
     def units(self) -> list[str]:
-        """This node's units: the agent's and one for each server."""
-        return ["mrcore-agent.service", *(f"mrcore-server@{name}.service" for name in self.servers())]
+        """This machine's daemons: the agent's unit and one for each server; none on a master that is no node."""
+        agent = ["mrcore-agent.service"] if self.exists("/etc/mrcore/daemons/agent.json") else []
+        return [*agent, *(f"mrcore-server@{name}.service" for name in self.servers())]
 
     def pids(self) -> dict[str, str]:
         """Main process of each unit of ours on this machine; 0: it does not run."""
