@@ -15,7 +15,7 @@ SKIPPED = {".git", ".venv", ".mrcore", "bench", "build", "__pycache__"}
 def checkout(folder: Path, version: str, wire: int | None = None, broken: bool = False) -> Path:
     """A copy of what is in this checkout, as another version.
 
-    `wire`: another wire version, which the present one does not speak. `broken`: its cluster servers end at once.
+    `wire`: another wire version, which the present one does not speak. `broken`: its node agents end at once.
     """
     shutil.rmtree(folder, ignore_errors=True)
     listed = ["git", "-C", str(PROJECT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -30,7 +30,11 @@ def checkout(folder: Path, version: str, wire: int | None = None, broken: bool =
     package.write_text(text)
     project = folder / "pyproject.toml"
     project.write_text(re.sub(r'^version = ".*"', f'version = "{version}"', project.read_text(), flags=re.MULTILINE))
-    if broken:
-        server = folder / "mrcore/cluster_server.py"
-        server.write_text(server.read_text() + '\nraise SystemExit("this build does not start")\n')
+    if broken:  # where it says that it is ready: it can be imported, and does not run
+        agent = folder / "mrcore/node_agent.py"
+        text, count = re.subn(
+            r"procfs\.announce_ready\(\)", "raise SystemExit('this build does not start')", agent.read_text()
+        )
+        assert count == 1, "the place to break is gone"
+        agent.write_text(text)
     return folder
