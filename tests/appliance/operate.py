@@ -64,7 +64,7 @@ def deploy(operator: Operator, *arguments: str) -> None:
 def prove(operator: Operator, folder: str) -> int:
     """Run pytest on a folder of proofs; what it prints goes to a file, which run.py shows as it grows."""
     files = sorted(str(path) for path in (HERE / folder).glob("*_proofs.py"))
-    command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "--timeout=2700", *files]
+    command = [sys.executable, "-m", "pytest", "-v", "--maxfail=5", "-p", "no:cacheprovider", "--timeout=2700", *files]
     with open(operator.lab.folder / "proofs.log", "a") as log:
         return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
 
