@@ -127,6 +127,13 @@ def test_doctor_tells_a_changed_host_key_from_other_trouble() -> None:
     assert [("intrusion" in each["do"], "w2" in each["what"]) for each in found] == [(False, True), (True, True)]
 
 
+def test_a_silent_node_is_told_of_once() -> None:
+    away = {"name": "w1", "address": "10.0.0.21", "status": 255, "errors": "ssh: no route"}
+    results = {"m1": {"facts": healthy(ssh=[away])}, "w1": {"unreachable": True, "msg": "no route"}}
+    (found,) = doctor.findings(CLUSTER, results, "prod")
+    assert found["where"] == "w1"
+
+
 def test_doctor_tells_of_machines_that_do_not_answer_and_of_a_program_that_does_not_work() -> None:
     (found,) = doctor.findings(CLUSTER, {"w1": {"unreachable": True, "msg": "Failed:\nno route"}}, "prod")
     assert (found["where"], found["what"]) == ("w1", "does not answer: no route")

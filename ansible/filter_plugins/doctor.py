@@ -146,8 +146,8 @@ def housekeeping(facts: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tupl
 def master_to_nodes(facts: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """The master reaches the units of all nodes over SSH with strict host keys."""
     for found in facts["ssh"]:
-        if found["status"] == 0:
-            continue
+        if found["status"] == 0 or found["name"] in wanted["silent"]:
+            continue  # a silent node is told of by itself
         what = f"SSH from here to {found['name']} ({found['address']}) fails: {last_line(found['errors'])}"
         if "REMOTE HOST IDENTIFICATION" in found["errors"] or "key verification failed" in found["errors"].lower():
             means = "the node has another host key than at the last deploy: reinstalled, or somebody is in between"
@@ -178,6 +178,7 @@ def findings(cluster: dict[str, Any], results: dict[str, dict[str, Any]], invent
         "release": master["release"]["current"] if master else None,
         "renew_days": cluster["certificate_renew_days"],
         "skew_seconds": cluster["max_clock_skew_seconds"],
+        "silent": [name for name, result in results.items() if "facts" not in result],
     }
     found = []
     for name, result in results.items():
