@@ -11,6 +11,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -76,6 +77,7 @@ class Lab:
             "PYTHONPATH": str(HERE),
             "PYTEST_PLUGINS": "living_cluster",
             "MRCORE_LAB": str(self.folder),
+            "MOLECULE_EPHEMERAL_DIRECTORY": str(self.folder / "molecule"),  # what it remembers of these machines
             "MRCORE_LAB_PREFIX": self.prefix,
             "MRCORE_LAB_NET": self.net,
             "MRCORE_LAB_SCENARIO": self.scenario,
@@ -103,11 +105,12 @@ class Lab:
                     known.add(package)
 
     def remove(self) -> None:
-        """Take away containers, network and the connections to them. May be repeated."""
+        """Take away containers, network, the connections to them and what Molecule knows of them. May be repeated."""
         for name in self.containers():
             podman("rm", "--force", "--time", "0", "--volumes", name, may_fail=True)
         if _own_net(f"{self.prefix}net"):
             podman("network", "rm", "--force", f"{self.prefix}net")
+        shutil.rmtree(self.folder / "molecule", ignore_errors=True)
         sockets = Path(f"/tmp/{self.prefix}ssh")
         for socket in sockets.glob("*") if sockets.is_dir() else ():
             subprocess.run(["ssh", "-S", str(socket), "-O", "exit", "nobody"], capture_output=True, check=False)
