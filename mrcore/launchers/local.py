@@ -108,8 +108,8 @@ def start_cluster(settings: Settings) -> list[Json]:
         except BaseException:
             _kill(settings.home, owners)
             for daemon in missing:
-                daemon.record.unlink(missing_ok=True)
-                daemon.record.with_suffix(".server.json").unlink(missing_ok=True)
+                for record in daemon.record.parent.glob(f"{daemon.name}.*"):  # half-written ones of the killed, too
+                    record.unlink(missing_ok=True)
             raise
     return status(settings)
 
