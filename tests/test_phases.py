@@ -147,7 +147,7 @@ def test_any_losses_leave_every_bundle_mapped_once_and_every_partition_reduced_o
     cluster = Cluster(attempt, rng)
     for server in attempt.servers:
         attempt.server_up(server)
-    lost = 0  # bounded: at a high rate a task with many bundles would be lost again and again until its tries are used up
+    lost = 0  # bounded: at a high rate a task with many bundles could use up all its tries
     for _ in range(5000):
         cluster.obey()
         if attempt.finished or attempt.fault:
