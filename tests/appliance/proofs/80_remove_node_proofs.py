@@ -11,12 +11,19 @@ from mrcore.errors import Refused, Unreachable
 from mrcore.rpc.client import Client
 from mrcore.rpc.tls import Pki
 
+FILES = 30  # so many that each of three nodes holds some of them
+FOLDER = "/var/lib/mrcore/compute/cluster/many"
+
 
 def test_a_node_that_holds_data_is_not_removed(operator: Operator, w3: Machine, anna: Person) -> None:
-    assert anna.items("on_w3"), "w3 holds the output of a job"
+    anna.run(f"mkdir -p /var/tmp/many; for n in $(seq {FILES}); do echo word $n >/var/tmp/many/$n; done")
+    job = {"job_name": "many", "job_type": "file_transfer", "transfer_type": "upload_bulk", "run_once": True}
+    anna.submit(job | {"project_name": "word_count", "input_dir": "/var/tmp/many", "output_dir": "many"})
+    anna.finished("many")
+    assert w3.text(f"ls {FOLDER}"), "w3 holds some"
     before = w3.pids()
     said = " ".join(operator.make("remove-node", NODE="w3", status=2).output.split())
-    assert "DATA=move" in said and "DATA=abandon" in said and "on_w3" in said, said
+    assert "w3 holds" in said and "DATA=move" in said and "DATA=abandon" in said, said
     assert w3.pids() == before
 
 
@@ -29,7 +36,9 @@ def test_its_data_is_moved_and_it_can_no_longer_connect(
     played = operator.make("remove-node", NODE="w3", DATA="move")
     operator.note_time("remove a node, its data moved", played.seconds)
     assert {machine.name: machine.pids() for machine in (w1, w2)} == before
-    assert sorted(anna.items("on_w3")) == items, "the output has another place, and is the same"
+    assert sorted(anna.items("on_w3")) == items, "output that lay there has another place, and is the same"
+    files = [name for machine in (w1, w2) for name in machine.text(f"ls {FOLDER}").split()]
+    assert sorted(files, key=int) == [str(number) for number in range(1, FILES + 1)], "each is somewhere, once"
     assert "w3" not in anna.mrcore("cluster", "status").stdout
     assert not w3.reaches(w1.address, AGENT_PORT), "the firewall"
     w1.nft("delete", "table", "inet", "mrcore")
