@@ -67,9 +67,10 @@ def machines(authority: str = "", release: str | None = "1.0.0-aaaaaaaa", **chan
 
 
 def test_a_number_of_the_command_line_comes_as_text() -> None:
-    given = {"mrcore_upgrade_wait_seconds": "3"}
+    given = {"mrcore_upgrade_wait_seconds": "3", "mrcore_certificate_days": "20", "mrcore_cluster_name": "7"}
     found = cluster(m1=given, w1=given, w2=given)
     assert (found["faults"], found["upgrade_wait_seconds"]) == ([], 3)
+    assert (found["certificate_days"], found["cluster_name"]) == (20, "7")
     bad = {"mrcore_upgrade_wait_seconds": "3 s"}
     assert "mrcore_upgrade_wait_seconds of m1 is '3 s'" in " ".join(cluster(m1=bad, w1=bad, w2=bad)["faults"])
 

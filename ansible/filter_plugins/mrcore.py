@@ -83,7 +83,6 @@ VARIABLES: dict[str, Variable] = {
 }  # fmt: skip
 # Given on the command line by the verbs that need them: NODE=, DATA=, PURGE=, CONFIRM=, PROJECT=, CA= of make, or -e.
 OF_THE_COMMAND_LINE = ("node", "data", "purge", "confirm", "project", "ca", "json", "output_dir")
-NUMBERS_OF_THE_COMMAND_LINE = ("upgrade_wait_seconds",)  # which -e gives as text
 OF_MRCORE = {"cluster_name", "user", "home", "state_dir", "pki_dir", "logs_dir", "projects_dir", "nodes", "local"}
 
 
@@ -152,8 +151,8 @@ def _host(name: str, given: Mapping[str, Any]) -> tuple[Json, list[str]]:
     for key, variable in VARIABLES.items():
         value = given.get(f"mrcore_{key}", variable.default)
         value = _derived(key, given) if value is None else value
-        if key in NUMBERS_OF_THE_COMMAND_LINE and isinstance(value, str) and value.isdecimal():
-            value = int(value)
+        if isinstance(value, str) and value.isdecimal() and not variable.accepts(value):
+            value = int(value)  # -e gives numbers as text
         values[key] = None
         if key == "cluster_ip" and value is None:
             faults.append(
