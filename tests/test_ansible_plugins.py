@@ -67,10 +67,10 @@ def machines(authority: str = "", release: str | None = "1.0.0-aaaaaaaa", **chan
 
 
 def test_a_number_of_the_command_line_comes_as_text() -> None:
-    given = {"mrcore_upgrade_wait_seconds": "3", "mrcore_certificate_days": "20", "mrcore_cluster_name": "7"}
+    given = {"mrcore_upgrade_wait_seconds": "3", "mrcore_certificate_days": "90", "mrcore_cluster_name": "7"}
     found = cluster(m1=given, w1=given, w2=given)
     assert (found["faults"], found["upgrade_wait_seconds"]) == ([], 3)
-    assert (found["certificate_days"], found["cluster_name"]) == (20, "7")
+    assert (found["certificate_days"], found["cluster_name"]) == (90, "7")
     bad = {"mrcore_upgrade_wait_seconds": "3 s"}
     assert "mrcore_upgrade_wait_seconds of m1 is '3 s'" in " ".join(cluster(m1=bad, w1=bad, w2=bad)["faults"])
 
@@ -104,7 +104,7 @@ def test_one_machine_may_be_both() -> None:
         ({"w2": {"mrcore_cluster_ip": "10.0.0.300"}}, "mrcore_cluster_ip of w2 is '10.0.0.300': it must be an IP"),
         ({"m1": {"mrcore_servrs": 3}}, "Unknown variable mrcore_servrs: did you mean mrcore_servers"),
         ({"m1": {"mrcore_zzzzzz": 3}}, "Unknown variable mrcore_zzzzzz: see inventory/sample"),
-        ({"w1": {"mrcore_servers": "3"}}, "mrcore_servers of w1 is '3': it must be a number from 1 to 64"),
+        ({"w1": {"mrcore_servers": "3x"}}, "mrcore_servers of w1 is '3x': it must be a number from 1 to 64"),
         ({"w1": {"mrcore_servers": True}}, "mrcore_servers of w1 is True"),
         ({"w1": {"mrcore_compute_dir": "data"}}, "mrcore_compute_dir of w1 is 'data': it must be an absolute path"),
         ({"w1": {"mrcore_agent_port": 23457}}, "Ports of w1 collide"),
