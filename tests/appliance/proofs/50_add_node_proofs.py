@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness import Machine, Operator, Person, wait_until
+from operate import FOREIGN_RULES
 
 
 def test_add_node_leaves_the_others_processes(
@@ -35,6 +36,7 @@ def test_a_node_that_reboots_comes_back_by_itself(w2: Machine, anna: Person) -> 
     anna.submit(job)
     wait_until(lambda: "w2" in anna.mrcore("queue", status=None).output, 90, "the queue says that it waits for w2")
     w2.start()
+    w2.nft("-f", "-", stdin=FOREIGN_RULES)  # the neighbours come back as well; a container's network begins empty
     wait_until(lambda: all(int(pid) > 0 for pid in w2.pids().values()), 60, "its agent and servers run again")
     anna.finished("on_w2")
     assert sorted(anna.items("on_w2")) == [["again", 1], ["back", 1]]
