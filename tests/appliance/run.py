@@ -147,7 +147,10 @@ def interrupt(number: int, frame: object) -> NoReturn:
 def inventories() -> None:
     """Inventories that are wrong in themselves: no machine is needed. Raises Failed."""
     files = sorted(str(path) for path in (HERE / "inventories").glob("*_proofs.py"))
-    if subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "-q", *files], cwd=PROJECT).returncode:
+    environment = os.environ | {"PYTHONPATH": str(HERE)}  # where the proofs' helpers are
+    if subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "2", "-q", *files], cwd=PROJECT, env=environment
+    ).returncode:
         raise Failed("bad inventories: see above")
 
 

@@ -251,7 +251,8 @@ class Shell:
 
     def run(self, script: str, timeout_seconds: float = BLOCK_SECONDS) -> tuple[int, str]:
         """Execute a script of bash that ends at its first failing command."""
-        whole = f"cd {shlex.quote(self.folder)} || exit\nset -eo pipefail\n"
+        whole = "exec 2>&1\n"  # podman exec would bring the two streams one after the other, as it likes
+        whole += f"cd {shlex.quote(self.folder)} || exit\nset -eo pipefail\n"
         whole += f'trap \'printf "{_MARK}%s" "$PWD"\' EXIT\n{script}'
         command = ["bash", "-lc" if self.prefix else "-c", whole]  # our own environment is as it should be
         if self.quoted:
