@@ -66,7 +66,10 @@ def prove(operator: Operator, folder: str) -> int:
     files = sorted(str(path) for path in (HERE / folder).glob("*_proofs.py"))
     command = [sys.executable, "-m", "pytest", "-v", "--maxfail=5", "-p", "no:cacheprovider", "--timeout=2700", *files]
     with open(operator.lab.folder / "proofs.log", "a") as log:
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if status == 0:
+        (operator.lab.folder / f"{folder}.proved").touch()
+    return status
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from lab import BIN, HERE, PROJECT, Lab, LabError, leftovers, require_containers, require_image
 
 SCENARIOS = ("roles", "cluster")
@@ -106,7 +107,8 @@ def scenario(name: str, steps: Sequence[str]) -> None:
     started = time.monotonic()
     if not steps:
         lab.remove()  # what a run that was killed left
-        for old in (*lab.folder.glob("*.log"), *lab.folder.glob("logs/*.log"), lab.folder / "times.json"):
+        known = ("*.log", "logs/*.log", "*.proved", "times.json")
+        for old in (path for pattern in known for path in lab.folder.glob(pattern)):
             old.unlink(missing_ok=True)
     lab.folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
@@ -121,10 +123,20 @@ def scenario(name: str, steps: Sequence[str]) -> None:
             at_peace()
             lab.keep_packages()
             lab.remove()
+    left_out = [] if steps else [step for step in side_effects(lab) if not (lab.folder / f"{step}.proved").exists()]
+    if left_out:
+        raise Failed(f"scenario {name}: Molecule left out the proofs of {', '.join(left_out)}")
     times = lab.folder / "times.json"
     print(f"appliance: scenario {name} passed in {time.monotonic() - started:.0f} s")
     for what, seconds in (json.loads(times.read_text()) if times.exists() else {}).items():
         print(f"  {seconds:>8.1f} s  {what}")
+
+
+def side_effects(lab: Lab) -> list[str]:
+    """The folders of proofs that the scenario's sequence has as side effects."""
+    text = (HERE / "molecule" / lab.scenario / "molecule.yml").read_text()
+    words = [step.split() for step in yaml.safe_load(text)["scenario"]["test_sequence"]]
+    return [each[1].removesuffix(".yml") for each in words if each[0] == "side_effect"]
 
 
 def at_peace() -> None:
