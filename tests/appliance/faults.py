@@ -15,7 +15,7 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from harness import Person, wait_until
+from harness import ADDRESSES, Person, wait_until
 from keyboard import Cluster, create
 from lab import podman
 
@@ -114,6 +114,9 @@ def master_wiped(cluster: Cluster) -> None:
     before = known.read_text()
     create(cluster.lab)
     known.write_text(before)  # the operator's ssh knows the former machine's host key
+    address = f"{cluster.lab.net}.{ADDRESSES['m1']}"
+    answers = f"ssh-keyscan -t ed25519 {address} 2>/dev/null | grep --quiet ed25519"
+    wait_until(lambda: cluster.places["controller"].run(answers)[0] == 0, 120, "the new machine's sshd answers")
 
 
 def authority_gone(cluster: Cluster) -> None:
