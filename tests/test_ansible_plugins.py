@@ -52,7 +52,7 @@ def probe(**changes: Any) -> dict[str, Any]:
     found = {
         "skew_seconds": 0.3, "python": [3, 11, 2], "os_id": "debian", "os_version": "12", "systemd": True,
         "machine": "x86_64", "glibc": "2.36", "disk_free_bytes": 50 << 30, "address_is_here": True, "ports_taken": [],
-        "unknown_users": [], "release": None, "authority": "",
+        "unknown_users": [], "release": None, "configured": True, "authority": "",
     }  # fmt: skip
     return {"rc": 0, "stdout": "a banner\n" + json.dumps(found | changes) + "\n"}
 
@@ -199,6 +199,11 @@ def test_the_masters_disk_is_not_looked_at() -> None:
 
 def test_another_release_passes_where_it_may() -> None:
     assert machines(release=None, w2=probe(release="1.0.0-bbbbbbbb"))["faults"] == []
+
+
+def test_a_first_deploy_that_was_cut_off_goes_on_with_another_release() -> None:
+    """The master is configured last: before that nothing runs, and `make upgrade` has nothing to upgrade."""
+    assert machines(m1=probe(configured=False), w2=probe(release="1.0.0-bbbbbbbb"))["faults"] == []
 
 
 def block(content: str) -> str:

@@ -215,9 +215,13 @@ def mrcore_machines(results: Mapping[str, Json], cluster: Json, authority: str, 
     """Judge what probe.py said on each host: {"faults": sentences, "targets": what wheels must be made for}.
 
     `results`: what the probe's task gave, by host. `authority`: the controller's bundle of CA certificates, "" before
-    there is one. `release`: the one that a host may run; None for any.
+    there is one. `release`: the one that a host may run; None for any. A first deploy that ended before it came to the
+    master leaves nothing that runs: it may go on with another release.
     """
     faults, minors, targets = [], {}, {}  # type: ignore[var-annotated]
+    master, _ = _said(cluster["master"], results.get(cluster["master"], {}), "")  # not there with --limit
+    if not master.get("configured", True):
+        release = None
     for name, result in results.items():
         host = cluster["hosts"][name]
         found, trouble = _said(name, result, host["python"])

@@ -74,6 +74,7 @@ def main():
                 "ports_taken": taken,
                 "unknown_users": [name for name in asked["users"] if not has_account(name)],
                 "release": os.path.basename(os.readlink("/opt/mrcore/current")) if deployed else None,
+                "configured": os.path.exists("/etc/mrcore/cluster.yml"),
                 "authority": text_of("/etc/mrcore/pki/ca.crt"),
             }
         )
