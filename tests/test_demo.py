@@ -58,7 +58,9 @@ def start(home: Path, source: Path) -> subprocess.Popen[str]:
         "text": True,
         "start_new_session": True,
     }
-    return subprocess.Popen([*command, "--address", address], **pipes)  # type: ignore[call-overload, no-any-return]
+    # Tests that a shell runs in the background ignore Ctrl-C, and what they start would inherit that.
+    heeding = ["env", "--default-signal=INT"]
+    return subprocess.Popen([*heeding, *command, "--address", address], **pipes)  # type: ignore[call-overload, no-any-return]
 
 
 def left_over(home: Path) -> list[str]:
