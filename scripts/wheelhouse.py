@@ -13,6 +13,7 @@ come from is pip's configuration.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -124,10 +125,18 @@ def build(args: argparse.Namespace) -> dict[str, object]:
     house = ROOT / ".mrcore/wheelhouse" / f"{release}-cp{args.python.replace('.', '')}-{args.machine}"
     archive = house.with_name(house.name + ".tar")
     answer: dict[str, object] = {"release": release, "folder": str(house), "archive": str(archive), "changed": False}
-    if is_whole(house, args.glibc) and archive.exists():
-        return answer
-    chosen = interpreter(args.python)
     house.parent.mkdir(parents=True, exist_ok=True)
+    with (house.parent / ".lock").open("w") as lock:  # one checkout may deploy two clusters at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_whole(house, args.glibc) and archive.exists():
+            return answer
+        make(args, house, archive)
+    return answer | {"changed": True}
+
+
+def make(args: argparse.Namespace, house: Path, archive: Path) -> None:
+    """Make it anew; it is there all at once, its archive first."""
+    chosen = interpreter(args.python)
     with tempfile.TemporaryDirectory(dir=house.parent, prefix="making-") as name:
         work = Path(name)
         run([chosen, "-m", "venv", str(work / "venv")])
@@ -146,7 +155,6 @@ def build(args: argparse.Namespace) -> dict[str, object]:
         os.replace(partial, archive)
         shutil.rmtree(house, ignore_errors=True)
         os.replace(wheels, house)
-    return answer | {"changed": True}
 
 
 def project(args: argparse.Namespace) -> dict[str, object]:

@@ -99,9 +99,10 @@ class Lab:
         for name in self.containers():
             listed = podman("exec", name, "ls", "/var/cache/apt/archives", may_fail=True).split()
             for package in {each for each in listed if each.endswith(".deb")} - known:
-                podman("cp", f"{name}:/var/cache/apt/archives/{package}", str(cache / f".{package}"), may_fail=True)
-                if (cache / f".{package}").exists():
-                    (cache / f".{package}").rename(cache / package)
+                partial = cache / f".{self.scenario}-{package}"  # another lab may bring the same one now
+                podman("cp", f"{name}:/var/cache/apt/archives/{package}", str(partial), may_fail=True)
+                if partial.exists():
+                    partial.rename(cache / package)
                     known.add(package)
 
     def remove(self) -> None:

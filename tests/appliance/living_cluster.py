@@ -5,6 +5,8 @@ No conftest.py: pytest would take it for the one of tests/.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from harness import Machine, Operator, Person
 from lab import Lab
@@ -12,7 +14,7 @@ from lab import Lab
 
 @pytest.fixture(scope="session")
 def lab() -> Lab:
-    return Lab.of("cluster")
+    return Lab.of(os.environ["MRCORE_LAB_SCENARIO"])
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
-"""Runs the appliance's tests: the image, the two Molecule scenarios, bad inventories; and takes all of it away again.
+"""Runs the appliance's tests: bad inventories, the image, the Molecule scenarios; and takes all of it away again.
 
-    tests/appliance/run.py                        everything
+    tests/appliance/run.py                        everything, two scenarios at a time
+    tests/appliance/run.py scenarios              without the bad inventories
     tests/appliance/run.py cluster                one scenario
     tests/appliance/run.py cluster create prepare converge     some of its steps; the machines stay
     tests/appliance/run.py cluster shell          a shell in which molecule, podman and proofs know this lab
-    tests/appliance/run.py clean                  remove the machines of both scenarios
+    tests/appliance/run.py clean                  remove the machines of all scenarios
 
 Exit status: 0, 1 (something failed), 130 (interrupted), 3: it could not run here (no rights, no containers). See
 docs/testing.md.
@@ -28,7 +29,9 @@ from typing import NoReturn
 import yaml
 from lab import BIN, HERE, PROJECT, Lab, LabError, leftovers, require_containers, require_image
 
-SCENARIOS = ("roles", "cluster")
+# Each lane one after the other, the lanes beside one another: Ansible waits for machines half of the time.
+LANES = (("cluster",), ("roles", "documents"))
+SCENARIOS = tuple(each for lane in LANES for each in lane)
 NOT_HERE = 3
 STRAYS_SECONDS = 10.0  # for what is told to end, before it is killed
 
@@ -180,7 +183,7 @@ def with_rights(arguments: Sequence[str]) -> int | None:
 
 def not_here(reason: str) -> int:
     """Say plainly what was not run. With CI=true that is a failure."""
-    what = "the Molecule scenarios roles and cluster (deployment, security, upgrade and all other proofs on machines)"
+    what = f"the Molecule scenarios {', '.join(SCENARIOS)} (deployment, security, upgrade: all proofs on machines)"
     print(f"\nappliance: NOT RUN: {what}.\nappliance: {reason}", file=sys.stderr)
     if file := os.environ.get("MRCORE_NOT_RUN"):  # of scripts/test.sh, which says it again at its end
         with open(file, "a") as stream:
@@ -191,7 +194,7 @@ def not_here(reason: str) -> int:
 def main() -> int:
     """Do what the arguments say; give the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenario", nargs="?", choices=[*SCENARIOS, "inventories", "clean"])
+    parser.add_argument("scenario", nargs="?", choices=[*SCENARIOS, "scenarios", "inventories", "clean"])
     parser.add_argument("steps", nargs="*", help="steps of Molecule, or shell")
     chosen = parser.parse_args()
     ready_for_signals()
@@ -200,12 +203,12 @@ def main() -> int:
             inventories()
             if chosen.scenario:
                 return 0
-        status = with_rights(sys.argv[1:] if chosen.scenario else ["roles"])
+        status = with_rights(sys.argv[1:] or ["scenarios"])
         if status is None:
-            return as_root(chosen.scenario, chosen.steps)
+            return as_root(chosen.scenario or "scenarios", chosen.steps)
         if status == NOT_HERE:
             return not_here("Containers need root: run it as root, or let sudo work without a password.")
-        return status or (0 if chosen.scenario else with_rights(["cluster"]) or 0)
+        return status
     except (Failed, LabError, subprocess.TimeoutExpired) as error:
         print(f"appliance: {error}", file=sys.stderr)
         return 1
@@ -214,8 +217,8 @@ def main() -> int:
         return 130
 
 
-def as_root(name: str | None, steps: Sequence[str]) -> int:
-    """Run the scenarios, with the rights to."""
+def as_root(name: str, steps: Sequence[str]) -> int:
+    """Run one scenario, or all, with the rights to."""
     if name == "clean":
         for each in SCENARIOS:
             Lab.of(each).remove()
@@ -225,18 +228,60 @@ def as_root(name: str | None, steps: Sequence[str]) -> int:
         require_containers()
     except (LabError, OSError) as error:
         return not_here(f"Containers do not start here: {error}")
-    if name and list(steps) == ["shell"]:
+    if list(steps) == ["shell"]:
         lab = Lab.of(name)
         shell = os.environ.get("SHELL", "/bin/sh")
         return subprocess.run([shell], cwd=PROJECT, env=os.environ | lab.environment()).returncode
-    for each in [name] if name else SCENARIOS:
-        scenario(each, steps)
-        ready_for_signals()
-    if not steps:
-        left = leftovers([Lab.of(each).prefix for each in SCENARIOS])
-        if left:
-            raise Failed(f"left behind: {', '.join(left)}")
+    if name == "scenarios":
+        all_scenarios()
+        return 0
+    scenario(name, steps)
+    if not steps and (left := leftovers([Lab.of(name).prefix])):
+        raise Failed(f"left behind: {', '.join(left)}")
     return 0
+
+
+def all_scenarios() -> None:
+    """Run all lanes; what a scenario prints is shown with its name before it. Raises Failed when all have ended."""
+    running: dict[str, subprocess.Popen[str]] = {}
+    statuses: dict[str, int] = {}
+    stopping = threading.Event()
+
+    def drive(lane: Sequence[str]) -> None:
+        for name in lane:
+            if stopping.is_set():
+                return
+            process = subprocess.Popen(
+                [sys.executable, __file__, name],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                start_new_session=True,  # Ctrl-C comes to us, and we tell each once
+            )  # fmt: skip
+            running[name] = process
+            if stopping.is_set():
+                process.terminate()
+            assert process.stdout is not None
+            for line in process.stdout:
+                sys.stdout.write(f"{name:<9} | {line}")
+                sys.stdout.flush()
+            statuses[name] = process.wait()
+
+    threads = [threading.Thread(target=drive, args=(lane,)) for lane in LANES]
+    for each in threads:
+        each.start()
+    try:
+        for each in threads:
+            each.join()
+    except BaseException:
+        at_peace()
+        stopping.set()
+        for process in list(running.values()):
+            if process.poll() is None:
+                process.terminate()
+        for each in threads:
+            each.join()
+        raise
+    if failed := [name for name in SCENARIOS if statuses.get(name) != 0]:
+        raise Failed(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
