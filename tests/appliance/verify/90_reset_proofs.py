@@ -34,6 +34,8 @@ def test_reset_leaves_data_ssh_and_foreign_rules(operator: Operator, m1: Machine
     assert m1.text(f"python3 -c {shlex.quote(PAUSED)}") == "false", "the next deploy's queue goes on"
 
 
-def test_reset_with_purge_removes_the_data_as_well(operator: Operator, w1: Machine) -> None:
+def test_reset_with_purge_removes_the_data_as_well(operator: Operator, m1: Machine, w1: Machine) -> None:
     operator.make("reset", CONFIRM="mrcore", PURGE="yes")
-    assert not w1.exists("/var/lib/mrcore/compute/cluster")
+    for machine in (m1, w1):
+        assert machine.text("ls -d /*/mrcore /var/*/mrcore /etc/*/mrcore* 2>/dev/null || true") == ""
+        assert machine.text("find / -xdev '(' -nouser -o -nogroup ')' -not -path '/proc/*'") == "", "accounts are gone"
