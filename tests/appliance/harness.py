@@ -29,7 +29,7 @@ from lab import BIN, PROJECT, Lab, podman
 
 ADDRESSES = {"m1": 11, "w1": 21, "w2": 22, "w3": 23, "outsider": 99}
 AGENT_PORT, SERVER_PORT = 45678, 23456
-NOT_OURS = {"INVENTORY", "NODE", "DATA", "PURGE", "CONFIRM", "PROJECT", "ARGS"}  # of the make that runs the tests
+NOT_OURS = {"INVENTORY", "NODE", "DATA", "PURGE", "CONFIRM", "PROJECT", "CA", "ARGS"}  # of the make that runs the tests
 RECAP = re.compile(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>()][0-9A-Za-z]?")
 
@@ -376,30 +376,52 @@ class Operator:
 
         `status` is 0, or 2 for a run that has to fail: make knows no other.
         """
+        return self._play(verb, self._command(verb, variables), status, timeout)
+
+    def cut_off(self, verb: str, moment: str, timeout: float = 300, **variables: str) -> None:
+        """Type the same, and kill make and Ansible when they print `moment`, the name of a play or task."""
+        log = self._log(verb)
+        with open(log, "w") as stream:
+            process = subprocess.Popen(
+                self._command(verb, variables), cwd=self.project, env=self._environment(),
+                stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        try:
+            wait_until(lambda: process.poll() is not None or f"[{moment}]" in log.read_text(), timeout, moment)
+            assert process.poll() is None, f"it ended before {moment}:\n{log.read_text()[-3000:]}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _command(self, verb: str, variables: dict[str, str]) -> list[str]:
         words = [f"{name}={value}" for name, value in variables.items()]
-        command = ["make", "--no-print-directory", verb, f"INVENTORY={self.folder}", *words]
-        return self._play(verb, command, status, timeout)
+        return ["make", "--no-print-directory", verb, f"INVENTORY={self.folder}", *words]
 
     def playbook(self, verb: str, *arguments: str, status: int | None = 0, timeout: float = 2400) -> Played:
         """The same by `ansible-playbook` typed by hand; `verb` as the file is called."""
         command = [str(BIN / "ansible-playbook"), "-i", str(self.folder), f"ansible/{verb}.yml", *arguments]
         return self._play(verb, command, status, timeout)
 
-    def _play(self, verb: str, command: Sequence[str], status: int | None, timeout: float) -> Played:
+    def _log(self, verb: str) -> Path:
         self.logs.mkdir(parents=True, exist_ok=True)
-        number = len(list(self.logs.glob("*.log")))
-        log = self.logs / f"{number:03}-{verb}.log"
-        started = time.monotonic()
+        return self.logs / f"{len(list(self.logs.glob('*.log'))):03}-{verb}.log"
+
+    def _environment(self) -> dict[str, str]:
         others = ("MAKE", "MFLAGS", "MOLECULE")
         kept = {name: text for name, text in os.environ.items() if not name.startswith(others) and name not in NOT_OURS}
         environment = kept | self.lab.environment() | {"ANSIBLE_NOCOLOR": "1"}
         for name in ("ANSIBLE_CONFIG", "ANSIBLE_ROLES_PATH", "ANSIBLE_FORCE_COLOR", "PYTHONPATH", "PYTEST_PLUGINS"):
             environment.pop(name, None)  # Molecule's and ours: the operator has the checkout's
+        return environment
+
+    def _play(self, verb: str, command: Sequence[str], status: int | None, timeout: float) -> Played:
+        log, started = self._log(verb), time.monotonic()
         with open(log, "w") as stream:
             stream.write(f"$ {shlex.join(command)}\n")
             stream.flush()
             options = {"capture_output": False, "stdout": stream, "stderr": subprocess.STDOUT}
-            done = execute(command, status=None, timeout=timeout, cwd=self.project, env=environment, **options)
+            done = execute(command, status=None, timeout=timeout, cwd=self.project, env=self._environment(), **options)
             seconds = time.monotonic() - started
             stream.write(f"status {done.status} after {seconds:.1f} s\n")
         said = log.read_text(errors="replace")

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+import waiting
 from checkouts import checkout
 from harness import Machine, Operator, Person, wait_until
-from lab import HERE, Lab
+from lab import Lab
 
-NODES = ("w1", "w2")
-LINES = 40
 WAIT = ("--extra-vars", "mrcore_upgrade_wait_seconds=3")  # for a run to end by itself, which ours does not
 
 
-def slow_job(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"job_name": name, "job_type": "mapreduce", "project_name": "slow", "run_once": True}
-    return found | {"input_dirs": ["/var/tmp/slow"], "map_function_name": "slowly"}
-
-
 def releases(operator: Operator) -> dict[str, str]:
-    return {name: operator.machine(name).text("readlink -f /opt/mrcore/current") for name in ("m1", *NODES)}
-
-
-def hold(operator: Operator) -> None:
-    """From now on the function waits."""
-    for name in NODES:
-        operator.machine(name).run("rm -f /var/tmp/go")
-
-
-def let_go(operator: Operator) -> None:
-    for name in NODES:
-        operator.machine(name).run("touch /var/tmp/go")
+    return {name: operator.machine(name).text("readlink -f /opt/mrcore/current") for name in ("m1", *waiting.NODES)}
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +27,7 @@ def bad(lab: Lab) -> Operator:
 
 @pytest.fixture(scope="module", autouse=True)
 def inputs(operator: Operator, anna: Person) -> None:
-    anna.bring(HERE / "projects/slow", "/srv/mrcore/projects")
-    for name in NODES:
-        lines = "".join(f"{name} {number}\n" for number in range(LINES))
-        operator.machine(name).write("/var/tmp/slow/text", lines)
-
-
-def expected() -> list[list[Any]]:
-    return sorted([f"{name} {number}", 1] for name in NODES for number in range(LINES))
+    waiting.bring(operator, anna)
 
 
 def test_deploy_refuses_another_build(upgraded: Operator, operator: Operator) -> None:
@@ -64,17 +38,17 @@ def test_deploy_refuses_another_build(upgraded: Operator, operator: Operator) ->
 
 def test_an_upgrade_in_mid_job_loses_no_job(upgraded: Operator, operator: Operator, anna: Person, m1: Machine) -> None:
     before, names = releases(operator), ("slow_0", "slow_1", "slow_2")
-    hold(operator)
-    anna.submit(*(slow_job(name) for name in names))
+    waiting.hold(operator)
+    anna.submit(*(waiting.job(name) for name in names))
     wait_until(lambda: any(row["state"] == "running" for row in anna.runs("slow_0")), 60, "the first job runs")
     played = upgraded.playbook("upgrade", *WAIT)
     operator.note_time("upgrade of two nodes and the master, with a job under way", played.seconds)
     after = releases(operator)
     assert len(set(after.values())) == 1 and "/1.1.0-" in after["w1"] and after != before, after
-    let_go(operator)
+    waiting.let_go(operator)
     for name in names:
         anna.finished(name, seconds=240)
-        assert sorted(anna.items(name)) == expected()
+        assert sorted(anna.items(name)) == waiting.expected()
         states = [row["state"] for row in anna.runs(name)]
         assert states.count("succeeded") == 1 and set(states) <= {"succeeded", "handed back"}, states
     assert "handed back" in [row["state"] for row in anna.runs("slow_0")], "it was in mid-job"
@@ -85,15 +59,15 @@ def test_an_upgrade_in_mid_job_loses_no_job(upgraded: Operator, operator: Operat
 
 def test_a_build_that_does_not_start_stops_and_is_rolled_back(bad: Operator, operator: Operator, anna: Person) -> None:
     before = releases(operator)
-    hold(operator)
-    anna.submit(slow_job("during_a_bad_upgrade"))
+    waiting.hold(operator)
+    anna.submit(waiting.job("during_a_bad_upgrade"))
     wait_until(lambda: anna.runs("during_a_bad_upgrade"), 60, "the job runs")
     played = bad.playbook("upgrade", *WAIT, status=None)
     assert played.done.status != 0
     said = " ".join(played.output.split())
     assert "w1" in said and "back on the release before" in said, played.output[-3000:]
     assert releases(operator) == before
-    let_go(operator)
+    waiting.let_go(operator)
     anna.finished("during_a_bad_upgrade", seconds=240)
-    assert sorted(anna.items("during_a_bad_upgrade")) == expected()
+    assert sorted(anna.items("during_a_bad_upgrade")) == waiting.expected()
     anna.mrcore("cluster", "check")
