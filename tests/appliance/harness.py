@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 from lab import BIN, PROJECT, Lab, podman
 
-ADDRESSES = {"m1": 11, "w1": 21, "w2": 22, "w3": 23, "outsider": 99}
+ADDRESSES = {"this": 11, "m1": 11, "w1": 21, "w2": 22, "w3": 23, "outsider": 99}  # last numbers
 AGENT_PORT, SERVER_PORT = 45678, 23456
 NOT_OURS = {"INVENTORY", "NODE", "DATA", "PURGE", "CONFIRM", "PROJECT", "CA", "ARGS"}  # of the make that runs the tests
 RECAP = re.compile(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
@@ -376,14 +376,20 @@ class Operator:
 
         `status` is 0, or 2 for a run that has to fail: make knows no other.
         """
-        return self._play(verb, self._command(verb, variables), status, timeout)
+        words = [f"{name}={value}" for name, value in variables.items()]
+        command = ["make", "--no-print-directory", verb, f"INVENTORY={self.folder}", *words]
+        return self._play(verb, command, status, timeout)
 
-    def cut_off(self, verb: str, moment: str, timeout: float = 300, **variables: str) -> None:
-        """Type the same, and kill make and Ansible when they print `moment`, the name of a play or task."""
+    def playbook(self, verb: str, *arguments: str, status: int | None = 0, timeout: float = 2400) -> Played:
+        """The same by `ansible-playbook` typed by hand; `verb` as the file is called."""
+        return self._play(verb, self._by_hand(verb, arguments), status, timeout)
+
+    def cut_off(self, verb: str, moment: str, *arguments: str, timeout: float = 300) -> None:
+        """Play by hand, and kill Ansible when it prints `moment`, the name of a play or task."""
         log = self._log(verb)
         with open(log, "w") as stream:
             process = subprocess.Popen(
-                self._command(verb, variables), cwd=self.project, env=self._environment(),
+                self._by_hand(verb, arguments), cwd=self.project, env=self._environment(),
                 stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
@@ -394,14 +400,8 @@ class Operator:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def _command(self, verb: str, variables: dict[str, str]) -> list[str]:
-        words = [f"{name}={value}" for name, value in variables.items()]
-        return ["make", "--no-print-directory", verb, f"INVENTORY={self.folder}", *words]
-
-    def playbook(self, verb: str, *arguments: str, status: int | None = 0, timeout: float = 2400) -> Played:
-        """The same by `ansible-playbook` typed by hand; `verb` as the file is called."""
-        command = [str(BIN / "ansible-playbook"), "-i", str(self.folder), f"ansible/{verb}.yml", *arguments]
-        return self._play(verb, command, status, timeout)
+    def _by_hand(self, verb: str, arguments: Sequence[str]) -> list[str]:
+        return [str(BIN / "ansible-playbook"), "-i", str(self.folder), f"ansible/{verb}.yml", *arguments]
 
     def _log(self, verb: str) -> Path:
         self.logs.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ UNITS = [
 
 @pytest.fixture(scope="module")
 def machine() -> Machine:
-    return Machine(Lab.of("roles"), "m1")
+    return Machine(Lab.of("roles"), "this")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_settings_files_are_valid(host: Host) -> None:
     assert host.run("visudo -c").rc == 0
     assert host.run("nft -c -f /etc/mrcore/nftables.conf").rc == 0
     settings = json.loads(host.check_output("mrcore settings --json"))
-    assert [node["name"] for node in settings["nodes"]] == ["m1"] and settings["user"] == "mrcore"
+    assert [node["name"] for node in settings["nodes"]] == ["this"] and settings["user"] == "mrcore"
 
 
 def test_the_program_runs_from_a_release_that_only_root_may_change(host: Host) -> None:

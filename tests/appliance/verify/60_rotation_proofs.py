@@ -20,7 +20,7 @@ def test_a_rotation_that_is_cut_off_goes_on_where_it_was(
     before = {machine.name: machine.text("cd /etc/mrcore/pki && sha256sum *") for machine in machines}
     daemons = {machine.name: machine.pids() for machine in machines}
     for moment in MOMENTS:
-        operator.cut_off("rotate-certs", moment, CA="yes")
+        operator.cut_off("rotate_certs", moment, "--extra-vars", "mrcore_ca=yes")
         anna.mrcore("cluster", "check")
     operator.make("rotate-certs", CA="yes")
     anna.mrcore("cluster", "check")
