@@ -60,6 +60,8 @@ def test_an_upgrade_in_mid_job_loses_no_job(upgraded: Operator, operator: Operat
     code = "import mrcore; print(mrcore.__version__, mrcore.WIRE_VERSION)"
     assert m1.text(f"/opt/mrcore/current/bin/python -c '{code}'") == "1.1.0 77"
     anna.mrcore("cluster", "check")
+    played = upgraded.playbook("deploy")
+    assert not any(played.changed.values()), f"upgrade has left nothing to deploy: {played.output}"
 
 
 def test_a_build_that_does_not_start_stops_and_is_rolled_back(bad: Operator, operator: Operator, anna: Person) -> None:
