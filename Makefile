@@ -12,7 +12,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
 		printf '  make %-14s %s\n' "$$name" "$$text"; done
 
-demo: setup ## start a local cluster, run two jobs over Python's own standard library, show the result, stop it
+demo: setup ## start a local cluster, run two jobs over Python's own standard library and a workflow, show what came out, stop it
 	@$(PY) scripts/demo.py $(ARGS)
 
 test: ## run every test: the unit tests, then the appliance's on containers; with ARGS= only these of the unit tests
@@ -24,7 +24,7 @@ test-quick: ## run the unit tests that are not marked slow: an answer in under 5
 test-appliance: ## run the appliance's tests on containers only; ARGS=… see docs/testing.md
 	@scripts/test.sh --appliance $(ARGS)
 
-check: appliance ## format, lint, types, docstrings, import floors, sizes
+check: appliance ## format, lint, types, docstrings, import floors, sizes, YAML, playbooks and roles
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m ruff check --select D1 --ignore D104,D105,D107 mrcore

@@ -56,7 +56,7 @@ def hand_over(settings: Settings, arguments: Sequence[str], standard_input: byte
         caller = pwd.getpwuid(os.getuid()).pw_name
         raise UsageError(
             f"{caller} may not use this cluster: mrcore runs as user {settings.user} here, for members of the group "
-            f"{SUBMITTERS}; root adds you with `usermod -aG {SUBMITTERS} {caller}`"
+            f"{SUBMITTERS}; the operator adds {caller} to mrcore_users of the inventory and deploys"
         )
     if standard_input is not None:
         content = os.memfd_create("mrcore-jobs")  # no file that somebody else could read or change, and no pipe to feed

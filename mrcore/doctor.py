@@ -106,7 +106,7 @@ def judge(facts: Json) -> list[Finding]:
 def judge_answers(facts: Json) -> Iterator[Finding]:
     """Who does not answer. A node that is silent altogether is one finding."""
     starts = "`mrcore cluster start` starts what is missing"
-    rotate = "`make rotate-certs` on the controller renews what has ended; a node that was removed stays refused"
+    renew = "`make deploy` on the controller renews what has ended; a node that was removed stays refused"
     of_node: dict[str, list[Json]] = {}
     for answer in facts["servers"].values():
         of_node.setdefault(answer["node"], []).append(answer)
@@ -118,7 +118,7 @@ def judge_answers(facts: Json) -> Iterator[Finding]:
                 f"node {node}",
                 f"{'nothing on it answers' if node in gone else 'its agent does not answer'}: {answer['error']}",
                 "no job can run: the queue holds until the node is back",
-                rotate
+                renew
                 if "certificate" in answer["error"]
                 else f"see whether `ping` reaches the machine; then {starts}",
             )
@@ -128,7 +128,7 @@ def judge_answers(facts: Json) -> Iterator[Finding]:
                 f"server {name}",
                 f"does not answer: {answer['error']}",
                 "its node's other servers do its work; a node without any servers holds the queue",
-                rotate if "certificate" in answer["error"] else f"{starts}; `mrcore logs {name}` has its last words",
+                renew if "certificate" in answer["error"] else f"{starts}; `mrcore logs {name}` has its last words",
             )
 
 
@@ -182,7 +182,7 @@ def judge_certificates(facts: Json) -> Iterator[Finding]:
                 where,
                 f"its certificate {'ended' if end <= now else 'ends'} on {day}",
                 "from then on every connection with it is refused",
-                "`make rotate-certs` on the controller; a local cluster: stop it, remove its pki folders, start it",
+                "`make deploy` on the controller renews it; a local cluster: stop it, remove its pki folders, start it",
             )
 
 

@@ -73,7 +73,7 @@ def test_whoever_is_in_no_group_gets_one_line(people: People) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == (
             "mrcore: mallory may not use this cluster: mrcore runs as user mrcore here, for members of the group "
-            "mrcore-users; root adds you with `usermod -aG mrcore-users mallory`\n"
+            "mrcore-users; the operator adds mallory to mrcore_users of the inventory and deploys\n"
         )
     assert "state" not in people.mrcore("mallory", "backup", "x").stdout
     refused = subprocess.run(people.enter("mallory", "ls", f"{TOP}/home/mrcore"), capture_output=True, text=True)

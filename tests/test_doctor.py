@@ -71,7 +71,7 @@ def test_an_agent_and_a_server_alone() -> None:
 def test_a_refused_certificate_needs_other_certificates_and_no_start() -> None:
     error = "10.0.0.2:45678 has no acceptable certificate: certificate has expired"
     found = only(judge(facts(nodes={"w1": node("w1"), "w2": gone("w2", error)})))
-    assert "make rotate-certs" in found.do and "cluster start" not in found.do
+    assert "make deploy" in found.do and "cluster start" not in found.do
 
 
 @pytest.mark.parametrize("change", [{"release": "1.0.0-def"}, {"wire_version": 2}, {"python": "3.12.1"}])
@@ -106,7 +106,7 @@ def test_a_full_disk() -> None:
 @pytest.mark.parametrize(("end", "said"), [(NOW + 29 * DAY, "ends on 2027-02-13"), (NOW - DAY, "ended on 2027-01-14")])
 def test_a_certificate_that_ends(end: float, said: str) -> None:
     found = only(judge(facts(servers={"S_0": node("w1", certificate_ends=end)})))
-    assert said in found.what and "rotate-certs" in found.do
+    assert said in found.what and "make deploy" in found.do
     ends = facts()["master"]["certificates_end"] | {"ca.crt": end}
     assert only(judge(facts(master=facts()["master"] | {"certificates_end": ends}))).where == "master, ca.crt"
 

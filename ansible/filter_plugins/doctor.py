@@ -105,7 +105,7 @@ def certificates(facts: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tupl
         day = datetime.datetime.fromtimestamp(found["expires"], datetime.UTC).date().isoformat()
         if left < 0:
             means = "the others refuse this machine"
-            yield f"{found['path']} expired on {day}", means, verb(wanted, "rotate-certs")
+            yield f"{found['path']} expired on {day}", means, verb(wanted, "deploy")
         elif left < wanted["renew_days"]:
             means = "once it has expired, the others refuse this machine"
             yield f"{found['path']} expires on {day}, in {left:.0f} days", means, verb(wanted, "deploy")

@@ -1,7 +1,7 @@
 """What preflight decides: is this inventory a cluster, and are these machines fit for it? No I/O, all faults at once.
 
 Every fault is one sentence that names the thing, the cause and what to mend. `VARIABLES` is the one table of what an
-inventory may say, with its defaults; roles/README.md explains it and tests compare the two.
+inventory may say, with its defaults; inventory/sample explains it and tests compare the two.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ VARIABLES: dict[str, Variable] = {
 # Given on the command line by the verbs that need them: NODE=, DATA=, PURGE=, CONFIRM=, PROJECT=, CA= of make, or -e.
 OF_THE_COMMAND_LINE = ("node", "data", "purge", "confirm", "project", "ca", "json", "output_dir")
 OF_MRCORE = {"cluster_name", "user", "home", "state_dir", "pki_dir", "logs_dir", "projects_dir", "nodes", "local"}
+OF_MRCORE |= {"memory_bytes"}  # a node's own: mrcore_memory_bytes
 
 
 def _address(value: Any) -> str | None:

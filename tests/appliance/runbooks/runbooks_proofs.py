@@ -1,6 +1,6 @@
 """Every page of docs/runbooks on a living cluster: its fault, its check red, its steps, its check green.
 
-The machines were reset before, so INSTALL.md begins with bare ones.
+The machines are bare, as INSTALL.md wants them.
 """
 
 from __future__ import annotations
