@@ -36,13 +36,15 @@ def backup(settings: Settings, file: Path) -> dict[str, Any]:
     store = Store(settings.state_dir)
     try:
         (about_file := copy.with_name(copy.name + ".json")).write_text(json.dumps(about))
-        copy.unlink(missing_ok=True)
+        for file_of_ours in (copy, partial):
+            file_of_ours.unlink(missing_ok=True)
+            os.close(os.open(file_of_ours, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # no other's, from the start
         with contextlib.closing(sqlite3.connect(copy)) as target:
             store.copy_to(target)
             counts = {
                 table: target.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("jobs", "runs")
             }
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+        with partial.open("wb") as stream:
             with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=5) as archive:
                 archive.add(about_file, "backup.json")
                 archive.add(copy, "queue.sqlite")

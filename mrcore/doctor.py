@@ -118,9 +118,7 @@ def judge_answers(facts: Json) -> Iterator[Finding]:
                 f"node {node}",
                 f"{'nothing on it answers' if node in gone else 'its agent does not answer'}: {answer['error']}",
                 "no job can run: the queue holds until the node is back",
-                renew
-                if "certificate" in answer["error"]
-                else f"see whether `ping` reaches the machine; then {starts}",
+                renew if "certificate" in answer["error"] else f"see whether `ping` reaches the machine; then {starts}",
             )
     for name, answer in facts["servers"].items():
         if "error" in answer and answer["node"] not in gone:

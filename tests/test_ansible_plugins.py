@@ -52,14 +52,19 @@ def probe(**changes: Any) -> dict[str, Any]:
     found = {
         "skew_seconds": 0.3, "python": [3, 11, 2], "os_id": "debian", "os_version": "12", "systemd": True,
         "machine": "x86_64", "glibc": "2.36", "disk_free_bytes": 50 << 30, "address_is_here": True, "ports_taken": [],
-        "unknown_users": [], "release": None, "configured": True, "authority": "",
+        "unknown_users": [], "release": None, "configured": False, "authority": "",
     }  # fmt: skip
     return {"rc": 0, "stdout": "a banner\n" + json.dumps(found | changes) + "\n"}
 
 
-def machines(authority: str = "", release: str | None = "1.0.0-aaaaaaaa", **changes: dict[str, Any]) -> dict[str, Any]:
-    results = {name: probe() for name in GOOD} | changes
-    answer: dict[str, Any] = plugin.mrcore_machines(results, cluster(), authority, release)
+def machines(
+    authority: str = "",
+    release: str | None = "1.0.0-aaaaaaaa",
+    removed: tuple[str, ...] = (),
+    **changes: dict[str, Any],
+) -> dict[str, Any]:
+    results = {name: probe(configured=name == "m1") for name in GOOD} | changes
+    answer: dict[str, Any] = plugin.mrcore_machines(results, cluster(), authority, release, removed)
     return answer
 
 
@@ -206,6 +211,24 @@ def test_a_first_deploy_that_was_cut_off_goes_on_with_another_release() -> None:
     assert machines(m1=probe(configured=False), w2=probe(release="1.0.0-bbbbbbbb"))["faults"] == []
 
 
+def test_the_queue_does_not_move_by_the_way() -> None:
+    """Another host in the group master would have a second Runner, and every release would pass."""
+    found = machines(m1=probe(), w1=probe(configured=True, release="1.0.0-bbbbbbbb"))["faults"]
+    assert len(found) == 2 and "w1 is the master already" in found[0] and "make upgrade" in found[1], found
+
+
+def test_what_is_on_a_node_that_was_removed_is_taken_off_first() -> None:
+    (fault,) = machines(removed=("w2",), w2=probe(release="1.0.0-bbbbbbbb"))["faults"]
+    assert "make remove-node NODE=w2" in fault and "make upgrade" not in fault
+
+
+def test_a_variable_with_nothing_behind_it_is_as_if_it_were_left_out() -> None:
+    found = cluster(
+        m1={"mrcore_users": None, "mrcore_settings": None}, w1={"mrcore_users": None}, w2={"mrcore_users": None}
+    )
+    assert not found["faults"] and found["users"] == [] and found["settings"] == {}
+
+
 def block(content: str) -> str:
     return f"-----BEGIN CERTIFICATE-----\n{content}\n-----END CERTIFICATE-----\n"
 
@@ -286,8 +309,9 @@ def test_serials_are_told_as_the_daemons_compare_them() -> None:
 def test_files_of_a_project(tmp_path: Path) -> None:
     for name in ("map.py", "data/x.txt", "__pycache__/map.pyc", ".git/config"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert plugin.mrcore_files(str(tmp_path)) == {"folders": [".", "data"], "files": ["data/x.txt", "map.py"]}
+        (tmp_path / name).write_text(name)
+    listed = subprocess.run(["sha256sum", "./data/x.txt", "./map.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert plugin.mrcore_files(str(tmp_path)) == listed.stdout.splitlines()
 
 
 # ---- releases and wheels

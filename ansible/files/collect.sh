@@ -1,15 +1,16 @@
-#!/bin/sh
+#!/bin/bash
 # Gathers what tells how this machine has fared into one archive, and prints its path. No keys: they are not looked at,
 # and a file that holds one nevertheless (a log of a user's function, say) is left out and named.
 #
 #   collect.sh COMPUTE_DIR
 #
-# Everything is bounded: the last MOST bytes of each file, SECONDS for each command.
+# Everything is bounded: the last MOST bytes of each of FILES files, LIMIT seconds for each command.
 set -u
 umask 077
 compute_dir=$1
 MOST=4194304
 LIMIT=30
+FILES=500 # of logs
 export LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin
 
 for old in /var/tmp/mrcore-collect.*; do # of a call that was interrupted
@@ -36,7 +37,8 @@ say system.txt uptime
 say system.txt free -m
 say system.txt df -h
 say system.txt df -i
-say system.txt ps -eo user,pid,ppid,stat,rss,etimes,args --sort=-rss --width 300
+say system.txt ps -eo user,pid,ppid,stat,rss,etimes,comm --sort=-rss # no arguments: of other programs they may be secret
+say system.txt ps -u mrcore -o pid,ppid,etimes,args --width 300
 say network.txt ip address
 say network.txt ss -lntp
 say network.txt nft list table inet mrcore
@@ -46,7 +48,7 @@ say units.txt systemctl status --no-pager --lines=0 'mrcore*'
 say units.txt systemctl list-units --failed --no-pager
 say journal.txt journalctl --no-pager --lines 20000 --unit 'mrcore*'
 say versions.txt ls -l /opt/mrcore /opt/mrcore/releases
-say versions.txt /opt/mrcore/current/bin/python -m pip list --disable-pip-version-check
+say versions.txt /opt/mrcore/current/bin/python -P -m pip list --disable-pip-version-check
 say versions.txt screen --version
 say settings.txt ls -lR /etc/mrcore
 for file in /etc/mrcore/*.yml /etc/mrcore/*.json /etc/mrcore/daemons/*.json /etc/mrcore/nftables.conf \
@@ -60,14 +62,18 @@ if [ -f /etc/mrcore/cluster.yml ]; then # the master
     mrcore history
     mrcore doctor
 fi
+as_owner() { # of the logs, who could put anything into their folders: root would follow a link to what is not his
+    timeout "$LIMIT" runuser -u mrcore -- "$@"
+}
+
 for folder in "$compute_dir/logs" /var/log/mrcore; do
     [ -d "$folder" ] || continue
-    find "$folder" -xdev -type f -mtime -14 | while IFS= read -r file; do
+    as_owner find "$folder" -xdev -type f -mtime -14 -print0 | head -z -n "$FILES" | while IFS= read -r -d '' file; do
         copy=$out/logs$file
         mkdir -p "$(dirname "$copy")"
         case $file in
-        *.gz) if [ "$(stat -c %s "$file")" -le "$MOST" ]; then gzip -dc "$file" 2>/dev/null | tail -c "$MOST" >"${copy%.gz}"; fi ;;
-        *) tail -c "$MOST" "$file" >"$copy" ;;
+        *.gz) as_owner gzip -dc -- "$file" 2>/dev/null | tail -c "$MOST" >"${copy%.gz}" ;;
+        *) as_owner tail -c "$MOST" -- "$file" >"$copy" ;;
         esac
     done
 done
@@ -76,6 +82,6 @@ grep -rlaF 'PRIVATE KEY' "$out" | while IFS= read -r file; do
     rm -f "$file"
     echo "${file#"$out"/}: left out, it holds a private key" >>"$out/left-out.txt"
 done
-tar -C "$out" -czf "$out.tar.gz" . || exit 1
-rm -rf "$out"
-echo "$out.tar.gz"
+mkdir "$out/archive" # inside: nobody else may put a file of that name there first
+tar -C "$out" --exclude=./archive -czf "$out/archive/logs.tar.gz" . || exit 1
+echo "$out/archive/logs.tar.gz"

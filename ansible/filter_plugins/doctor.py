@@ -111,11 +111,11 @@ def certificates(facts: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tupl
             yield f"{found['path']} expires on {day}, in {left:.0f} days", means, verb(wanted, "deploy")
         if found["fault"] and left >= 0:
             means = "its key or its authority is another one: the others refuse this machine"
-            yield f"{found['path']}: {found['fault']}", means, verb(wanted, "rotate-certs")
+            yield f"{found['path']}: {found['fault']}", means, verb(wanted, "deploy")
         if (found["mode"], found["owner"]) != ("0600", "mrcore"):
             means = "somebody else could read the key: think of it as stolen if that may have happened"
             what = f"{found['key']} has mode {found['mode']}, owner {found['owner']}: wanted 0600, mrcore"
-            yield what, means, f"{verb(wanted, 'deploy')}; stolen: {verb(wanted, 'rotate-certs')}"
+            yield what, means, f"{verb(wanted, 'deploy')}; stolen: {verb(wanted, 'rotate-certs CA=yes')}"
 
 
 def windows(facts: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

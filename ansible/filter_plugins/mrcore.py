@@ -7,11 +7,12 @@ inventory may say, with its defaults; inventory/sample explains it and tests com
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import ipaddress
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ VARIABLES: dict[str, Variable] = {
     "python": Variable("/usr/bin/python3", _FOLDER, _folder, one_for_all=False),
     "min_free_bytes": Variable(1 << 30, "a number of bytes", _integer(0, 1 << 60), one_for_all=False),
     "projects_dir": Variable("/srv/mrcore/projects", _FOLDER, _folder),
-    "pki_dir": Variable(None, "a folder of the controller", _text),
+    "pki_dir": Variable(None, "an absolute path of the controller", lambda v: _text(v) and v.startswith("/")),
     "users": Variable([], "a list of account names", lambda v: isinstance(v, list) and all(
         isinstance(each, str) and ACCOUNT.fullmatch(each) for each in v)),
     "settings": Variable({}, "a mapping of settings to values", lambda v: isinstance(v, Mapping)),
@@ -150,7 +151,8 @@ def _host(name: str, given: Mapping[str, Any]) -> tuple[Json, list[str]]:
         if (short := key.removeprefix("mrcore_")) not in VARIABLES and short not in OF_THE_COMMAND_LINE:
             faults.append(f"Unknown variable {key}: {_nearest(short)}.")
     for key, variable in VARIABLES.items():
-        value = given.get(f"mrcore_{key}", variable.default)
+        value = given.get(f"mrcore_{key}")
+        value = variable.default if value is None else value  # `mrcore_users:` with nothing behind it
         value = _derived(key, given) if value is None else value
         if isinstance(value, str) and value.isdecimal() and not variable.accepts(value):
             value = int(value)  # -e gives numbers as text
@@ -212,16 +214,20 @@ def _common_faults(hosts: Json, nodes: list[str]) -> list[str]:
 # ---- the machines
 
 
-def mrcore_machines(results: Mapping[str, Json], cluster: Json, authority: str, release: str | None) -> Json:
+def mrcore_machines(
+    results: Mapping[str, Json], cluster: Json, authority: str, release: str | None, removed: Sequence[str] = ()
+) -> Json:
     """Judge what probe.py said on each host: {"faults": sentences, "targets": what wheels must be made for}.
 
     `results`: what the probe's task gave, by host. `authority`: the controller's bundle of CA certificates, "" before
     there is one. `release`: the one that a host may run; None for any. A first deploy that ended before it came to the
-    master leaves nothing that runs: it may go on with another release.
+    master leaves nothing that runs: it may go on with another release. `removed`: nodes that were removed; what is on
+    them is of no account.
     """
     faults, minors, targets = [], {}, {}  # type: ignore[var-annotated]
     master, _ = _said(cluster["master"], results.get(cluster["master"], {}), "")  # not there with --limit
-    if not master.get("configured", True):
+    others = [_said(name, result, "")[0] for name, result in results.items()]
+    if not master.get("configured", True) and not any(other.get("configured") for other in others):
         release = None
     for name, result in results.items():
         host = cluster["hosts"][name]
@@ -230,7 +236,13 @@ def mrcore_machines(results: Mapping[str, Json], cluster: Json, authority: str, 
             faults.append(trouble)
             continue
         faults += _machine_faults(name, found, cluster, host)
-        faults += _state_faults(name, found, cluster, authority, release)
+        state = _state_faults(name, found, cluster, authority, release)
+        if state and name in removed:
+            state = [
+                f"Host {name} was removed, and what is on it does not fit any more: `make remove-node NODE={name} "
+                "DATA=abandon` takes that off it, then `make add-node` takes it back."
+            ]
+        faults += state
         minor = ".".join(map(str, found["python"][:2]))
         minors.setdefault(minor, []).append(name)
         before = targets.setdefault((minor, found["machine"]), found["glibc"])
@@ -306,6 +318,11 @@ def _machine_faults(name: str, found: Json, cluster: Json, host: Json) -> list[s
 def _state_faults(name: str, found: Json, cluster: Json, authority: str, release: str | None) -> list[str]:
     """What an earlier deploy left that this one must not change by the way."""
     faults = []
+    if found["configured"] and name != cluster["master"]:
+        faults.append(
+            f"Host {name} is the master already, with the queue: leave it in the group master. To move the queue to "
+            f"another machine, `make reset` first and bring a backup along (docs/runbooks/backup-and-restore.md)."
+        )
     if release and found["release"] not in (None, release):
         faults.append(
             f"Host {name} runs release {found['release']}, this checkout is {release}: `make upgrade` changes it."
@@ -401,13 +418,13 @@ def mrcore_authority(folder: str) -> str:
     return "".join(file.read_text(encoding="ascii") for file in files if file.exists())
 
 
-def mrcore_files(folder: str) -> dict[str, list[str]]:
-    """What a project consists of: {"folders", "files"}, relative to it, without caches and hidden files."""
-    root, found = Path(folder), {"folders": ["."], "files": []}  # type: ignore[var-annotated]
+def mrcore_files(folder: str) -> list[str]:
+    """What a project consists of, without caches and hidden files, as sha256sum prints it in its folder."""
+    root, found = Path(folder), []
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
-        if not any(part.startswith(".") or part == "__pycache__" for part in parts):
-            found["folders" if path.is_dir() else "files"].append("/".join(parts))
+        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
+            found.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  ./{'/'.join(parts)}")
     return found
 
 

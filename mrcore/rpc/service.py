@@ -67,6 +67,7 @@ class Server:
         self, address: str, port: int, pki: Pki, members: Names, methods: Mapping[str, Method],
         data_handler: DataHandler | None = None, *, denied: Names = (), limits: Limits = LIMITS,
     ) -> None:  # fmt: skip
+        self._trusted = tls.watch_authorities(pki)
         self._context = tls.watch_files(pki, lambda: tls.server_context(pki))
         self._members, self._denied, self._methods = members, denied, dict(methods)
         self._data_handler, self._limits = data_handler, limits
@@ -112,20 +113,21 @@ class Server:
                 continue
             try:
                 tls.tune(raw)
+                trusted = self._trusted()  # before the context: rather too many than too few
                 sock = self._context().wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
-                self._admit(Stream(sock, self._limits, f"{peer[0]}:{peer[1]}"))
+                self._admit(Stream(sock, self._limits, f"{peer[0]}:{peer[1]}"), trusted)
             except (OSError, ValueError, RuntimeError) as error:  # it left; RuntimeError: the limit of threads
                 log.info("dropped a connection from %s: %s", peer[0], error)
                 raw.close()
 
-    def _admit(self, stream: Stream) -> None:
+    def _admit(self, stream: Stream, trusted: frozenset[str]) -> None:
         with self._changed:
             handshaking = [other for other, identity in self._peers.items() if identity is None]
             if len(handshaking) >= self._limits.handshakes:
                 oldest = handshaking[0]
                 oldest.abort()
                 self._changed.wait_for(lambda: self._peers.get(oldest) or oldest not in self._peers, DROP_SECONDS)
-            thread = threading.Thread(target=self._run, args=(stream,), name=f"peer:{stream.peer}", daemon=True)
+            thread = threading.Thread(target=self._run, args=(stream, trusted), name=f"peer:{stream.peer}", daemon=True)
             if not self._closing.is_set():
                 self._peers[stream], self._threads[stream] = None, thread
                 try:
@@ -137,9 +139,9 @@ class Server:
                     raise
         stream.close()
 
-    def _run(self, stream: Stream) -> None:
+    def _run(self, stream: Stream, trusted: frozenset[str]) -> None:
         try:
-            self._converse(stream)
+            self._converse(stream, trusted)
         except Unreachable as error:
             log.debug("%s", error)
         except (OSError, MrcoreError) as error:
@@ -152,12 +154,12 @@ class Server:
                 del self._peers[stream], self._threads[stream]
                 self._changed.notify_all()
 
-    def _converse(self, stream: Stream) -> None:
+    def _converse(self, stream: Stream, trusted: frozenset[str]) -> None:
         with stream.within(self._limits.handshake_seconds, "TLS"):
             stream.step(stream.sock.do_handshake)
         data, protocol = self._data_handler, stream.sock.selected_alpn_protocol()
         try:
-            identity = tls.peer_identity(stream.sock)
+            identity = tls.peer_identity(stream.sock)._replace(trusted=trusted)
             self.authorise(identity)
             self._enter(stream, identity)
             if protocol != RPC_PROTOCOL and (protocol != DATA_PROTOCOL or data is None):
@@ -174,7 +176,16 @@ class Server:
                 connection.serve(None)
 
     def authorise(self, identity: Identity) -> None:
-        """Raise Refused unless the holder is the master or a member, with a certificate that was not withdrawn."""
+        """Raise Refused unless the holder is the master or a member, with a certificate that was not withdrawn.
+
+        A connection from when another authority counted is ended instead: its holder comes again with a new
+        certificate, or not at all.
+        """
+        if identity.trusted - self._trusted():
+            with self._changed:
+                for stream in [stream for stream, other in self._peers.items() if other == identity]:
+                    stream.abort()
+            raise Refused(f"{identity.name} connected when another authority counted")
         if identity.serial in _names(self._denied):
             raise Refused(f"the certificate {identity.serial} of {identity.name} was withdrawn")
         if identity.role != "master" and identity.name not in _names(self._members):

@@ -5,6 +5,8 @@ RPyC's own TLS is not used: it takes servers of any name unless told otherwise, 
 
 from __future__ import annotations
 
+import hashlib
+import re
 import socket
 import ssl
 from collections.abc import Callable
@@ -51,11 +53,15 @@ class Pki:
 
 
 class Identity(NamedTuple):
-    """Who a certificate says its holder is. `serial`: upper-case hexadecimal without leading zeros."""
+    """Who a certificate says its holder is. `serial`: upper-case hexadecimal without leading zeros.
+
+    `trusted`: fingerprints of the authorities that counted when the connection was made.
+    """
 
     name: str
     role: str
     serial: str
+    trusted: frozenset[str] = frozenset()
 
 
 def watch_files(pki: Pki, make: Callable[[], ssl.SSLContext]) -> Watched[ssl.SSLContext]:
@@ -65,6 +71,23 @@ def watch_files(pki: Pki, make: Callable[[], ssl.SSLContext]) -> Watched[ssl.SSL
     """
     names = ("ca.crt", f"{pki.stem}.crt", f"{pki.stem}.key")
     return Watched([Path(pki.folder) / name for name in names], make)
+
+
+def watch_authorities(pki: Pki) -> Watched[frozenset[str]]:
+    """Fingerprints of the certificates in ca.crt. Raises UsageError when the first look finds none."""
+    file = Path(pki.folder) / "ca.crt"
+
+    def read() -> frozenset[str]:
+        try:
+            blocks = re.findall(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", file.read_text(), re.DOTALL)
+            found = frozenset(hashlib.sha256(ssl.PEM_cert_to_DER_cert(block)).hexdigest() for block in blocks)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read {file}: {error}") from error
+        if not found:
+            raise UsageError(f"{file} holds no certificate")
+        return found
+
+    return Watched([file], read)
 
 
 def server_context(pki: Pki) -> ssl.SSLContext:

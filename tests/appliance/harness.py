@@ -410,7 +410,7 @@ class Operator:
     def _environment(self) -> dict[str, str]:
         others = ("MAKE", "MFLAGS", "MOLECULE")
         kept = {name: text for name, text in os.environ.items() if not name.startswith(others) and name not in NOT_OURS}
-        environment = kept | self.lab.environment() | {"ANSIBLE_NOCOLOR": "1"}
+        environment = kept | self.lab.environment() | {"ANSIBLE_NOCOLOR": "1", "TZ": "Asia/Kolkata"}
         for name in ("ANSIBLE_CONFIG", "ANSIBLE_ROLES_PATH", "ANSIBLE_FORCE_COLOR", "PYTHONPATH", "PYTEST_PLUGINS"):
             environment.pop(name, None)  # Molecule's and ours: the operator has the checkout's
         return environment

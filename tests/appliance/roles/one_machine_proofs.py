@@ -53,7 +53,11 @@ def test_the_user_has_no_password(host: Host) -> None:
         ("/etc/sudoers.d/mrcore-users", 0o440, "root"),
         ("/opt/mrcore/bin/units", 0o755, "root"),
         ("/var/lib/mrcore/.ssh/id_ed25519", 0o600, "mrcore"),
-        ("/srv/mrcore/projects", 0o2775, "mrcore"),
+        ("/srv/mrcore/projects", 0o2770, "mrcore"),
+        ("/srv/mrcore", 0o755, "root"),
+        ("/var/lib/mrcore", 0o755, "root"),
+        ("/var/lib/mrcore/.ssh", 0o750, "root"),
+        ("/var/lib/mrcore/.ssh/authorized_keys", 0o640, "root"),
     ],
 )
 def test_who_may_what_with_files(host: Host, path: str, mode: int, owner: str) -> None:
