@@ -32,7 +32,8 @@ from mrcore.launchers import leftovers
 from mrcore.paths import remove_tree, write_atomic
 
 READY_SECONDS = 60.0  # for all together: 96 servers on two cores took 4
-STOP_SECONDS, KILL_SECONDS = 10.0, 15.0
+STOP_SECONDS, KILL_SECONDS = 10.0, 30.0
+END_SECONDS = 5.0  # at least, for what was sent SIGKILL, however late it is
 LOCK_SECONDS = 90.0
 HUNT_SECONDS = 0.05  # without a trace of what forks on and on
 LOG_TAIL_BYTES = 2000
@@ -318,7 +319,7 @@ def _kill(home: Path, owners: set[str] | None = None) -> None:
         victims = {pid: ticks for pid in below if procfs.state(pid) and (ticks := procfs.start_ticks(pid))}
         for pid, ticks in (victims or tops).items():
             procfs.send_signal(pid, ticks, signal.SIGKILL)
-        if left := _await_end(victims or tops, deadline - time.monotonic()):
+        if left := _await_end(victims or tops, max(END_SECONDS, deadline - time.monotonic())):
             raise ClusterFault(f"processes do not end even by SIGKILL (stuck in the kernel?): {left}", pids=left)
         if not victims and not _hunt(cluster_id(home) + "/", owners, deadline):
             return
