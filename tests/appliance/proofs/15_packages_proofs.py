@@ -40,9 +40,14 @@ def job(name: str, function: str, project: str = NAME) -> dict[str, object]:
 
 
 def test_without_wheels_a_job_is_refused_with_the_command_that_fetches_them(
-    operator: Operator, anna: Person, project: Path
+    operator: Operator, anna: Person, project: Path, m1: Machine
 ) -> None:
+    anna.run(f"ln -s /opt/mrcore/bin /srv/mrcore/projects/{NAME}")  # where the operator's push will come by
     operator.make("push-project", PROJECT=NAME)
+    assert m1.text(f"stat -c %F:%U:%G:%a /srv/mrcore/projects/{NAME}") == "directory:mrcore:mrcore-users:2775"
+    assert m1.text("stat -c %U:%a /opt/mrcore/bin; ls /opt/mrcore/bin") == "root:755\nbackup"
+    again = operator.make("push-project", PROJECT=NAME)
+    assert not any(again.changed.values()), again.output
     anna.write("job.yml", json.dumps(job("packages", "with_package")))
     refused = anna.mrcore("submit", "job.yml", status=2)
     assert f"make wheels PROJECT={NAME}" in refused.stderr

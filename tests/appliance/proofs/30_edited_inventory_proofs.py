@@ -21,7 +21,13 @@ def test_fewer_servers_and_certificates_that_end_soon(
     operator.write_inventory(inventory)
     before, former = {machine.name: sums(machine) for machine in (w1, w2)}, w2.pids()
     first, second = w1.servers()
+    # User mrcore, whom every submitter can be, puts a link where root will come by.
+    logs = "/var/lib/mrcore/compute/logs"
+    w2.run(f"runuser -u mrcore -- sh -c 'mv {logs} {logs}-away && ln -s /opt/mrcore/bin {logs}'")
     operator.make("deploy")
+    assert w2.text("stat -c %U:%a /opt/mrcore/bin /opt/mrcore/bin/units") == "root:755\nroot:755"
+    w2.run(f"rm {logs} && mv {logs}-away {logs}")
+    assert w2.run("runuser -u mrcore -- touch /var/lib/mrcore/.ssh/authorized_keys2", status=None).status
     assert w1.servers() == [first]
     assert w1.unit(f"mrcore-server@{second}")["ActiveState"] == "inactive"
     assert w2.pids() == former, "w2 has new certificates only"
