@@ -182,6 +182,7 @@ def test_fit_machines_and_what_wheels_they_need() -> None:
         (probe(disk_free_bytes=100 << 20), r"Host w2 has 100 MiB free for .* \(at least 1,024 MiB\): make room"),
         (probe(address_is_here=False), "Host w2 has no interface with 10.0.0.22: correct"),
         (probe(ports_taken=[45678]), "Port 45678 of w2 is in use by another program"),
+        (probe(machine="../../../etc/x"), "Host w2 tells of no CPU"),
         (probe(unknown_users=["anna"]), "mrcore_users names anna, who has no account on w2"),
         (probe(release="1.0.0-bbbbbbbb"), "w2 runs release 1.0.0-bbbbbbbb, this checkout is 1.0.0-aaaaaaaa: `make upg"),
     ],

@@ -266,7 +266,10 @@ def _said(name: str, result: Json, python: str) -> tuple[Json, str | None]:
         return {}, f"Host {name} cannot be reached ({reason}): mend its SSH access, or take it out of the inventory."
     lines = [line for line in str(result.get("stdout", "")).splitlines() if line.startswith("{")]
     try:
-        return dict(json.loads(lines[-1])), None
+        found = dict(json.loads(lines[-1]))
+        if not re.fullmatch(r"[A-Za-z0-9_]+", found["machine"]) or not re.fullmatch(r"[0-9.]+", found["glibc"]):
+            return {}, f"Host {name} tells of no CPU and C library that there are: see what {python} is there."
+        return found, None  # both become names of files on the controller
     except (IndexError, ValueError):
         pass
     if result.get("rc") == 127:
