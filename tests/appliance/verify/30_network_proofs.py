@@ -8,6 +8,7 @@ import socket
 
 import pytest
 from harness import AGENT_PORT, SERVER_PORT, Machine, Operator, Person, wait_until
+from operate import FOREIGN_RULES
 
 MEMBERS = ("m1", "w1", "w2")
 
@@ -89,3 +90,12 @@ def test_a_changed_host_key_is_refused_by_the_master(operator: Operator, w2: Mac
         assert done.status != 0
         assert w2.address in said or "known_hosts" in said, "what to look at"
     assert "host key" not in anna.mrcore("cluster", "status").output.lower()
+
+
+@pytest.mark.parametrize("verb", ["restart", "reload", "stop", "start"])
+def test_our_table_comes_back_after_the_systems_own_rules(w1: Machine, verb: str) -> None:
+    """Debian's nftables.service flushes the rules of everybody; after `stop` nobody has any, until it is started."""
+    w1.run(f"systemctl {verb} nftables")
+    wait_until(lambda: ("inet mrcore" in w1.nft("list", "tables")) == (verb != "stop"), 10, f"our table after {verb}")
+    if verb == "start":
+        w1.nft("-f", "-", stdin=FOREIGN_RULES)  # the neighbours' rules went as well
