@@ -84,8 +84,10 @@ VARIABLES: dict[str, Variable] = {
 }  # fmt: skip
 # Given on the command line by the verbs that need them: NODE=, DATA=, PURGE=, CONFIRM=, PROJECT=, CA= of make, or -e.
 OF_THE_COMMAND_LINE = ("node", "data", "purge", "confirm", "project", "ca", "json", "output_dir")
-OF_MRCORE = {"cluster_name", "user", "home", "state_dir", "pki_dir", "logs_dir", "projects_dir", "nodes", "local"}
-OF_MRCORE |= {"memory_bytes"}  # a node's own: mrcore_memory_bytes
+OF_MRCORE = {
+    "cluster_name", "user", "home", "state_dir", "pki_dir", "logs_dir", "projects_dir", "nodes", "local",
+    "memory_bytes",
+}  # fmt: skip
 
 
 def _address(value: Any) -> str | None:
@@ -225,13 +227,12 @@ def mrcore_machines(
     them is of no account.
     """
     faults, minors, targets = [], {}, {}  # type: ignore[var-annotated]
-    master, _ = _said(cluster["master"], results.get(cluster["master"], {}), "")  # not there with --limit
-    others = [_said(name, result, "")[0] for name, result in results.items()]
-    if not master.get("configured", True) and not any(other.get("configured") for other in others):
+    answers = {name: _said(name, result, cluster["hosts"][name]["python"]) for name, result in results.items()}
+    master, _ = answers.get(cluster["master"], ({}, None))  # not there with --limit
+    if master and not any(found.get("configured") for found, _ in answers.values()):
         release = None
-    for name, result in results.items():
+    for name, (found, trouble) in answers.items():
         host = cluster["hosts"][name]
-        found, trouble = _said(name, result, host["python"])
         if trouble:
             faults.append(trouble)
             continue

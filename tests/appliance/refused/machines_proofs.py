@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 from harness import Machine, Operator
 from lab import podman
+from shim import python_shim
 
 # Everything that a deploy changes: packages, accounts, settings, programs, data.
 STATE = r"""
@@ -19,29 +20,12 @@ find /etc /opt /srv /usr/local -xdev -type f -not -path '/etc/shim/*' -exec sha2
 dpkg-query --show; cat /etc/passwd /etc/group; find /var/lib -maxdepth 1; systemctl list-unit-files --no-pager
 nft list ruleset 2>/dev/null | sed 's/packets [0-9]* bytes [0-9]*//'
 """
-SHIM = '#!/bin/sh\nPYTHONPATH=/etc/shim exec /usr/bin/python3 "$@"\n'
 LATER = "import time\nreal = time.time\ntime.time = lambda: real() + 600\n"
 VERSION = "import sys\nsys.version_info = ({numbers}, 'final', 0)\n"
 
 
 def state(machine: Machine) -> str:
     return machine.run(STATE).stdout
-
-
-@contextlib.contextmanager
-def python_shim(operator: Operator, machine: Machine, code: str) -> Iterator[None]:
-    """The machine's Python runs `code` first; the inventory names that Python for this machine."""
-    machine.write("/etc/shim/python3", SHIM, "0755")
-    machine.write("/etc/shim/sitecustomize.py", code)
-    good = operator.inventory()
-    bad = operator.inventory()
-    bad["all"]["children"]["nodes"]["hosts"][machine.name]["mrcore_python"] = "/etc/shim/python3"
-    operator.write_inventory(bad)
-    try:
-        yield
-    finally:
-        operator.write_inventory(good)
-        machine.run("rm -r /etc/shim")
 
 
 @contextlib.contextmanager

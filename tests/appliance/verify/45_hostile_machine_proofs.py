@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from harness import Machine, Operator
+from shim import python_shim
 
-SHIM = '#!/bin/sh\nPYTHONPATH=/etc/shim exec /usr/bin/python3 "$@"\n'
 ANOTHER_ROLE = """
 from cryptography import x509
 from cryptography.x509.oid import NameOID
@@ -22,16 +22,8 @@ x509.CertificateSigningRequestBuilder.subject_name = subject_name
 
 
 def test_a_node_that_asks_for_the_masters_role_is_refused(operator: Operator, w1: Machine) -> None:
-    usual, inventory = operator.inventory(), operator.inventory()
-    inventory["all"]["children"]["nodes"]["hosts"]["w1"]["ansible_python_interpreter"] = "/etc/shim/python3"
-    w1.write("/etc/shim/python3", SHIM, "0755")
-    w1.write("/etc/shim/sitecustomize.py", ANOTHER_ROLE)
     issued = sorted((operator.folder / "pki/issued").rglob("*.crt"))
-    operator.write_inventory(inventory)
-    try:
+    with python_shim(operator, w1, ANOTHER_ROLE, "ansible_python_interpreter"):
         said = " ".join(operator.make("deploy", status=2).output.split())
-    finally:
-        operator.write_inventory(usual)
-        w1.run("rm -r /etc/shim")
     assert "w1 asks for a certificate that is not its own" in said, said
     assert sorted((operator.folder / "pki/issued").rglob("*.crt")) == issued
