@@ -116,6 +116,16 @@ def test_every_verb_checks_the_inventory_first(operator: Operator, verb: str) ->
     assert re.search(r"(preflight|inventory)\.yml", str(first)), first
 
 
+@pytest.mark.parametrize("verb", ["reset", "remove_node", "upgrade", "rotate_certs", "doctor"])
+def test_a_part_of_the_cluster_is_refused(operator: Operator, verb: str) -> None:
+    """--limit would leave out the plays of localhost and of the master, which are what makes these verbs safe."""
+    operator.write_inventory(GOOD)
+    played = operator.playbook(verb, "--limit", "w1", "--extra-vars", "mrcore_node=w1", status=None, timeout=60)
+    said = " ".join(played.output.split())
+    assert played.done.status not in (0, 4) and "acts on the whole cluster. Leave out --limit w1" in said, said
+    assert "UNREACHABLE" not in said and not any(played.changed.values())
+
+
 def test_an_inventory_that_does_not_exist_is_answered_with_how_to_make_one(operator: Operator) -> None:
     played: Played = operator._play("deploy", ["make", "deploy", "INVENTORY=nowhere"], 2, 60)
     assert "cp -r inventory/sample inventory/nowhere" in played.output, played.output
