@@ -1,6 +1,8 @@
-"""Root on a node is not the master: the controller signs what it asked for, and nothing else."""
+"""Root on a node is not the master, and user mrcore is not root: what one of them plants is not followed."""
 
 from __future__ import annotations
+
+import tarfile
 
 from harness import Machine, Operator
 from shim import python_shim
@@ -27,3 +29,29 @@ def test_a_node_that_asks_for_the_masters_role_is_refused(operator: Operator, w1
         said = " ".join(operator.make("deploy", status=2).output.split())
     assert "w1 asks for a certificate that is not its own" in said, said
     assert sorted((operator.folder / "pki/issued").rglob("*.crt")) == issued
+
+
+# Read line by line, the second name is one line of blanks and one that names root's file; the first is a link to it.
+TRAPS = """
+import os
+logs = "/var/lib/mrcore/compute/logs"
+os.symlink("/root/secret", f"{logs}/trap.log")
+os.makedirs(f"{logs}/trap\\n/root")
+open(f"{logs}/trap\\n/root/secret", "w").close()
+"""
+
+
+def test_collected_logs_hold_nothing_that_their_owner_may_not_read(operator: Operator, w1: Machine) -> None:
+    before = set(operator.project.glob("mrcore-logs-*"))
+    w1.write("/root/secret", "known to root only\n", "0600")
+    w1.run("runuser -u mrcore -- python3 -", stdin=TRAPS)
+    operator.make("collect-logs")
+    w1.run("rm -r /root/secret /var/lib/mrcore/compute/logs/trap*")
+    (archive,) = set(operator.project.glob("mrcore-logs-*")) - before
+    with tarfile.open(archive) as tar:
+        files = {each.name: tar.extractfile(each) for each in tar.getmembers() if each.isfile()}
+        texts = {name: stream.read() for name, stream in files.items() if stream}
+    archive.unlink()
+    assert any(name.endswith("w1/logs/var/lib/mrcore/compute/logs/trap\n/root/secret") for name in texts), sorted(texts)
+    assert [name for name, text in texts.items() if b"known to root only" in text] == []
+    assert "mrcore-collect" not in w1.text("ls /var/tmp"), "nothing is left there"
