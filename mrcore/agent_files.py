@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mrcore.errors import ClusterFault, Refused
+from mrcore.manifest import PART
 from mrcore.paths import PARTIAL, Layout
 from mrcore.rpc.data import Range, Upload, checksum
 from mrcore.rpc.tls import Identity
@@ -27,7 +28,7 @@ MAX_HELD = 8  # listings, and uploads, begun and not ended: one more drops the o
 INCOMING_SECONDS = 86_400.0  # how long what an upload left when it was cut off can be resumed
 
 Json = dict[str, Any]
-Listed = list[tuple[str, File, int]]  # a file's path, whole or under base_dir; name, size and time; inode
+Listed = list[tuple[str, File, int]]  # a file's path, whole or under base_dir; the file; inode
 
 
 @dataclass
@@ -70,8 +71,9 @@ class FileMethods:
     ) -> Json:
         """List the files below a folder, or what a name with wildcards matches, at most FILES_A_PAGE a call.
 
-        Gives {"listing" (for the next page and for GETs), "files" ([name, size, mtime_ns], …, the name relative to the
-        folder or to where the wildcards begin), "next" (start of the next page or None)}. Raises JobFault, Refused.
+        Gives {"listing" (for the next page and for GETs), "files" ([name, size, mtime_ns, mode], …, the name
+        relative to the folder or to where the wildcards begin), "next" (start of the next page or None)}. Raises
+        JobFault, Refused.
         """
         if listing is None:
             every = {each[0]: each for name in self._matching(path, wildcards) for each in self._below(path, name)}
@@ -108,7 +110,7 @@ class FileMethods:
         return {"upload": token, "disk_free_bytes": shutil.disk_usage(incoming).free}
 
     def announce(self, caller: Identity, upload: str, files: list[Any]) -> int | None:
-        """Files, [name, size, mtime_ns] each, of which the next PUT will hold the contents one after the other.
+        """Files, [name, size, mtime_ns, mode] each, of which the next PUT will hold the contents one after the other.
 
         Gives the batch's number for {"batch": [upload, number]}, or None for a single file that is here already.
         """
@@ -135,19 +137,37 @@ class FileMethods:
         if incoming := self._uploads.pop(upload, None):
             self._on_disk(incoming.staging.drop)
 
-    def delete_files(self, caller: Identity, path: str, wildcards: bool = False) -> Json:
+    def delete_files(
+        self,
+        caller: Identity,
+        path: str,
+        wildcards: bool = False,
+        dry_run: bool = False,
+        leave: list[Any] | None = None,
+    ) -> Json:
         """Remove a file, a folder with all in it, or what a name with wildcards matches; links are not followed.
 
-        Gives {"files", "bytes"} removed. Raises JobFault, Refused; nothing is removed then.
+        Gives {"files", "bytes", "outputs" ([job, run, files, bytes] of what are published parts by their names)}; with
+        `dry_run` that is all. Parts of other [job, run]s than those of `leave` refuse it. Raises JobFault, Refused;
+        nothing is removed then.
         """
-        found = [inside(self._layout.base_dir, name) for name in self._matching(path, wildcards)]
-        count, total = 0, 0
-        for each in found:
-            for status in _statuses(each):
-                count, total = count + 1, total + status.st_size
-            if os.path.lexists(each):  # else it went with its folder
-                self._on_disk(remove, each)
-        return {"files": count, "bytes": total}
+        root = self._layout.base_dir
+        found = [inside(root, name) for name in self._matching(path, wildcards)]
+        going = {name: size for each in found for name, size in self._on_disk(_sizes, each)}
+        outputs: dict[tuple[str, int], list[int]] = {}
+        for name, size in going.items():
+            if part := PART.fullmatch(os.path.relpath(name, root)):
+                each = outputs.setdefault((part[1], int(part[3])), [0, 0])
+                each[:] = each[0] + 1, each[1] + size
+        if not dry_run:
+            if new := outputs.keys() - {(job, run) for job, run in leave or ()}:
+                job, run = min(new)
+                raise Refused(f"node {self._node}: {path!r} holds output of {job} (run {run}) by now: look again")
+            for top in found:
+                if os.path.lexists(top):  # else it went with its folder
+                    self._on_disk(remove, top)
+        told = [[*key, *counts] for key, counts in sorted(outputs.items())]
+        return {"files": len(going), "bytes": sum(going.values()), "outputs": told}
 
     # ---- data requests
 
@@ -166,7 +186,7 @@ class FileMethods:
         partial = staging.partial(files[0]) if single else staging.folder / f"{upload}-{number}{PARTIAL}"
 
         def finish() -> None:
-            if partial.stat().st_size != sum(size for _, size, _ in files):
+            if partial.stat().st_size != sum(file[1] for file in files):
                 raise Refused(f"a batch of {partial.stat().st_size} bytes is not what was announced")
             if single:
                 staging.take(files[0])
@@ -192,15 +212,18 @@ class FileMethods:
         inside(root, name)
         top = root_of(path) if name != path else (name if (root / name).is_dir() else name.rpartition("/")[0])
         begin = len(top) + 1 if top else 0
-        found = self._on_disk(list, walk(root, name))
-        return [(file[0], (file[0][begin:], *file[1:]), inode) for file, inode in found]
+        found: Listed = []
+        for (path, *facts, mode), inode in self._on_disk(list, walk(root, name)):
+            # The mode of a part is what the daemons' umask left of a new file's: its copy is a new file, too.
+            found.append((path, (path[begin:], *facts, 0o666 if PART.fullmatch(path) else mode), inode))
+        return found
 
     def _listed(self, listing: str, number: int, length: int) -> tuple[Path, int]:
         """A listed file's path and size, if it is the same still and `length` is in it."""
         found = self._get(self._held, listing)
         if type(number) is not int or not 0 <= number < len(found):
             raise Refused(f"node {self._node}: the listing has no file {number!r:.20}")
-        name, (_, size, _), inode = found[number]
+        name, (_, size, *_), inode = found[number]
         path = self._layout.base_dir / name
         status = self._on_disk(os.lstat, path)
         if status.st_ino != inode or status.st_size < size:
@@ -235,10 +258,12 @@ def root_of(path: str) -> str:
     return "/".join(parts[: next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts))])
 
 
-def _statuses(path: Path) -> list[os.stat_result]:
+def _sizes(path: Path) -> list[tuple[str, int]]:
+    """Every file of a folder, or the one file, with its bytes; of a link its own."""
     if path.is_symlink() or not path.is_dir():
-        return [path.lstat()] if path.is_symlink() or path.exists() else []
-    return [os.lstat(f"{folder}/{each}") for folder, _, names in os.walk(path) for each in names]
+        return [(str(path), path.lstat().st_size)] if os.path.lexists(path) else []
+    names = (f"{folder}/{each}" for folder, _, names in os.walk(path) for each in names)
+    return [(name, os.lstat(name).st_size) for name in names]
 
 
 def _unpack(partial: Path, staging: Staging, files: list[File]) -> None:

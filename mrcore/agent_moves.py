@@ -18,7 +18,6 @@ from typing import Any
 from mrcore import faults
 from mrcore.agent_files import FILES_A_PAGE, FileMethods, Incoming, Json, Listed
 from mrcore.errors import JobFault
-from mrcore.paths import PARTIAL
 from mrcore.rpc.tls import Identity
 from mrcore.staging import File, Staging, checked_file, flush, inside, walk
 
@@ -33,8 +32,8 @@ class MoveMethods(FileMethods):
     def holdings(self, caller: Identity, auxiliary: bool = False, listing: str | None = None, start: int = 0) -> Json:
         """List every file under base_dir, or all auxiliary data, at most FILES_A_PAGE a call.
 
-        Gives {"listing", "files" ([name, size, mtime_ns, inode], …), "next"} and with the first page "count", "bytes"
-        (all files'), "faults" (what is no plain file, or has no name that can be sent: transfers leave it alone).
+        Gives {"listing", "files" ([name, size, mtime_ns, mode, inode], …), "next"} and with the first page "count",
+        "bytes" (all files'), "faults" (what is no plain file, or has no name that can be sent: it is left alone).
         """
         about: Json = {}
         if listing is None:
@@ -74,9 +73,8 @@ class MoveMethods(FileMethods):
         return [[status.st_ino, status.st_mtime_ns] if status else None for status in found]
 
     def publish_moves(self, caller: Identity, source: str, files: list[Any]) -> list[bool]:
-        """Give staged files, [name, size, mtime_ns, inode], their names; False: it never came, or the name is taken.
-
-        May be repeated: a name that this very file has is fine.
+        """Give staged files, [name, size, mtime_ns, mode, inode], their names; False: it never came, or the name is
+        taken. May be repeated: a name that this very file has is fine.
         """
         staging = self._moves(source)
         with self._publishing:
@@ -86,7 +84,7 @@ class MoveMethods(FileMethods):
         return done
 
     def remove_moves(self, caller: Identity, files: list[Any]) -> list[bool]:
-        """Remove files, [name, size, mtime_ns, inode], that are as told; False: another, written to, or locked.
+        """Remove files, [name, size, mtime_ns, mode, inode], that are as told; False: another, written to, or locked.
 
         May be repeated: one that is gone is fine. Folders that are empty then go too.
         """
@@ -99,7 +97,7 @@ class MoveMethods(FileMethods):
 
     def _moves(self, source: str) -> Staging:
         digest = hashlib.blake2b(f"moved from {source}".encode(), digest_size=16).hexdigest()
-        return self._on_disk(Staging, self._layout.incoming_dir / digest, self._layout.base_dir)  # type: ignore[no-any-return]
+        return self._on_disk(Staging, self._layout.incoming_dir / digest, self._layout.base_dir, 0o777)  # type: ignore[no-any-return]
 
     def _is_taken(self, name: str) -> bool:
         try:
@@ -116,6 +114,7 @@ class MoveMethods(FileMethods):
             if here is None or here.st_ino != inode or self._is_taken(file[0]):
                 return False
             try:
+                staging.give_mode(file, staged)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 os.link(staged, final)  # a rename would overwrite what has got the name just now
             except OSError:  # it stays where it was, whatever the reason
@@ -133,7 +132,7 @@ class MoveMethods(FileMethods):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a job would leave out what its writer has locked
             status = os.fstat(descriptor)
-            if (status.st_size, status.st_mtime_ns, status.st_ino) != (*file[1:], inode):
+            if (status.st_size, status.st_mtime_ns, status.st_ino) != (*file[1:3], inode):
                 return False
             path.unlink()
         except BlockingIOError:
@@ -156,7 +155,7 @@ def _everything(root: Path) -> tuple[Listed, list[str]]:
     for folder, folders, names in os.walk(root):
         folders.sort()
         links = [each for each in folders if os.path.islink(f"{folder}/{each}")]
-        for name in sorted(each for each in names + links if not each.endswith(PARTIAL)):
+        for name in sorted(names + links):
             path = f"{folder}/{name}"
             try:
                 found += [(path, file, inode) for file, inode in walk(root, os.path.relpath(path, root))]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mrcore.errors import MrcoreError, UsageError
+
 if TYPE_CHECKING:
     from mrcore.config import Settings
     from mrcore.scheduler import Scheduler
@@ -65,6 +67,14 @@ def cluster_in_force(settings: Settings | None = None) -> Any:
     from mrcore.manage_cluster import ManageCluster
 
     return ManageCluster(settings or settings_in_force())
+
+
+def insist(yes: bool, question: str) -> None:
+    """Have the user agree to what was just said: on a terminal by asking, elsewhere by --yes. Raises if he does not."""
+    if not yes and not sys.stdin.isatty():
+        raise UsageError("nothing was done: there is no terminal to ask on; --yes says that it may be done")
+    if not yes and not click.confirm(question, err=True):
+        raise MrcoreError("nothing was done")
 
 
 def print_json(value: Any) -> None:

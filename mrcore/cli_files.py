@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mrcore.access import blocked
-from mrcore.cli_common import JSON, print_json, settings_in_force
+from mrcore.cli_common import JSON, insist, print_json, settings_in_force
 from mrcore.errors import UsageError
+from mrcore.text import one_line
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from mrcore.file_transfer import FileTransfer
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[..., None]]:
+def _bar() -> Iterator[tuple[Callable[..., None], Progress]]:
     """What shows how a transfer goes, if there is a terminal to show it on."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -32,12 +35,14 @@ def _bar() -> Iterator[Callable[..., None]]:
             what = f"{phase} {files:,} files" if files else phase
             bar.update(shown, description=what, completed=sent_bytes, total=total_bytes or None)
 
-        yield report
+        yield report, bar
 
 
 @contextlib.contextmanager
-def _transfer(local: str = "/", write: bool = False) -> Iterator[FileTransfer]:
-    """A FileTransfer of the settings in force that shows how it goes.
+def _transfer(
+    local: str = "/", write: bool = False, agree: Callable[[dict[str, Any]], None] = lambda told: None
+) -> Iterator[FileTransfer]:
+    """A FileTransfer of the settings in force that shows how it goes; `agree` has the terminal for itself.
 
     Raises UsageError if the user who runs it may not read, or fill, the local side, or while a drain goes on.
     """
@@ -50,8 +55,14 @@ def _transfer(local: str = "/", write: bool = False) -> Iterator[FileTransfer]:
     with contextlib.closing(Store(settings.state_dir)) as store:
         if reason := store.held_by_drain():
             raise UsageError(f"{reason}; transfers have to wait for that")
-    with _bar() as report:
-        yield FileTransfer(settings, report)
+    with _bar() as (report, bar):
+
+        def agreed(told: dict[str, Any]) -> None:
+            bar.stop()
+            agree(told)
+            bar.start()
+
+        yield FileTransfer(settings, report, agree=agreed)
 
 
 def _say(verb: str, counts: dict[str, Any]) -> None:
@@ -59,7 +70,22 @@ def _say(verb: str, counts: dict[str, Any]) -> None:
     click.echo(f"{verb} {counts['files']:,} files, {counts['bytes']:,} bytes{more}")
 
 
+def _tell_going(told: dict[str, Any], what: str) -> None:
+    click.echo(f"{what}:" if told["files"] else f"{what}: nothing", err=True)
+    for node, count in told["nodes"].items():
+        if count["files"]:
+            click.echo(f"  {node}: {count['files']:,} files, {count['bytes']:,} bytes", err=True)
+    for each in told["outputs"]:
+        click.echo(
+            f"  among them output of {each['job_name']} (run {each['run']}): {each['files']:,} parts, "
+            f"{each['bytes']:,} bytes",
+            err=True,
+        )
+
+
 _MORE = {"skipped": "unchanged", "removed": "others removed"}
+YES = click.option("--yes", is_flag=True, help="Do not ask.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only tell what would go.")
 ONE_BY_ONE = click.option("--one-by-one", is_flag=True, help="Not several files at once.")
 
 
@@ -69,11 +95,25 @@ ONE_BY_ONE = click.option("--one-by-one", is_flag=True, help="Not several files 
 @click.option("--changed", is_flag=True, help="Send what is new or changed, instead of replacing FOLDER as a whole.")
 @click.option("--compress", is_flag=True, help="Let the files arrive as NAME.gz.")
 @ONE_BY_ONE
-def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: bool) -> None:
-    """Spread a LOCAL folder's files over the nodes' FOLDER, such as inputs/logs."""
+@YES
+@DRY_RUN
+def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: bool, yes: bool, dry_run: bool) -> None:
+    """Spread a LOCAL folder's files over the nodes' FOLDER, such as inputs/logs.
+
+    Without --changed FOLDER is replaced: files that it has and LOCAL has not go, which is asked for first.
+    """
+
+    def agree(told: dict[str, Any]) -> None:
+        if told["files"] or dry_run:
+            _tell_going(told, f"files of {folder} that {local} does not have, and that would go")
+        if dry_run:
+            raise click.exceptions.Exit(0)
+        if told["files"]:
+            insist(yes, "Replace the folder?")
+
     if one_by_one and compress:
         raise click.UsageError("--compress goes with several files at once only: leave --one-by-one out")
-    with _transfer(local) as transfer:
+    with _transfer(local, agree=agree) as transfer:
         if one_by_one:
             counts = transfer.upload(local, folder, not changed)
         else:
@@ -104,15 +144,31 @@ def upload_auxiliary(file: str, name: str) -> None:
 
 @click.command()
 @click.argument("path")
-def rm(path: str) -> None:
-    """Remove a file or folder under the nodes' base_dir; wildcards count."""
-    with _transfer() as transfer:
-        _say("removed", transfer.delete_files(path))
+@YES
+@DRY_RUN
+def rm(path: str, yes: bool, dry_run: bool) -> None:
+    """Remove a file or folder under the nodes' base_dir; wildcards count.
+
+    Asks before output that jobs have published goes, and before what a wildcard in the first part of PATH matches does.
+    """
+
+    def agree(told: dict[str, Any]) -> None:
+        if told["outputs"] or (told["everywhere"] and told["files"]):
+            _tell_going(told, f"{path} would remove")
+            insist(yes, "Remove all of this?")
+
+    with _transfer(agree=agree) as transfer:
+        told = transfer.delete_files(path, by=f"`mrcore rm {one_line(path, 200)}`", dry_run=dry_run)
+    if dry_run:
+        return _tell_going(told, f"{path} would remove")
+    return _say("removed", told)
 
 
 @click.command()
 @click.argument("node")
-@click.option("--list", "only_list", is_flag=True, help="Only tell what the node holds; exit status 0: nothing.")
+@click.option(
+    "--list", "--dry-run", "only_list", is_flag=True, help="Only tell what the node holds; exit status 0: nothing."
+)
 @click.option(
     "--wait", type=click.FloatRange(0), default=3600, show_default=True, help="Seconds for the run under way to end."
 )
@@ -125,7 +181,7 @@ def drain(node: str, only_list: bool, wait: float, as_json: bool) -> None:
     if only_list:
         told = work.look(settings, node)
     else:
-        with _bar() as report:
+        with _bar() as (report, _):
 
             def progress(phase: str, **facts: int) -> None:
                 if phase.startswith("waiting") and phase != said[0]:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mrcore import ledger, manifest, procfs
+from mrcore import ledger, manifest, outputs, procfs
 from mrcore.config import NodeSettings, Settings
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.file_transfer import BATCH_BYTES, BATCH_FILES, MIN_FREE_DISK_BYTES, SMALL_BYTES
 from mrcore.inputs import COMPRESSED
+from mrcore.manifest import PART
 from mrcore.rpc.data import Relay
 from mrcore.runner import Doorbell
 from mrcore.store import Store
@@ -34,10 +34,8 @@ MAX_ROUNDS = 10  # over all files: what came, or was written to, meanwhile
 WAIT_SECONDS = 3_600.0  # for the run that is under way
 TICK_SECONDS = 0.2
 
-_PART = re.compile(r"([^/]+)/reduce/(part-(\d{1,12})-\d{1,9}-\d{1,9}\.data(?:\.gz)?)")
-
 Json = dict[str, Any]
-Held = Sequence[Any]  # name, size, mtime_ns, inode
+Held = Sequence[Any]  # name, size, mtime_ns, mode, inode
 
 
 class Move(NamedTuple):
@@ -46,6 +44,7 @@ class Move(NamedTuple):
     name: str
     size: int
     mtime_ns: int
+    mode: int
     inode: int
     target: str
     new_name: str
@@ -83,7 +82,7 @@ def plan(files: Iterable[Held], rooms: Mapping[str, Room], parts: Container[str]
     """
     moves: list[Move] = []
     left: Json = {}
-    for name, size, mtime_ns, inode in files:
+    for name, size, mtime_ns, mode, inode in files:
         with_room = [each for each, room in rooms.items() if room.free - size >= MIN_FREE_DISK_BYTES]
         for new_name in (name,) if name in parts else (name, renamed(name, node)):
             if fitting := [each for each in with_room if new_name not in rooms[each].taken]:
@@ -91,7 +90,7 @@ def plan(files: Iterable[Held], rooms: Mapping[str, Room], parts: Container[str]
                 room = rooms[target]
                 room.held, room.free = room.held + size, room.free - size
                 room.taken.add(new_name)
-                moves.append(Move(name, size, mtime_ns, inode, target, new_name))
+                moves.append(Move(name, size, mtime_ns, mode, inode, target, new_name))
                 break
         else:
             why = "has a file of that name" if with_room else f"is short of disk for its {size:,} bytes"
@@ -159,7 +158,7 @@ class _Nodes:
         for page in self.pages(self.source):
             wrong += page.get("faults", [])
             for name, size, *_ in page["files"]:
-                part = _PART.fullmatch(name)
+                part = PART.fullmatch(name)
                 count(kinds["output" if part else "input"], size)
                 if part:
                     count(jobs.setdefault(part[1], {"job_name": part[1], "files": 0, "bytes": 0}), size)
@@ -278,8 +277,8 @@ class _Drain:
         only = nodes.only_here()
         for target in nodes.others if only else ():
             upload = nodes.crew.call(target, "begin_upload", folder=None)["upload"]
-            for listing, number, (name, size, mtime_ns, _) in only.values():
-                self._send(nodes.crew, nodes.source, target, upload, listing, [(number, (name, size, mtime_ns))])
+            for listing, number, (*file, _) in only.values():
+                self._send(nodes.crew, nodes.source, target, upload, listing, [(number, tuple(file))])
             nodes.crew.call(target, "commit_upload", upload=upload, replace=False)
 
     def _round(self, nodes: _Nodes) -> None:
@@ -297,7 +296,8 @@ class _Drain:
             self._ask(nodes, rooms, names)
             taken = set().union(*(room.taken for room in rooms.values()))
             self._ask(nodes, rooms, [renamed(name, nodes.source.name) for name in taken])
-            moves, more = plan(page["files"], rooms, self._parts(names, nodes.source.name), nodes.source.name)
+            known = outputs.named(self._settings, {part[1] for name in names if (part := PART.fullmatch(name))})
+            moves, more = plan(page["files"], rooms, known.get(nodes.source.name, ()), nodes.source.name)
             self._left |= more
             numbers = {name: start + at for at, name in enumerate(names)}
             for step in cut(moves, STEP_FILES, STEP_BYTES):
@@ -309,18 +309,6 @@ class _Drain:
         for other in nodes.others if names else ():
             found = nodes.crew.call(other, "taken", names=names)
             rooms[other.name].taken |= {name for name, taken in zip(names, found, strict=True) if taken}
-
-    def _parts(self, names: Iterable[str], node: str) -> set[str]:
-        """Of these names those of committed parts on a node."""
-        asked: dict[tuple[str, int], list[re.Match[str]]] = {}
-        for found in filter(None, map(_PART.fullmatch, names)):
-            asked.setdefault((found[1], int(found[3])), []).append(found)
-        known = set()
-        for (job, run), matches in asked.items():
-            told = (manifest.read(self._settings.state_dir, job, run) or {"parts": ()})["parts"]
-            committed = {part["name"] for part in told if part["node"] == node}
-            known |= {found[0] for found in matches if found[2] in committed}
-        return known
 
     def _step(self, nodes: _Nodes, listing: str, numbers: Mapping[str, int], step: Sequence[Move]) -> None:
         """Move some files, all or none of which have moved when this ends or is carried on later."""
@@ -337,14 +325,14 @@ class _Drain:
             ]
 
             def send(batch: list[Move]) -> None:
-                files = [(numbers[each.name], (each.new_name, each.size, each.mtime_ns)) for each in batch]
+                files = [(numbers[each.name], (each.new_name, each.size, each.mtime_ns, each.mode)) for each in batch]
                 target = self._by_name[batch[0].target]
                 self._send(crew, source, target, uploads[target.name], listing, files)
 
             crew.each("TRANSFER", send, batches, AT_ONCE)
             staged: list[Move] = []
             for target, moves in _by_target(step):
-                files = [[each.new_name, each.size, each.mtime_ns] for each in moves]
+                files = [[each.new_name, each.size, each.mtime_ns, each.mode] for each in moves]
                 found = crew.call(self._by_name[target], "stage_moves", source=source.name, files=files)
                 staged += [
                     move._replace(new_inode=inode[0], new_mtime_ns=inode[1])
@@ -361,7 +349,7 @@ class _Drain:
 
     def _send(
         self, crew: Crew, source: NodeSettings, target: NodeSettings, upload: str, listing: str,
-        files: Sequence[tuple[int, tuple[str, int, int]]],
+        files: Sequence[tuple[int, tuple[Any, ...]]],
     ) -> None:  # fmt: skip
         """Stream files of one node, by their numbers in its listing, into an upload of another."""
         batch = crew.call(target, "announce", upload=upload, files=[file for _, file in files])
@@ -379,7 +367,7 @@ class _Drain:
 
             crew.data(source).get([{"file": [listing, number, at]} for number, _ in files], sink)
 
-        relay = Relay(sum(size for _, (_, size, _) in files), checksum, feed)
+        relay = Relay(sum(file[1] for _, file in files), checksum, feed)
         crew.data(target).put({"batch": [upload, batch]}, relay)
 
     # --- from what is written down ---
@@ -408,7 +396,7 @@ class _Drain:
         done: list[Move] = []
         for target, those in _by_target(moves):
             if node := self._by_name.get(target):
-                files = [[each.new_name, each.size, each.mtime_ns, each.new_inode] for each in those]
+                files = [[each.new_name, each.size, each.mtime_ns, each.mode, each.new_inode] for each in those]
                 answers = crew.call(node, "publish_moves", source=noted["source"], files=files)
                 done += [move for move, answer in zip(those, answers, strict=True) if answer]
         lost = set(moves) - set(done)  # they are where they were
@@ -426,7 +414,7 @@ class _Drain:
             if source is None:  # gone for good: what the new nodes have is all there is
                 answers = [True] * len(those)
             elif target in self._by_name:
-                files = [[each.name, each.size, each.mtime_ns, each.inode] for each in those]
+                files = [[each.name, each.size, each.mtime_ns, each.mode, each.inode] for each in those]
                 answers = crew.call(source, "remove_moves", files=files)
             else:  # taken out of the cluster meanwhile: what the old node still has is the only copy
                 answers = [not each for each in crew.call(source, "taken", names=[each.name for each in those])]
@@ -449,7 +437,7 @@ class _Drain:
         """Remove from their new nodes files that stay where they were."""
         for target, those in _by_target(moves):
             if node := self._by_name.get(target):
-                files = [[each.new_name, each.size, each.new_mtime_ns, each.new_inode] for each in those]
+                files = [[each.new_name, each.size, each.new_mtime_ns, each.mode, each.new_inode] for each in those]
                 answers = crew.call(node, "remove_moves", files=files)
                 if stuck := [move.new_name for move, gone in zip(those, answers, strict=True) if not gone]:
                     raise ClusterFault(
@@ -463,7 +451,7 @@ class _Drain:
         ways = [(move, source, move.target) for move in moved] + [(move, move.target, source) for move in kept]
         runs: dict[tuple[str, int], dict[str, tuple[str, str]]] = {}
         for move, old, new in ways:
-            if (found := _PART.fullmatch(move.name)) and move.name == move.new_name:
+            if (found := PART.fullmatch(move.name)) and move.name == move.new_name:
                 runs.setdefault((found[1], int(found[3])), {})[found[2]] = old, new
         for (job, run), nodes in runs.items():
             manifest.relocate(self._settings.state_dir, job, run, nodes)

@@ -1,7 +1,7 @@
 """Files between the master ("local") and the nodes: upload, download, auxiliary data, removal.
 
 An upload is: list both sides → choose a node for each file → send, in batches, to be staged there → commit on all
-nodes, where the files get their names at once. A download stages in `.partial/` of the local folder in the same way.
+nodes, where the files get their names at once. A download stages in GATHERING in the local folder in the same way.
 Whatever ends a transfer before that leaves the destination as it was; the next one goes on with what was staged.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mrcore import manifest
+from mrcore import manifest, outputs, procfs
 from mrcore.config import NodeSettings, Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.inputs import COMPRESSED, rendezvous
@@ -40,6 +41,9 @@ BATCH_BYTES, BATCH_FILES = 8 << 20, 2_000
 AT_ONCE = 4
 BLOCK_BYTES = 1 << 20
 MIN_FREE_DISK_BYTES = 256 << 20
+GATHERING = f".mrcore-download{PARTIAL}"
+
+Agree = Callable[[Json], None]
 
 
 class _Remote(NamedTuple):
@@ -53,15 +57,18 @@ class _Remote(NamedTuple):
 
 class FileTransfer:
     """Moves files now. `progress(phase, **counts)` hears how it goes; setting `stop` ends it with an MrcoreError.
+    `agree` is told what would go from the nodes before anything does, and may raise.
 
     Folders of nodes are relative to each node's base_dir. All methods give counts: files, bytes, sent_bytes (over the
     wire), skipped, removed. They raise JobFault or UsageError (what was asked cannot be), ClusterFault (try again).
     """
 
     def __init__(
-        self, settings: Settings | None = None, progress: Progress | None = None, stop: threading.Event | None = None
-    ) -> None:
+        self, settings: Settings | None = None, progress: Progress | None = None, stop: threading.Event | None = None,
+        agree: Agree | None = None,
+    ) -> None:  # fmt: skip
         self._settings = settings or load_settings()
+        self._agree = agree
         self._progress, self._stop = progress or (lambda phase, **facts: None), stop or threading.Event()
 
     def upload(self, input_dir: str, output_dir: str, reload_files: bool = True) -> Json:
@@ -103,13 +110,32 @@ class FileTransfer:
             plan = {node.name: [(file, target)] for node in self._settings.nodes}
             return self._deliver(crew, path.parent, None, plan, replace=False, compress=False, at_once=AT_ONCE)
 
-    def delete_files(self, output_dir: str) -> Json:
-        """Remove a file, a folder or what a name with wildcards matches from all nodes."""
+    def delete_files(
+        self, output_dir: str, also_outputs: bool = False, *, by: str = "a program", dry_run: bool = False,
+    ) -> Json:  # fmt: skip
+        """Remove a file, a folder or what wildcards match from all nodes; gives what `outputs.going` does.
+
+        Output that manifests name is refused (JobFault), and a wildcard in the first part of the name, which may mean
+        that, unless `also_outputs`, or the `agree` of this object lets it pass. Output that went is
+        forgotten: see `outputs.forget`. With `dry_run` nothing happens.
+        """
         path = _checked(output_dir, "output_dir")
         with Crew(self._settings, self._progress, self._stop) as crew:
-            order = {"path": path, "wildcards": crew.has_wildcards(path)}
-            gone = crew.each("DELETE", lambda node: crew.call(node, "delete_files", **order), self._settings.nodes)
-            return {key: sum(each[key] for each in gone) for key in ("files", "bytes")}
+            order, nodes = {"path": path, "wildcards": crew.has_wildcards(path)}, self._settings.nodes
+            looks = crew.each("LIST", lambda node: crew.call(node, "delete_files", dry_run=True, **order), nodes)
+            told = outputs.going(self._settings, dict(zip((node.name for node in nodes), looks, strict=True)))
+            told["everywhere"] = order["wildcards"] and glob.has_magic(path.partition("/")[0])
+            if dry_run:
+                return told
+            if self._agree:
+                self._agree(told)
+            elif not also_outputs and (told["outputs"] or told["everywhere"]):
+                what = f"is output of {outputs.listed(told['outputs'])}" if told["outputs"] else "may be output of jobs"
+                raise JobFault(f"what {output_dir!r} names {what}: name other folders, or set also_outputs: true")
+            outputs.forget(self._settings, told["outputs"], by)
+            order["leave"] = told["leave"]
+            crew.each("DELETE", lambda node: crew.call(node, "delete_files", **order), nodes, may_stop=False)
+            return told
 
     # --- upload ---
 
@@ -127,9 +153,27 @@ class FileTransfer:
             for node, _, files in crew.list_nodes(folder):
                 for file in files:
                     held.setdefault(file[0], {})[node.name] = file
+            self._check_replaced(folder, held, {target[0] for _, target in pairs}, replace)
             plan, skipped = self._plan(pairs, held, replace, compress)
             counts = self._deliver(crew, top, folder, plan, replace=replace, compress=compress, at_once=at_once)
             return counts | {"skipped": skipped}
+
+    def _check_replaced(self, folder: str, held: dict[str, dict[str, File]], names: set[str], replace: bool) -> None:
+        """See whether what goes from a folder that is filled anew, or filled up, may go."""
+        lost = {name: files for name, files in held.items() if replace or name in names}
+        parts = [(node, f"{folder}/{name}") for name, files in lost.items() for node in files]
+        if whose := outputs.among(self._settings, parts):
+            raise JobFault(
+                f"output_dir {folder!r} holds output of {outputs.listed(whose)}, which this upload would replace: "
+                "choose another folder, or remove the output first"
+            )
+        if self._agree:
+            others = [(node, file) for name in lost.keys() - names for node, file in lost[name].items()]
+            by_node = {
+                node: [file[1] for at, file in others if at == node] for node in sorted({at for at, _ in others})
+            }
+            nodes = {node: {"files": len(sizes), "bytes": sum(sizes)} for node, sizes in by_node.items()}
+            self._agree({"files": len(others), "nodes": nodes, "outputs": []})
 
     def _plan(
         self, pairs: list[tuple[File, File]], held: dict[str, dict[str, File]], replace: bool, compress: bool
@@ -194,7 +238,7 @@ class FileTransfer:
             contents = [_content(stack, inside(source, file[0]), file, target, crew) for file, target in batch]
             content = contents[0] if len(batch) == 1 else b"".join(each for each in contents if isinstance(each, bytes))
             sizes = [len(each) if isinstance(each, bytes) else each[1] for each in contents]
-            files = [(target[0], size, target[2]) for (_, target), size in zip(batch, sizes, strict=True)]
+            files = [(target[0], size, *target[2:]) for (_, target), size in zip(batch, sizes, strict=True)]
             number = crew.call(node, "announce", upload=upload, files=files)
             if number is not None:
                 with _of(node):
@@ -212,7 +256,7 @@ class FileTransfer:
             found = self._name_here(path, crew.list_nodes(path, crew.has_wildcards(path)))
             if not found:
                 raise JobFault(f"input_dir {path!r} matches no file under any node's base_dir")
-            staging = Staging(target / PARTIAL, target)
+            staging = Staging(target / GATHERING, target, 0o777 & ~procfs.umask())
             _lock(stack, staging.folder)
             crew.total = sum(each.local[1] for each in found)
             _check_free("the master", shutil.disk_usage(target).free, crew.total)
@@ -252,6 +296,8 @@ class FileTransfer:
         ]
         if len({each.local[0] for each in found}) < len(found):
             raise JobFault(f"{path!r} has files in a folder that is named like a node: fetch a part of it at a time")
+        if any(each.local[0].partition("/")[0] == GATHERING for each in found):
+            raise JobFault(f"{path!r} holds {GATHERING!r}, where downloads gather: give that another name")
         return found
 
     def _fetch(self, crew: Crew, staging: Staging, batch: list[_Remote]) -> None:
@@ -276,7 +322,7 @@ class FileTransfer:
         if staging.has(remote.local):
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        with open(os.open(staging.partial(remote.local), flags, 0o644), "r+b", buffering=0) as stream:
+        with open(os.open(staging.partial(remote.local), flags, 0o600), "r+b", buffering=0) as stream:
             fd, at = stream.fileno(), os.fstat(stream.fileno()).st_size
             known = {"listing": remote.listing, "number": remote.number, "length": at}
             if at and (at > remote.local[1] or crew.call(remote.node, "file_checksum", **known) != checksum(fd, at)):
@@ -310,7 +356,8 @@ def run(job: Json, settings: Settings, progress: Progress, stop: threading.Event
     """Execute a validated file_transfer job; gives {"counts"}. May be repeated: it then moves what is missing."""
     transfer, kind = FileTransfer(settings, progress, stop), job["transfer_type"]
     if kind == "delete":
-        return {"counts": transfer.delete_files(job["output_dir"])}
+        told = transfer.delete_files(job["output_dir"], job["also_outputs"], by=f"the job {job['job_name']}")
+        return {"counts": {key: told[key] for key in ("files", "bytes")}}
     if kind == "upload_auxiliary":
         return {"counts": transfer.upload_auxiliary(job["input_file_name"], job["auxiliary_data_name"])}
     folders = job["input_dir"], job["output_dir"]

@@ -144,6 +144,7 @@ class FileTransferJob(Job):
     reload_files: bool = Field(True, description="upload: replace the destination; false: send new and changed files")
     delete_files: bool = Field(True, description="download: clear the local folder first")
     compress: bool = Field(False, description="upload_bulk: gzip at the destination")
+    also_outputs: bool = Field(False, description="delete: also output that jobs have published")
     input_file_name: Annotated[Text, BeforeValidator(_absolute)] | None = Field(None, description="upload_auxiliary")
     auxiliary_data_name: Name | None = Field(None, description="upload_auxiliary: NAME of auxiliary_dir/NAME.data")
 

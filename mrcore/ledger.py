@@ -165,6 +165,7 @@ def plan(
             files=news.changed[:100],
         )
     nothing_new = not anew and not any(news.files.values())
+    removed = "removed" in (manifest.newest(state_dir, job["job_name"]) or {})
     skipped = {"unfinished last line": news.unfinished, "changed since it was read": len(news.changed)}
     return {
         "files": news.files,
@@ -172,7 +173,7 @@ def plan(
         "skipped": {key: number for key, number in skipped.items() if number},
         "nothing_new": nothing_new,
         "replaces": job["merge_output"] or forgotten,
-        "base": None if anew or nothing_new else _earlier(job, run, state_dir, set(base_dirs)),
+        "base": None if anew or (nothing_new and not removed) else _earlier(job, run, state_dir, set(base_dirs)),
         "ledger": {"replace": anew, "entries": news.entries},
     }
 
@@ -202,6 +203,8 @@ def _earlier(job: Json, run: int | None, state_dir: Path, nodes: set[str]) -> Js
         why = f"what it has read went into run {run}, and its output is of run {newest['run']}"
     elif not job["merge_output"]:
         return None
+    elif gone_how := manifest.removal(newest):
+        why = f"its earlier output {gone_how}"
     elif not newest["merge_output"]:
         why = "its earlier output was made without merge_output"
     elif not newest["keys_kept"]:

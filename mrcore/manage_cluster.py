@@ -12,15 +12,14 @@ import contextlib
 import platform
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mrcore import WIRE_VERSION, __version__, environments, faults, ledger, manifest
+from mrcore import WIRE_VERSION, __version__, environments, faults, ledger, manifest, outputs
 from mrcore.config import NodeSettings, Settings, load_settings
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, UsageError
+from mrcore.errors import ClusterFault, JobFault, MrcoreError, UsageError
 from mrcore.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW, plan_bundles
 from mrcore.links import Links
 from mrcore.phases import Attempt, EndServer, Give, Start, default_partitions
@@ -176,7 +175,7 @@ class ManageCluster:
         return plan | {"project": snapshot, "environment": packages.hash, "bundles": bundles, "input": read}
 
     def _look(self, node: str, files: list[list[Any]]) -> list[list[Any]]:
-        agent, found = self._agent(self._node(node)), []
+        agent, found = self._agent(outputs.node_of(self.settings, node)), []
         for first in range(0, len(files), FILES_A_LOOK):
             found += agent.call("look_into", files=files[first : first + FILES_A_LOOK], timeout_seconds=600)
         return found
@@ -326,7 +325,7 @@ class ManageCluster:
                 self._end_server(link.server.node, instruction.server)
 
     def _at(self, source: Json) -> Json:
-        node = self._node(source["node"])
+        node = outputs.node_of(self.settings, source["node"])
         return source | {"address": node.address, "port": node.agent_port}
 
     def _end_server(self, node: NodeSettings, server: str) -> None:
@@ -407,36 +406,9 @@ class ManageCluster:
 
         Parts are fetched from the nodes and checked. Raises UsageError when the job has no output.
         """
-        head_writer = _HeadWriter(out, head)
-        with contextlib.suppress(_Enough):
-            for part in manifest.parts(self.settings.state_dir, job_name):
-                self._copy_part(job_name, part, head_writer.write)
-        return head_writer.lines
-
-    def _copy_part(self, job_name: str, part: Json, write: Callable[[bytes], None]) -> None:
-        """Fetch a part and write its text; raises Refused when it is not what was committed."""
-        node = self._node(part["node"])
-        unzip = zlib.decompressobj(wbits=31) if part["name"].endswith(".gz") else None
-        checksum = 0
-
-        def sink(_: int, chunk: memoryview) -> None:
-            nonlocal checksum
-            text = unzip.decompress(chunk) if unzip else bytes(chunk)
-            checksum = zlib.crc32(text, checksum)
-            write(text)
-
-        with contextlib.closing(DataClient(node.address, node.agent_port, self._pki, node.name)) as client:
-            client.get([{"part": {"job": job_name, "name": part["name"]}}], sink)
-        if checksum != part["crc32"]:
-            raise Refused(f"part {part['name']} on {part['node']} is damaged: its checksum is not the committed one")
+        return outputs.cat(self.settings, self._pki, job_name, out, head)
 
     # --- nodes ---
-
-    def _node(self, name: str) -> NodeSettings:
-        node = next((each for each in self.settings.nodes if each.name == name), None)
-        if node is None:
-            raise ClusterFault(f"what is asked for lies on {name}, which is no node of the cluster any more")
-        return node
 
     def _agent(self, node: NodeSettings) -> Client:
         if node.name not in self._agents:
@@ -450,31 +422,6 @@ class ManageCluster:
             return [function(nodes[0])]
         with ThreadPoolExecutor(min(NODES_AT_ONCE, len(nodes)), "node") as pool:
             return list(pool.map(function, nodes))
-
-
-class _Enough(Exception):
-    """As many lines as wanted are written."""
-
-
-class _HeadWriter:
-    """Writes text to `out` up to its `limit`th line (None: all of it), then raises _Enough."""
-
-    def __init__(self, out: BinaryIO, limit: int | None) -> None:
-        self._out, self._limit, self.lines = out, limit, 0
-        if limit is not None and limit <= 0:
-            raise UsageError("the number of lines must be 1 or more")
-
-    def write(self, text: bytes) -> None:
-        """Write as much of `text` as is wanted."""
-        count = text.count(b"\n")
-        if self._limit is not None and self.lines + count >= self._limit:
-            wanted = self._limit - self.lines
-            text = b"".join(line + b"\n" for line in text.split(b"\n", wanted)[:wanted])
-            self._out.write(text)
-            self.lines = self._limit
-            raise _Enough
-        self._out.write(text)
-        self.lines += count
 
 
 class _PhaseClock:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mrcore.errors import UsageError
 from mrcore.paths import PARTIAL, fsync_dir, write_atomic
+
+# The name of a published part under a node's base_dir: job, part, run.
+PART = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})/reduce/(part-(\d{1,12})-\d{1,9}-\d{1,9}\.data(?:\.gz)?)")
 
 
 def path_of(state_dir: Path, job: str, run: int) -> Path:
@@ -92,9 +98,27 @@ def parts(state_dir: Path, job: str) -> list[dict[str, Any]]:
 
     Raises UsageError when there is none.
     """
-    found: list[list[dict[str, Any]]] = []
+    found: list[dict[str, Any]] = []
     for each in committed(state_dir, job):
-        found.append(each["parts"])
+        found.append(each)
         if each["delete_job_data"]:
             break
-    return [part for parts in reversed(found) for part in parts]
+    if all("removed" in each for each in found):
+        anew = f"`mrcore ledger forget {job}` has its next run read all" if found[0].get("ledger") else "run it again"
+        raise UsageError(f"the output of job {job!r} {removal(found[0])}; to have it again: {anew}")
+    return [part for each in reversed(found) for part in each["parts"]]
+
+
+def remove_parts(state_dir: Path, job: str, run: int, by: str) -> None:
+    """Note that the parts of a run are no part of the job's output any more, and who removed them. May be repeated."""
+    found = read(state_dir, job, run)
+    if found and "removed" not in found:
+        write(state_dir, found | {"removed": {"time": time.time(), "by": by}, "parts": []})
+
+
+def removal(found: dict[str, Any]) -> str | None:
+    """Return when and by whom the output that a manifest named was removed, None if it was not."""
+    if not (removed := found.get("removed")):
+        return None
+    day = datetime.fromtimestamp(removed["time"]).astimezone().isoformat(" ", timespec="minutes")
+    return f"was removed on {day} by {removed['by']}"

@@ -42,6 +42,12 @@ def _stat(pid: int) -> list[str]:
     return []
 
 
+def umask() -> int:
+    """Return the umask of this process; `os.umask` would change it for all threads to tell."""
+    with open("/proc/self/status") as stream:
+        return next(int(line.split()[1], 8) for line in stream if line.startswith("Umask:"))
+
+
 def state(pid: int) -> str | None:
     """The state letter of a process ("R", "S", "T", …), None when there is none or only its zombie is left."""
     fields = _stat(pid)

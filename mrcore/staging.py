@@ -1,7 +1,8 @@
 """Files on their way into a folder, on a node or on the master: they gather aside and get their names all at once.
 
-A file is `(name, size in bytes, mtime in ns)`, the name relative to its folder. While it comes it lies in a staging
-folder of the same file system under a digest of these three, so that a transfer that was cut off finds it again.
+A file is `(name, size in bytes, mtime in ns, mode)`, the name relative to its folder. While it comes it lies in a
+staging folder of the same file system under a digest of these, readable by its owner only, so that a transfer that was
+cut off finds it again; it gets its mode with its name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from mrcore.access import blocked
 from mrcore.errors import ClusterFault, JobFault, Refused
 from mrcore.paths import PARTIAL, remove_tree
 
-File = tuple[str, int, int]
+File = tuple[str, int, int, int]
+ON_NODES = 0o755  # of a file's mode: nobody but its owner writes to what a cluster reads
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,9 +39,11 @@ def checked_name(name: Any) -> str:
 def checked_file(file: Any) -> File:
     """Give a File that came over the wire. Raises Refused when it is none."""
     match file:
-        case [name, int(size), int(mtime_ns)] if 0 <= size < 1 << 63 and abs(mtime_ns) < 1 << 63:
-            return checked_name(name), size, mtime_ns
-    raise Refused(f"not a file's name, size and time: {file!r:.300}")
+        case [name, int(size), int(mtime_ns), int(mode)] if (
+            0 <= size < 1 << 63 and abs(mtime_ns) < 1 << 63 and 0 <= mode <= 0o777
+        ):
+            return checked_name(name), size, mtime_ns, mode
+    raise Refused(f"not a file's name, size, time and mode: {file!r:.300}")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -51,7 +55,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def walk(folder: Path, name: str = "") -> Iterator[tuple[File, int]]:
-    """Give every file below `folder`, or `folder`/`name`, with its inode, in order, but for what ends in `.partial`.
+    """Give every file below `folder`, or `folder`/`name`, with its inode, in order.
 
     Raises JobFault for a symbolic link, or what else is no plain file, for one that we may not read, for a name that is
     not UTF-8.
@@ -65,24 +69,26 @@ def walk(folder: Path, name: str = "") -> Iterator[tuple[File, int]]:
         with os.scandir(path) as entries:
             names = sorted(entry.name for entry in entries)
         for each in names:
-            if not each.endswith(PARTIAL):
-                yield from walk(folder, f"{name}/{each}" if name else each)
+            yield from walk(folder, f"{name}/{each}" if name else each)
         return
     if not stat.S_ISREG(status.st_mode):
         what = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "no plain file"
         raise JobFault(f"{path} is {what}: transfers take plain files; remove it or put the file itself there")
     try:
-        yield (checked_name(name), status.st_size, status.st_mtime_ns), status.st_ino
+        yield (checked_name(name), status.st_size, status.st_mtime_ns, status.st_mode & 0o777), status.st_ino
     except Refused as error:
         raise JobFault(f"in {folder}: {error.message}") from None
 
 
 class Staging:
-    """Files that come into `target` gather in `folder`, which is made now. Raises OSError."""
+    """Files that come into `target` gather in `folder`, which is made now. Raises OSError.
 
-    def __init__(self, folder: Path, target: Path) -> None:
-        self.folder, self.target = folder, target
-        folder.mkdir(parents=True, exist_ok=True)
+    Of a file's mode `mask` is kept; its owner may always read it.
+    """
+
+    def __init__(self, folder: Path, target: Path, mask: int = ON_NODES) -> None:
+        self.folder, self.target, self._mask = folder, target, mask
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, file: File) -> Path:
         """Where a file lies when it is here whole; until then its name has `.partial` added."""
@@ -105,8 +111,9 @@ class Staging:
 
     def put(self, file: File, content: bytes | bytearray) -> None:
         """Take in a small file whole. It is flushed by `publish`."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(self.path(file), flags, 0o644), "wb", buffering=0) as stream:
+        path, flags = self.path(file), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        path.unlink(missing_ok=True)  # of an earlier try, which may have got its mode
+        with open(os.open(path, flags, 0o600), "wb", buffering=0) as stream:
             view = memoryview(content)
             while view:
                 view = view[stream.write(view) :]
@@ -123,17 +130,23 @@ class Staging:
         if missing:
             raise ClusterFault(f"{len(missing)} files, {missing[0]!r:.200} among them, never came: send them again")
         self.target.mkdir(parents=True, exist_ok=True)
-        for parent in sorted({name.rpartition("/")[0] for name, _, _ in files}):
+        for parent in sorted({file[0].rpartition("/")[0] for file in files}):
             self._make_folder(parent, replace)
-        for name, _, _ in files:
+        for name, *_ in files:
             if (final := self.target / name).is_dir() and not final.is_symlink():
                 self._in_the_way(final, replace)
+        for file, path in zip(files, paths, strict=True):
+            self.give_mode(file, path)
         flush(self.folder)
-        for (name, _, _), path in zip(files, paths, strict=True):
+        for (name, *_), path in zip(files, paths, strict=True):
             os.replace(path, self.target / name)
         flush(self.target)
         self.drop()
-        return self._remove_others({name for name, _, _ in files}) if replace else 0
+        return self._remove_others({file[0] for file in files}) if replace else 0
+
+    def give_mode(self, file: File, path: Path) -> None:
+        """Let a file that is here whole have its own mode."""
+        path.chmod((file[3] & self._mask) | 0o400)
 
     def drop(self) -> None:
         """Forget what is here."""

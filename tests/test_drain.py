@@ -188,7 +188,7 @@ def test_increments_go_on_after_a_drain(cluster: TestCluster, settings: Settings
 
 NAMES = st.sampled_from([f"{folder}{name}" for folder in ("", "in/") for name in ("a", "a.n1", "b.log", "b.n1.log")])
 SIZES = st.integers(0, 100) | st.just(1 << 30)
-FILES = st.dictionaries(NAMES, SIZES).map(lambda found: [(name, size, 1, 1) for name, size in found.items()])
+FILES = st.dictionaries(NAMES, SIZES).map(lambda found: [(name, size, 1, 0o644, 1) for name, size in found.items()])
 ROOMS = st.dictionaries(
     st.sampled_from(["n2", "n3", "n4"]),
     st.builds(
@@ -221,7 +221,7 @@ def test_a_plan_moves_each_file_once_overwrites_nothing_and_fills_no_disk(
 @given(st.lists(st.integers(0, 1000), min_size=1), st.integers(1, 5))
 def test_a_plan_balances_bytes(sizes: list[int], nodes: int) -> None:
     rooms = {f"n{number}": Room(0, 1 << 40) for number in range(nodes)}
-    plan([(f"f{number}", size, 1, 1) for number, size in enumerate(sizes)], rooms, (), "old")
+    plan([(f"f{number}", size, 1, 0o644, 1) for number, size in enumerate(sizes)], rooms, (), "old")
     held = [room.held for room in rooms.values()]
     assert sum(held) == sum(sizes) and max(held) - min(held) <= max(sizes)
 

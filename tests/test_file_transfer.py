@@ -50,7 +50,7 @@ def transfer(cluster: TestCluster) -> Iterator[FileTransfer]:
     yield FileTransfer(cluster.settings)
     for node in cluster.settings.nodes:
         assert not list(node.layout.base_dir.rglob("*.partial"))
-    FileTransfer(cluster.settings).delete_files("*")
+    FileTransfer(cluster.settings).delete_files("*", also_outputs=True)
 
 
 def write(folder: Path, contents: Contents) -> str:
@@ -79,6 +79,10 @@ def together(settings: Settings, folder: str) -> Contents:
 
 def staged(settings: Settings) -> list[Path]:
     return [path for node in settings.nodes for path in node.layout.incoming_dir.rglob("*") if path.is_file()]
+
+
+def counts(told: dict[str, Any]) -> tuple[int, int]:
+    return told["files"], told["bytes"]
 
 
 def agent(cluster: TestCluster, node: int = 0) -> Client:
@@ -195,7 +199,7 @@ def test_a_jobs_output_comes_as_it_was_committed(cluster: TestCluster, transfer:
     transfer.download("committed/reduce", str(tmp_path / "out"))
     texts = [path.read_text() for path in sorted((tmp_path / "out").iterdir())]
     assert "".join(texts) == "0\n1\n2\n3\n4\n5\n6\n"
-    transfer.delete_files(f"committed/reduce/{parts[4]['name']}")
+    (cluster.settings.nodes[1].layout.base_dir / f"committed/reduce/{parts[4]['name']}").unlink()
     with pytest.raises(ClusterFault, match=r"part-000001-00004-00000\.data of committed is not on node-1"):
         transfer.download("committed/reduce", str(tmp_path / "out"))
     assert len(read(tmp_path / "out")) == 7
@@ -221,7 +225,10 @@ def test_a_name_that_would_leave_its_folder_is_refused_on_both_ends(
         ("begin_upload", {"folder": path}),
         ("list_files", {"path": path}),
         ("delete_files", {"path": path}),
-        ("announce", {"files": [[path, 0, 0]], "upload": client.call("begin_upload", folder="inputs/n")["upload"]}),
+        (
+            "announce",
+            {"files": [[path, 0, 0, 0o600]], "upload": client.call("begin_upload", folder="inputs/n")["upload"]},
+        ),
     ):
         with pytest.raises(Refused, match="not a name inside"):
             client.call(method, **arguments)
@@ -237,7 +244,7 @@ def test_a_name_that_a_node_gives_is_checked_here(
 
     def evil(crew: Crew, node: Any, method: str, **arguments: Any) -> Any:
         answer = call(crew, node, method, **arguments)
-        return answer | {"files": [[name, 4, 0] for _ in answer["files"]]} if method == "list_files" else answer
+        return answer | {"files": [[name, 4, 0, 0o600] for _ in answer["files"]]} if method == "list_files" else answer
 
     monkeypatch.setattr(Crew, "call", evil)
     with pytest.raises(Refused, match="not a name inside"):
@@ -292,12 +299,12 @@ def test_delete_takes_wildcards_and_follows_no_link(
     )
     transfer.upload(source, "inputs/wild")
     (cluster.settings.nodes[0].layout.base_dir / "inputs/wild/away.log").symlink_to(tmp_path / "outside")
-    assert transfer.delete_files("inputs/wild/[a].log") == {"files": 1, "bytes": 0}  # and a.log on no node
+    assert counts(transfer.delete_files("inputs/wild/[a].log")) == (1, 0)  # and a.log on no node
     assert "a.log" in together(cluster.settings, "inputs/wild")
     assert transfer.delete_files("inputs/wild/*.log")["files"] == 3
     assert together(cluster.settings, "inputs/wild") == {"c.txt": b"", "d/e.log": b"6"}
-    assert transfer.delete_files("inputs/wild/**") == {"files": 2, "bytes": 1}
-    assert transfer.delete_files("inputs/wild") == {"files": 0, "bytes": 0}
+    assert counts(transfer.delete_files("inputs/wild/**")) == (2, 1)
+    assert counts(transfer.delete_files("inputs/wild")) == (0, 0)
     assert read(tmp_path / "outside") == {"precious": b"x"}
 
 
@@ -341,7 +348,7 @@ def test_an_agent_killed_in_mid_file(
         with pytest.raises(Unreachable, match=f"node node-{holder}"):
             move()
     assert on_nodes(cluster.settings, "inputs/killed") == before
-    assert [name for name in read(tmp_path / "back") if not name.startswith(".partial/")] == []
+    assert [name for name in read(tmp_path / "back") if not name.startswith(file_transfer.GATHERING)] == []
     local.start_cluster(cluster.settings)
     counts = move()
     assert counts["sent_bytes"] < counts["bytes"] - LARGE_BYTES // 4  # it went on where it was
@@ -379,7 +386,7 @@ def test_a_client_killed_in_mid_file(cluster: TestCluster, transfer: FileTransfe
         assert together(cluster.settings, "inputs/dead") == {}
         assert staged(cluster.settings)
     else:
-        assert [name for name in read(target) if not name.startswith(".partial/")] == []
+        assert [name for name in read(target) if not name.startswith(file_transfer.GATHERING)] == []
     counts = getattr(transfer, way)(*arguments)
     assert counts["sent_bytes"] < counts["bytes"] - LARGE_BYTES // 4
     assert (together(cluster.settings, "inputs/dead") if way == "upload_bulk" else read(target)) == contents
@@ -662,10 +669,12 @@ def test_the_request_for_numbers_that_were_not_given_is_refused(cluster: TestClu
         for batch in ([upload, 1], ["no", 1], [upload, "1"], [upload]):
             with pytest.raises(Refused):
                 crew.data(node).put({"batch": batch}, b"text")
-        number = client.call("announce", upload=upload, files=[["a", 2, 0], ["b", 1, 0]])
+        number = client.call("announce", upload=upload, files=[["a", 2, 0, 0o600], ["b", 1, 0, 0o600]])
         with pytest.raises(Refused, match="not what was announced"):
             crew.data(node).put({"batch": [upload, number]}, b"text")
-        for files in ([["a", -1, 0]], [["a", 1]], ["a"], [["a", "1", 0]], [["a", 1 << 63, 0]]):
+        for files in (
+            [["a", -1, 0, 0]], [["a", 1, 0]], ["a"], [["a", "1", 0, 0]], [["a", 1 << 63, 0, 0]], [["a", 1, 0, 0o4755]]
+        ):  # fmt: skip
             with pytest.raises(Refused):
                 client.call("announce", upload=upload, files=files)
     client.close()

@@ -57,7 +57,7 @@ FLOORS = [
     {"process", "trial"},
     {"rpc"},
     {"supervisor", "agent_files", "agent_moves", "node_agent", "cluster_server"},
-    {"launchers", "links", "manage_cluster"},
+    {"launchers", "links", "manage_cluster", "outputs"},
     {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "drain", "runner", "scheduler", "doctor"},
     {"cli_common", "cli_admin", "cli_cluster", "cli_files", "cli"},
 ]

@@ -282,7 +282,7 @@ class DataHandler:
             raise Refused("a PUT must tell its length in bytes")
         upload: Upload = _asked(receive, identity, frame["put"])
         name, flags = upload.partial.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = _asked(os.open, upload.partial, flags, 0o644)
+        fd = _asked(os.open, upload.partial, flags, 0o600)
         try:
             _asked(_lock_file, fd, upload.partial)
             size = os.fstat(fd).st_size
