@@ -24,12 +24,13 @@ def settings(as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--deep", is_flag=True, help="Also read all output of all jobs, as `mrcore cat` does.")
 @JSON
-def doctor(as_json: bool) -> int:
+def doctor(deep: bool, as_json: bool) -> int:
     """Look for what is wrong or soon will be, and say what it means and what to do; exit status 1 if there is any."""
     from mrcore import doctor as examine
 
-    facts = examine.gather(settings_in_force())
+    facts = examine.gather(settings_in_force(), deep)
     findings = examine.judge(facts)
     if as_json:
         print_json({"findings": [each._asdict() for each in findings], "facts": facts})

@@ -210,6 +210,8 @@ def _tell_drained(told: dict[str, Any]) -> None:
         _say(f"  output of {job['job_name']}:", job)
     for why in [*told.get("left", ()), *told.get("cannot_move", ())]:
         click.echo(f"not moved: {why}")
+    for each in told.get("faults", ()):
+        click.echo(f"output of {each['job']} on {told['node']} is {each['kind']}: {len(each['names'])} parts")
     for each in told.get("elsewhere", ()):
         click.echo(
             f"job {each['job_name']} reads {each['input_dir']} on {told['node']}, outside of base_dir: what lies there "

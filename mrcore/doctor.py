@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import shutil
 import time
@@ -14,15 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from mrcore import VERSIONS, pki
+from mrcore import VERSIONS, outputs, pki
 from mrcore.backup import last_backup
-from mrcore.config import Settings
+from mrcore.config import NodeSettings, Settings
 from mrcore.errors import MrcoreError
+from mrcore.launchers import local
 from mrcore.rpc.client import Client
 from mrcore.rpc.tls import Pki
 from mrcore.scheduler import Scheduler
+from mrcore.text import one_line
+from mrcore.transfer_crew import every_file
 
-ASK_SECONDS = 5.0
+ASK_SECONDS, LIST_SECONDS = 5.0, 120.0
 AT_ONCE = 32
 MAX_CLOCK_SKEW_SECONDS = 60.0
 MIN_FREE_BYTES = 1 << 30
@@ -41,14 +45,40 @@ class Finding(NamedTuple):
     do: str
 
 
-def gather(settings: Settings) -> Json:
-    """Ask master, agents and cluster servers, all at the same time. Gives {"master", "nodes", "servers", "queue"}.
+def gather(settings: Settings, deep: bool = False) -> Json:
+    """Ask master, agents and cluster servers, all at the same time. Gives {"master", "nodes", "servers", "queue",
+    "outputs" (as `outputs.compare` says; with `deep` every part is read, too)}.
 
-    Who does not answer has {"error": message} instead of facts.
+    Who does not answer has {"error": message} instead of facts. Nobody of a local cluster that is not started is asked.
     """
     scheduler = Scheduler(settings)
     with contextlib.closing(scheduler.store):
         queue = scheduler.state() | {"jobs": len(scheduler.queue())}
+    started = not settings.local or any(row["pid"] for row in local.status(settings))
+    answers = _ask_all(settings) if started else {}
+    files = {name: settings.pki_dir / f"{name}.crt" for name in ("ca", "master")}
+    return {
+        "master": {
+            "time": time.time(),
+            **VERSIONS,
+            "python": platform.python_version(),
+            "local": settings.local,
+            "started": started,
+            "pki_dir": str(settings.pki_dir),
+            "disk_free_bytes": shutil.disk_usage(settings.state_dir).free,
+            "certificates_end": {
+                f"{name}.crt": pki.ends(file) for name, file in files.items() if started or file.exists()
+            },
+            "backup": last_backup(settings.state_dir),
+        },
+        "nodes": {node.name: answers[f"agent of {node.name}"] for node in settings.nodes if started},
+        "servers": {server.name: answers[server.name] for server in settings.servers() if started},
+        "queue": queue,
+        "outputs": _compare_outputs(settings, answers, queue["running"], deep) if started else [],
+    }
+
+
+def _ask_all(settings: Settings) -> dict[str, Json]:
     keys = Pki(settings.pki_dir, "master")
     ports = {f"agent of {node.name}": (node, node.agent_port, "health") for node in settings.nodes}
     ports |= {server.name: (server.node, server.port, "hello") for server in settings.servers()}
@@ -66,22 +96,41 @@ def gather(settings: Settings) -> Json:
             return answer | {"node": node.name, "certificate_ends": client.certificate_ends()}
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = dict(zip(ports, pool.map(ask, ports), strict=True))
-    files = {name: settings.pki_dir / f"{name}.crt" for name in ("ca", "master")}
-    return {
-        "master": {
-            "time": time.time(),
-            **VERSIONS,
-            "python": platform.python_version(),
-            "local": settings.local,
-            "disk_free_bytes": shutil.disk_usage(settings.state_dir).free,
-            "certificates_end": {f"{name}.crt": pki.ends(file) for name, file in files.items()},
-            "backup": last_backup(settings.state_dir),
-        },
-        "nodes": {node.name: answers[f"agent of {node.name}"] for node in settings.nodes},
-        "servers": {server.name: answers[server.name] for server in settings.servers()},
-        "queue": queue,
-    }
+        return dict(zip(ports, pool.map(ask, ports), strict=True))
+
+
+def _compare_outputs(settings: Settings, answers: dict[str, Json], running: Json | None, deep: bool) -> list[Json]:
+    """Compare what manifests name with what the nodes that answer hold; all of a node that is no member is missing."""
+    keys, known = Pki(settings.pki_dir, "master"), outputs.named(settings)
+
+    def held(node: NodeSettings) -> dict[str, int] | str:
+        with contextlib.closing(Client(node.address, node.agent_port, keys, node.name)) as client:
+            try:
+                call = functools.partial(client.call, "list_files", timeout_seconds=LIST_SECONDS)
+                return {file[0]: file[1] for file in every_file(call, "*/reduce", True)[1]}
+            except MrcoreError as error:
+                return error.message
+
+    asked = [node for node in settings.nodes if "error" not in answers[f"agent of {node.name}"]]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = dict(zip([node.name for node in asked], pool.map(held, asked), strict=True))
+    lists = {node: files for node, files in found.items() if isinstance(files, dict)}
+    members = {node.name for node in settings.nodes}
+    everywhere = lists | {node: dict[str, int]() for node in known if node not in members}
+    wrong = outputs.compare(known, everywhere, running["job_name"] if running else None)
+    if deep:
+        seen = {(each["job"], each["node"], name) for each in wrong for name in each["names"]}
+        unread = {
+            node: {
+                path: part
+                for path, part in known.get(node, {}).items()
+                if (part["job"], node, part["name"]) not in seen
+            }
+            for node in lists
+        }
+        wrong += outputs.check_contents(settings, keys, unread)
+    faults = {node: text for node, text in found.items() if isinstance(text, str)}
+    return wrong + [{"kind": "unknown", "job": "", "node": node, "names": [text]} for node, text in faults.items()]
 
 
 def _outside(value: float, low: float, high: float) -> float:
@@ -91,6 +140,11 @@ def _outside(value: float, low: float, high: float) -> float:
 
 def judge(facts: Json) -> list[Finding]:
     """Everything that is wrong, in the order in which to see to it."""
+    if not facts["master"]["started"]:
+        means = "its jobs wait" if facts["queue"]["jobs"] else "no job can run, and no output be read"
+        return [Finding("local cluster", "it is not started", means, "`mrcore cluster start`")] + [
+            finding for rule in (judge_disks, judge_queue) for finding in rule(facts)
+        ]
     rules: list[Callable[[Json], Iterator[Finding]]] = [
         judge_answers,
         judge_versions,
@@ -99,14 +153,17 @@ def judge(facts: Json) -> list[Finding]:
         judge_certificates,
         judge_queue,
         judge_backup,
+        judge_outputs,
     ]
     return [finding for rule in rules for finding in rule(facts)]
 
 
 def judge_answers(facts: Json) -> Iterator[Finding]:
     """Who does not answer. A node that is silent altogether is one finding."""
-    starts = "`mrcore cluster start` starts what is missing"
+    local, starts = facts["master"]["local"], "`mrcore cluster start` starts what is missing"
     renew = "`make deploy` on the controller renews what has ended; a node that was removed stays refused"
+    renew = _new_certificates(facts) if local else renew
+    again = starts if local else f"see whether `ping` reaches the machine; then {starts}"
     of_node: dict[str, list[Json]] = {}
     for answer in facts["servers"].values():
         of_node.setdefault(answer["node"], []).append(answer)
@@ -118,7 +175,7 @@ def judge_answers(facts: Json) -> Iterator[Finding]:
                 f"node {node}",
                 f"{'nothing on it answers' if node in gone else 'its agent does not answer'}: {answer['error']}",
                 "no job can run: the queue holds until the node is back",
-                renew if "certificate" in answer["error"] else f"see whether `ping` reaches the machine; then {starts}",
+                renew if "certificate" in answer["error"] else again,
             )
     for name, answer in facts["servers"].items():
         if "error" in answer and answer["node"] not in gone:
@@ -139,7 +196,9 @@ def judge_versions(facts: Json) -> Iterator[Finding]:
                 where,
                 f"runs {theirs}, the master {ours}",
                 "no job can run: the queue holds until all are of one version",
-                "`make upgrade` on the controller brings all to one version; a local cluster: stop it, start it again",
+                "`mrcore cluster stop`, then `mrcore cluster start`"
+                if facts["master"]["local"]
+                else "`make upgrade` on the controller brings all to one version",
             )
 
 
@@ -180,7 +239,7 @@ def judge_certificates(facts: Json) -> Iterator[Finding]:
                 where,
                 f"its certificate {'ended' if end <= now else 'ends'} on {day}",
                 "from then on every connection with it is refused",
-                "`make deploy` on the controller renews it; a local cluster: stop it, remove its pki folders, start it",
+                _new_certificates(facts) if facts["master"]["local"] else "`make deploy` on the controller renews it",
             )
 
 
@@ -208,7 +267,9 @@ def judge_queue(facts: Json) -> Iterator[Finding]:
             "master",
             "no Runner drains the queue",
             f"{queue['jobs']} jobs wait, and those to come will",
-            "`systemctl status mrcore-runner` tells why, `systemctl start mrcore-runner` starts it; else: `mrcore run`",
+            "`mrcore run` does"
+            if facts["master"]["local"]
+            else "`systemctl status mrcore-runner` tells why, `systemctl start mrcore-runner` starts it",
         )
 
 
@@ -231,6 +292,38 @@ def judge_backup(facts: Json) -> Iterator[Finding]:
             "should the master's disk be lost now, the newest backup is lost with it",
             f"`mrcore backup FILE --copy-to {backup['copy_to']}` tries again and tells why it fails",
         )
+
+
+def judge_outputs(facts: Json) -> Iterator[Finding]:
+    """Whose output is not what manifests say, and what lies beside it."""
+    for each in facts["outputs"]:
+        job, names = each["job"], each["names"]
+        some = ", ".join(one_line(name, 200) for name in names[: outputs.NAMED])
+        some += f" and {len(names) - outputs.NAMED} more" if len(names) > outputs.NAMED else ""
+        where = f"node {each['node']}"
+        if each["kind"] == "unknown":
+            yield Finding(where, f"what output it holds cannot be told: {some}", "parts may be missing", "mend that")
+        elif each["kind"] == "foreign":
+            yield Finding(
+                where,
+                f"{len(names)} files in {job}/reduce are no part of the output of {job}: {some}",
+                "`mrcore cat` leaves them out, but a job that reads this folder reads them, too",
+                f"see what they are; `mrcore rm {job}/reduce/NAME` removes one",
+            )
+        else:
+            also = f" (of that name on {', '.join(each['elsewhere'])})" if each["elsewhere"] else ""
+            yield Finding(
+                where,
+                f"of the output of {job} {len(names)} parts are {each['kind']}: {some}{also}",
+                f"`mrcore cat {job}` fails, and whatever reads this output does, or reads too little",
+                f"run {job} again (one with hold_state after `mrcore ledger forget {job}`), or, if it is not wanted "
+                f"any more, `mrcore rm {job}/reduce`",
+            )
+
+
+def _new_certificates(facts: Json) -> str:
+    folder = facts["master"]["pki_dir"]
+    return f"`mrcore cluster stop`, `rm {folder}/ca.* {folder}/master.*`, `mrcore cluster start` make new ones"
 
 
 def _answered(facts: Json) -> list[tuple[str, Json]]:

@@ -151,6 +151,7 @@ class _Nodes:
         kinds = {kind: {"files": 0, "bytes": 0} for kind in ("input", "output", "auxiliary")}
         jobs: dict[str, Json] = {}
         wrong: list[str] = []
+        sizes: dict[str, int] = {}
 
         def count(kind: Json, size: int) -> None:
             kind["files"], kind["bytes"] = kind["files"] + 1, kind["bytes"] + size
@@ -161,12 +162,16 @@ class _Nodes:
                 part = PART.fullmatch(name)
                 count(kinds["output" if part else "input"], size)
                 if part:
+                    sizes[name] = size
                     count(jobs.setdefault(part[1], {"job_name": part[1], "files": 0, "bytes": 0}), size)
         for _, _, file in self.only_here().values():
             count(kinds["auxiliary"], file[1])
         empty = not wrong and not any(kind["files"] for kind in kinds.values())
         answer = {"node": self.source.name, "empty": empty, "kinds": kinds, "jobs": [*jobs.values()]}
-        return answer | {"cannot_move": wrong, "elsewhere": self._elsewhere()}
+        known = {self.source.name: outputs.named(self.settings).get(self.source.name, {})}
+        faults = outputs.compare(known, {self.source.name: sizes}, None)
+        faults = [each for each in faults if each["kind"] != "foreign"]
+        return answer | {"cannot_move": wrong, "elsewhere": self._elsewhere(), "faults": faults}
 
     def _elsewhere(self) -> list[Json]:
         """What queued jobs read on this node that lies outside of base_dir, so that nothing here knows of it."""
@@ -189,7 +194,8 @@ def look(settings: Settings, node: str) -> Json:
     """Tell what a node holds that would be lost with it.
 
     Gives {"node", "empty", "kinds" ("input", "output", "auxiliary", which is what no other node has: files, bytes),
-    "jobs" (whose output), "cannot_move" (no plain files), "elsewhere" (input_dirs of queued jobs outside base_dir)}.
+    "jobs" (whose output), "cannot_move" (no plain files), "elsewhere" (input_dirs of queued jobs outside base_dir),
+    "faults" (parts that should be here, and are missing or damaged; see `outputs.compare`)}.
     """
     nodes = _Nodes(settings, node)
     with nodes.crew:

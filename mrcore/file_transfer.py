@@ -123,7 +123,7 @@ class FileTransfer:
         with Crew(self._settings, self._progress, self._stop) as crew:
             order, nodes = {"path": path, "wildcards": crew.has_wildcards(path)}, self._settings.nodes
             looks = crew.each("LIST", lambda node: crew.call(node, "delete_files", dry_run=True, **order), nodes)
-            told = outputs.going(self._settings, dict(zip((node.name for node in nodes), looks, strict=True)))
+            told = outputs.going(self._settings, path, dict(zip((node.name for node in nodes), looks, strict=True)))
             told["everywhere"] = order["wildcards"] and glob.has_magic(path.partition("/")[0])
             if dry_run:
                 return told

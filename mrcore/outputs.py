@@ -78,8 +78,8 @@ def compare(known: Parts, held: Mapping[str, Mapping[str, int]], busy: str | Non
 # --- What goes -------------------------------------------------------------------------------------------------------
 
 
-def going(settings: Settings, looks: Mapping[str, Json]) -> Json:
-    """Return what a removal would take, from what each node's `delete_files` says beforehand.
+def going(settings: Settings, path: str, looks: Mapping[str, Json]) -> Json:
+    """Return what a removal of `path` would take, from what each node's `delete_files` says beforehand.
 
     {"files", "bytes", "nodes" (those two by node), "outputs" ([{"job_name", "run", "files", "bytes"}], of output that
     manifests name), "leave" ([job, run]: all whose parts may go when this was allowed)}.
@@ -90,12 +90,13 @@ def going(settings: Settings, looks: Mapping[str, Json]) -> Json:
         for job, run, files, size in look["outputs"]:
             each = told.setdefault((job, run), {"job_name": job, "run": run, "files": 0, "bytes": 0})
             each["files"], each["bytes"] = each["files"] + files, each["bytes"] + size
-    runs = {
-        (part["job"], int(match[3]))
-        for parts in named(settings, {job for job, _ in told}).values()
-        for path, part in parts.items()
-        if (match := PART.fullmatch(path))
-    }
+    whole = path.removesuffix("/reduce")  # all of a job's output goes, also what is missing anyhow
+    jobs = {job for job, _ in told} | ({whole} if "/" not in whole else set())
+    paths = [each for parts in named(settings, jobs).values() for each in parts]
+    runs = {(match[1], int(match[3])) for each in paths if (match := PART.fullmatch(each))}
+    for job, run in runs:
+        if job == whole:
+            told.setdefault((job, run), {"job_name": job, "run": run, "files": 0, "bytes": 0})
     total = {key: sum(each[key] for each in nodes.values()) for key in ("files", "bytes")}
     outputs = [each for key, each in sorted(told.items()) if key in runs]
     return total | {"nodes": nodes, "outputs": outputs, "leave": sorted(map(list, told))}

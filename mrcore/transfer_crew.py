@@ -10,17 +10,30 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from mrcore.config import NodeSettings, Settings
-from mrcore.errors import MrcoreError
+from mrcore.errors import MrcoreError, Refused
 from mrcore.rpc.client import Client
 from mrcore.rpc.data import DataClient
 from mrcore.rpc.tls import Pki
 from mrcore.staging import File, checked_file
 
 TICK_SECONDS = 0.2
+MAX_FILES = 10_000_000  # of one node's listing
 SLOW_CALL_SECONDS = 600.0  # listing, committing and removing 100,000 files on a slow disk
 
 Json = dict[str, Any]
 Progress = Callable[..., None]
+
+
+def every_file(call: Callable[..., Any], path: str, wildcards: bool) -> tuple[str, list[File]]:
+    """Ask for a listing page by page, by `call(path=, …)` of an agent's `list_files`; return its token and files."""
+    page = call(path=path, wildcards=wildcards)
+    token, files = page["listing"], [checked_file(file) for file in page["files"]]
+    while page["next"] is not None:
+        if not page["files"] or len(files) >= MAX_FILES:
+            raise Refused(f"a listing of {path!r} does not end: {len(files):,} files so far")
+        page = call(path=path, listing=token, start=page["next"])
+        files += [checked_file(file) for file in page["files"]]
+    return token, files
 
 
 class Crew:
@@ -69,12 +82,7 @@ class Crew:
 
         def listing(node: NodeSettings) -> tuple[NodeSettings, str, list[File]]:
             self._agents[node.name].call("health")  # one that hangs is noticed soon
-            page = self.call(node, "list_files", path=path, wildcards=wildcards)
-            token, files = page["listing"], page["files"]
-            while page["next"] is not None:
-                page = self.call(node, "list_files", path=path, listing=token, start=page["next"])
-                files += page["files"]
-            return node, token, [checked_file(file) for file in files]
+            return node, *every_file(lambda **asked: self.call(node, "list_files", **asked), path, wildcards)
 
         return self.each("LIST", listing, self._settings.nodes)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,11 @@ import pytest
 from clusters import TestCluster
 from conftest import wait_until
 
-from mrcore import WIRE_VERSION, __version__, backup, doctor, pki
+from mrcore import WIRE_VERSION, __version__, backup, doctor, pki, procfs
 from mrcore.cli import main
 from mrcore.doctor import Finding, judge
+from mrcore.launchers import local
+from mrcore.scheduler import Scheduler
 
 NOW, DAY = 1_800_000_000.0, 86400.0
 FAR = NOW + 100 * DAY
@@ -30,12 +34,15 @@ def node(name: str, **changes: Any) -> dict[str, Any]:
 
 def facts(**changes: Any) -> dict[str, Any]:
     """A deployed cluster of two nodes in which all is well."""
-    master = node("-", local=False, time=NOW, certificates_end={"ca.crt": FAR, "master.crt": FAR})
+    master = node(
+        "-", local=False, started=True, pki_dir="/p", time=NOW, certificates_end={"ca.crt": FAR, "master.crt": FAR}
+    )
     well = {
         "master": master | {"backup": {"time": NOW - DAY, "file": "/b"}},
         "nodes": {"w1": node("w1"), "w2": node("w2")},
         "servers": {"S_0": node("w1"), "S_1": node("w2"), "S_2": node("w2")},
-        "queue": {"paused": False, "hold": None, "drain": None, "runner": True, "jobs": 0},
+        "queue": {"paused": False, "hold": None, "drain": None, "runner": True, "jobs": 0, "running": None},
+        "outputs": [],
     }
     return well | changes
 
@@ -164,3 +171,58 @@ def test_a_real_cluster(
     with pytest.raises(SystemExit, match="0"):
         main(["doctor"])
     assert "nothing is wrong: 2 nodes, 2 cluster servers" in capfd.readouterr().out
+
+
+def said(*arguments: str, **surroundings: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", "from mrcore.cli import main; main()", *arguments],
+        env=os.environ | surroundings, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert not done.stderr
+    return done.returncode, done.stdout
+
+
+NOT_LOCAL = ("ping", "systemctl", "make deploy", "make upgrade", "controller", "ca.crt", "timedatectl")
+
+
+def test_a_fresh_home_and_a_stopped_cluster_are_told_to_start(cluster: TestCluster, tmp_path: Path) -> None:
+    fresh = said("doctor", MRCORE_HOME=str(tmp_path / "fresh"))
+    local.stop_cluster(cluster.settings)
+    home = str(cluster.settings.home)
+    for code, text in (fresh, said("doctor", MRCORE_HOME=home)):
+        assert (code, text.split("\n")[0]) == (1, "local cluster: it is not started")
+        assert "do: `mrcore cluster start`" in text
+        assert not [word for word in NOT_LOCAL if word in text]
+    Scheduler(cluster.settings).submit_job(cluster.job(job_name="waits"))
+    code, text = said("doctor", MRCORE_HOME=home)
+    assert code == 1 and "its jobs wait" in text and "`mrcore run`" in text
+    assert not [word for word in NOT_LOCAL if word in text]
+    assert json.loads(said("doctor", "--json", MRCORE_HOME=home)[1])["facts"]["nodes"] == {}
+
+
+def test_a_local_cluster_of_which_part_is_gone_is_told_to_start_it(cluster: TestCluster) -> None:
+    for pid in [pid for pid in cluster.processes() if _of_node(pid, cluster.settings.nodes[1].address)]:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: judge(doctor.gather(cluster.settings)), 20, "a finding")
+    code, text = said("doctor", MRCORE_HOME=str(cluster.settings.home))
+    assert code == 1 and "mrcore cluster start" in text and not [word for word in NOT_LOCAL if word in text]
+
+
+def _of_node(pid: int, address: str) -> bool:
+    return procfs.environment_value(pid, "MRCORE_SERVER").endswith(f"agent@{address}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nodes": {"w1": node("w1"), "w2": gone("w2")}},
+        {"nodes": {"w1": node("w1"), "w2": gone("w2", "no acceptable certificate: certificate has expired")}},
+        {"servers": {"S_0": node("w1", release="1.0.0-def")}},
+        {"servers": {"S_0": node("w1", certificate_ends=NOW - DAY)}},
+        {"queue": facts()["queue"] | {"runner": False, "jobs": 3}},
+    ],
+)
+def test_what_a_local_cluster_is_told_can_be_done_there(change: dict[str, Any]) -> None:
+    found = only(judge(facts(master=facts()["master"] | {"local": True}, **change)))
+    told = " ".join(found)
+    assert "`mrcore " in told and not [word for word in NOT_LOCAL if word in told]
