@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mrcore.cli_common import JSON, print_json, print_table, scheduler_in_force, settings_in_force, settings_of_caller
+from mrcore.cli_common import (
+    ARGUMENTS,
+    JSON,
+    chosen_settings,
+    insist,
+    print_json,
+    print_table,
+    scheduler_in_force,
+    settings_in_force,
+    settings_of_caller,
+)
+from mrcore.text import one_line
+
+JOBS_TOLD = 100
 
 
 @click.command()
@@ -43,18 +60,28 @@ def doctor(deep: bool, as_json: bool) -> int:
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
 @click.option("--copy-to", "node", metavar="NODE", help="Keep a copy on this node, in backups/ of its compute_dir.")
 @click.option("--keep", type=click.IntRange(1), metavar="N", help="Remove older ones of such a name, here and there.")
-def backup(file: Path, node: str | None, keep: int | None) -> None:
-    """Copy queue, history, ledger and manifests into one file; also while a Runner runs."""
+@click.option("--signed", is_flag=True, help="What standard input holds is the backup: keep that.")
+def backup(file: Path, node: str | None, keep: int | None, signed: bool) -> None:
+    """Copy queue, history, ledger and manifests into one file (-: standard output, not signed), also while a Runner
+    runs, and sign it: on a deployed master that takes root, and the file is user mrcore's all the same."""
     from mrcore import backup as backups
 
+    to_output = str(file) == "-"
+    if not signed and not to_output:
+        _signed_by_root()
     settings = settings_in_force()
     if node is not None:
         settings.node(node)  # before anything is done
-    counts = backups.backup(settings, file)
-    click.echo(f"{file}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
+    if to_output:
+        counts = backups.write(settings, sys.stdout.buffer)
+    else:
+        counts = backups.backup(settings, file, sys.stdin.buffer if signed else None)
+    click.echo(f"{file}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()), err=to_output)
+    if not signed and not to_output and not backups.may_sign(settings):
+        click.echo("it is not signed, since only root can here: a restore will want --unverified", err=True)
     gone = backups.prune(settings, file, keep) if keep else 0
     if node is not None:
         click.echo(f"a copy is on {node}: {backups.copy_to_node(settings, file, node)}")
@@ -63,14 +90,50 @@ def backup(file: Path, node: str | None, keep: int | None) -> None:
         click.echo(f"older ones removed: {gone}")
 
 
+def _signed_by_root() -> None:
+    """If the caller has the key and the settings' user has not: have that user make the backup, sign it, and become
+    that user with it as standard input, to keep it. Else return."""
+    from mrcore import backup as backups
+    from mrcore import delegate
+
+    settings = settings_of_caller()
+    if not delegate.is_needed(settings) or not backups.may_sign(settings):
+        return
+    with tempfile.TemporaryFile() as content, tempfile.TemporaryFile() as signed:
+        delegate.call(settings, [*chosen_settings(), "backup", "-"], content)
+        backups.sign(settings, content, signed)
+        signed.flush()
+        os.lseek(signed.fileno(), 0, os.SEEK_SET)
+        os.dup2(signed.fileno(), 0)
+    arguments = click.get_current_context().meta[ARGUMENTS]
+    delegate.hand_over(settings, [*chosen_settings(), *arguments, "--signed"])
+
+
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--force", is_flag=True, help="Replace the jobs and the history that there are.")
-def restore(file: Path, force: bool) -> None:
-    """Bring back queue, history, ledger and manifests from a backup. No Runner may run."""
+@click.option("--unverified", is_flag=True, help="Also one whose signature is wrong or missing: see below.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def restore(file: Path, force: bool, unverified: bool, yes: bool) -> None:
+    """Bring back queue, history, ledger and manifests from a backup. No Runner may run.
+
+    Says which jobs would run, and asks. With --unverified whoever could write to FILE, such as every job on the node
+    that had it, decides what runs on the master.
+    """
     from mrcore.backup import restore as read
 
-    about = read(settings_in_force(), file, force)
+    def agree(about: dict[str, Any]) -> None:
+        moment = datetime.fromtimestamp(about["time"]).astimezone().isoformat(timespec="seconds")
+        click.echo(f"{file} is of {moment}; the jobs that wait in it: {len(about['jobs'])}", err=True)
+        for each in about["jobs"][:JOBS_TOLD]:
+            script = f", {one_line(each['script'])}" if each["script"] else ""
+            told = f"{one_line(each['job_name'])}: {one_line(each['job_type'])}{script}"
+            click.echo(f"  {told}, submitted by {one_line(each['submitter'])}", err=True)
+        if len(about["jobs"]) > JOBS_TOLD:
+            click.echo(f"  and {len(about['jobs']) - JOBS_TOLD} more", err=True)
+        insist(yes, "Restore this? They run once a Runner does.")
+
+    about = read(settings_in_force(), file, force, not unverified, agree)
     click.echo(f"restored as of {datetime.fromtimestamp(about['time']).astimezone().isoformat(timespec='seconds')}")
 
 

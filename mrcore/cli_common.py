@@ -28,7 +28,7 @@ def settings_in_force() -> Settings:
 
     settings = settings_of_caller()
     if delegate.is_needed(settings):
-        delegate.hand_over(settings, [*_chosen_settings(), *click.get_current_context().meta[ARGUMENTS]])
+        delegate.hand_over(settings, [*chosen_settings(), *click.get_current_context().meta[ARGUMENTS]])
     return settings
 
 
@@ -46,10 +46,10 @@ def hand_over_jobs(batch: list[Any], options: list[str]) -> None:
     settings = settings_of_caller()
     if delegate.is_needed(settings):
         content = json.dumps([job.with_absolute_paths(each) for each in batch], default=str).encode()
-        delegate.hand_over(settings, [*_chosen_settings(), "submit", "-", *options], content)
+        delegate.hand_over(settings, [*chosen_settings(), "submit", "-", *options], content)
 
 
-def _chosen_settings() -> list[str]:
+def chosen_settings() -> list[str]:
     """The option that names the caller's settings, since sudo keeps no MRCORE_CONFIG."""
     chosen = click.get_current_context().find_root().obj or os.environ.get("MRCORE_CONFIG")
     return ["--config", os.path.abspath(chosen)] if chosen else []

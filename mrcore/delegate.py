@@ -14,10 +14,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from mrcore.config import Settings
-from mrcore.errors import UsageError
+from mrcore.errors import MrcoreError, UsageError
 
 SUBMITTERS = "mrcore-users"  # the group whose members the master's sudoers rule lets through
 ASK_SECONDS = 10.0
@@ -46,8 +46,8 @@ def insist(settings: Settings) -> Settings:
     return settings
 
 
-def hand_over(settings: Settings, arguments: Sequence[str], standard_input: bytes | None = None) -> NoReturn:
-    """Become `mrcore ARGUMENTS` as the settings' user. Raises UsageError when the caller may not."""
+def _as_user(settings: Settings, arguments: Sequence[str]) -> list[str]:
+    """The command that is `mrcore ARGUMENTS` as the settings' user. Raises UsageError when the caller may not."""
     sudo = shutil.which("sudo")
     if sudo is None:
         raise UsageError(f"mrcore runs as user {settings.user} here, and there is no sudo to become that: install sudo")
@@ -58,6 +58,21 @@ def hand_over(settings: Settings, arguments: Sequence[str], standard_input: byte
             f"{caller} may not use this cluster: mrcore runs as user {settings.user} here, for members of the group "
             f"{SUBMITTERS}; the operator adds {caller} to mrcore_users of the inventory and deploys"
         )
+    return [sudo, "-n", "-u", str(settings.user), "--", ourselves, *arguments]
+
+
+def call(settings: Settings, arguments: Sequence[str], output: IO[bytes]) -> None:
+    """Run `mrcore ARGUMENTS` as the settings' user, its output into a file; raises MrcoreError if it fails."""
+    status = subprocess.run(
+        _as_user(settings, arguments), stdin=subprocess.DEVNULL, stdout=output, check=False
+    ).returncode
+    if status:
+        raise MrcoreError(f"`mrcore {' '.join(arguments)}` as user {settings.user} ended with status {status}")
+
+
+def hand_over(settings: Settings, arguments: Sequence[str], standard_input: bytes | None = None) -> NoReturn:
+    """Become `mrcore ARGUMENTS` as the settings' user. Raises UsageError when the caller may not."""
+    command = _as_user(settings, arguments)
     if standard_input is not None:
         content = os.memfd_create("mrcore-jobs")  # no file that somebody else could read or change, and no pipe to feed
         with os.fdopen(os.dup(content), "wb") as stream:
@@ -65,7 +80,7 @@ def hand_over(settings: Settings, arguments: Sequence[str], standard_input: byte
         os.lseek(content, 0, os.SEEK_SET)
         os.dup2(content, 0)
     sys.stdout.flush()
-    os.execv(sudo, [sudo, "-n", "-u", str(settings.user), "--", ourselves, *arguments])
+    os.execv(command[0], command)
 
 
 def submitter(settings: Settings) -> str | None:

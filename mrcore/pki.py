@@ -2,19 +2,22 @@
 
 The subject says who a peer is: O = cluster, OU = role ("master" may order, "node" may fetch), CN = name. Withdrawn by
 serial on the servers' deny list, hence the long life. No daemon imports this.
+
+Also the key that signs backups, which has nothing to do with certificates.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mrcore.errors import UsageError
@@ -62,6 +65,44 @@ def issue(
     _write(target_folder, file_stem, certificate, key)
     write_atomic(target_folder / "ca.crt", authority.public_bytes(serialization.Encoding.PEM))
     return f"{certificate.serial_number:X}"
+
+
+def make_backup_key(folder: Path) -> None:
+    """Write `backup.key` (mode 0600), which signs backups, and `backup.pub`, which tells them; not when there are."""
+    if not (folder / "backup.pub").exists():
+        pem, key = serialization.Encoding.PEM, ed25519.Ed25519PrivateKey.generate()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        write_atomic(folder / "backup.key", private, mode=0o600)
+        public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        write_atomic(folder / "backup.pub", public)
+
+
+def sign(key_file: Path, message: bytes) -> bytes:
+    """Return the Ed25519 signature (64 bytes) of a message. Raises UsageError for a file that holds no such key."""
+    key = _loaded(key_file, lambda pem: serialization.load_pem_private_key(pem, password=None))
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise UsageError(f"{key_file} holds no Ed25519 key")
+    return key.sign(message)
+
+
+def is_signed(public_file: Path, message: bytes, signature: bytes) -> bool:
+    """Whether a signature is of this message and this key. Raises UsageError as `sign`."""
+    key = _loaded(public_file, serialization.load_pem_public_key)
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise UsageError(f"{public_file} holds no Ed25519 key")
+    try:
+        key.verify(signature, message)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _loaded(file: Path, load: Callable[[bytes], object]) -> object:
+    try:
+        return load(file.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise UsageError(f"cannot read the key {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def ends(certificate: Path) -> float:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,21 +159,27 @@ def test_a_damaged_backup_changes_nothing(filled: dict[str, Any], settings: Sett
     assert contents(settings) == filled
 
 
+def rewritten(settings: Settings, folder: Path, add: Callable[[tarfile.TarFile], object]) -> Path:
+    """A backup, not signed, with something more in it."""
+    source, hostile = folder / "source", folder / "hostile.backup"
+    with source.open("wb") as stream:
+        backup.write(settings, stream)
+    with tarfile.open(source) as archive, tarfile.open(hostile, "w:gz") as target:
+        for member in archive:
+            target.addfile(member, archive.extractfile(member))
+        add(target)
+    return hostile
+
+
 @pytest.mark.parametrize(
     "name", ["../queue.sqlite", "/etc/x", "manifests/a/../../b/1.json", "manifests/.x/1.json", "manifests/a/x", "other"]
 )
 def test_a_hostile_backup_writes_nowhere(
     filled: dict[str, Any], settings: Settings, elsewhere: Settings, tmp_path: Path, name: str
 ) -> None:
-    file = tmp_path / "kept.backup"
-    backup.backup(settings, file)
-    hostile = tmp_path / "hostile.backup"
-    with tarfile.open(file) as source, tarfile.open(hostile, "w:gz") as target:
-        for member in source:
-            target.addfile(member, source.extractfile(member))
-        target.addfile(tarfile.TarInfo(name), io.BytesIO())
+    hostile = rewritten(settings, tmp_path, lambda archive: archive.addfile(tarfile.TarInfo(name), io.BytesIO()))
     with pytest.raises(UsageError, match="is no part of a backup"):
-        backup.restore(elsewhere, hostile)
+        backup.restore(elsewhere, hostile, verify=False)
     assert not (elsewhere.state_dir / "manifests").exists()
 
 
@@ -197,7 +204,7 @@ def test_a_restore_that_is_killed_is_finished_by_the_next_runner(
     scheduler.submit_job(job("later"))
     once(settings)
     code = "import sys; from mrcore.cli import main; main(['--config', *sys.argv[1:]])"
-    command = [sys.executable, "-c", code, str(config), "restore", str(file), "--force"]
+    command = [sys.executable, "-c", code, str(config), "restore", str(file), "--force", "--yes"]
     done = subprocess.run(command, env=os.environ | {"MRCORE_FAULT": point})
     assert done.returncode == -signal.SIGKILL
     assert once(settings) == {}  # the backup's queue is paused
@@ -253,13 +260,21 @@ def call(*arguments: str) -> int:
     return left.value.code
 
 
-def test_the_commands(filled: dict[str, Any], config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(
+    filled: dict[str, Any], settings: Settings, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     file = str(tmp_path / "kept.backup")
     assert call("--config", str(config), "backup", file) == 0
     assert "4 jobs, 4 runs, 3 manifests" in capfd.readouterr().out
     assert call("--config", str(config), "restore", file) == 2
     assert "add --force" in capfd.readouterr().err
-    assert call("--config", str(config), "restore", file, "--force") == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert call("--config", str(config), "restore", file, "--force") == 2
+    said = capfd.readouterr().err
+    assert "the jobs that wait in it: 2" in said and "  a: mapreduce, submitted by" in said and "--yes" in said
+    assert contents(settings) == filled
+    assert call("--config", str(config), "restore", file, "--force", "--yes") == 0
     assert capfd.readouterr().out.startswith("restored as of 20")
     assert call("--config", str(config), "backup", str(tmp_path / "no/such/folder")) == 1
     assert "No such file or directory" in capfd.readouterr().err

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ssh_nodes import DeployedCluster
 
-from mrcore import backup, doctor
+from mrcore import backup, doctor, pki
 from mrcore.cli import main
 from mrcore.config import load_settings
+from mrcore.errors import UsageError
+from mrcore.launchers import ssh
 from mrcore.scheduler import Scheduler
 
 
@@ -60,7 +63,12 @@ def test_a_copy_on_a_node_and_old_ones_removed_in_both_places(
     said = capfd.readouterr().out
     assert f"a copy is on w2: {there}/my-20261104.backup" in said and "older ones removed: 2" in said
     elsewhere = deployed.settings.model_copy(update={"state_dir": tmp_path / "new master"})
-    assert backup.restore(elsewhere, there / "my-20261104.backup")["version"]
+    with pytest.raises(UsageError, match=r"my-20261104\.backup: it is not signed"):  # there is no key
+        backup.restore(elsewhere, there / "my-20261104.backup")
+    assert backup.restore(elsewhere, there / "my-20261104.backup", verify=False)["version"]
+    pki.make_backup_key(deployed.settings.pki_dir.parent)
+    assert call("--config", config, "backup", str(here / "signed"), "--copy-to", "w2") == 0
+    assert backup.restore(elsewhere, there / "signed", force=True)["version"]
 
 
 def test_a_node_that_is_away_costs_the_copy_only(
@@ -95,3 +103,40 @@ def test_on_a_local_cluster(home: Path) -> None:
         os.utime(f"b{number}", (number, number))
         os.utime(place / f"b{number}", (number, number))
     assert names(place) == ["b10", "b9"] and sorted(path.name for path in Path().glob("b*")) == ["b10", "b9"]
+
+
+def test_names_on_a_node_are_not_trusted(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may write there cannot have anything removed but files of that name in that folder."""
+    (home / "cluster.json").write_text(json.dumps({"nodes": 1}))
+    local = load_settings()
+    settings, folder = local.model_copy(update={"local": False}), local.nodes[0].compute_dir / "backups"
+    folder.mkdir(parents=True)
+    victims = [tmp_path / "b1", tmp_path / "cluster" / "b1", folder / "b1\n1.0 b2", folder / "x b1", folder / "b1;rm"]
+    for victim in victims:
+        victim.parent.mkdir(exist_ok=True)
+        victim.write_text("dear")
+    (folder / "b5").symlink_to(victims[0])
+    (folder / "b6").mkdir()
+    for number in (7, 8, 9):
+        (folder / f"b{number}").write_text("old")
+        os.utime(folder / f"b{number}", (number, number))
+    asked: list[str] = []
+
+    def run_here(settings: object, node: str, command: str) -> str:
+        asked.append(command)
+        return subprocess.run(["sh", "-c", command], check=True, capture_output=True).stdout.decode(errors="replace")
+
+    monkeypatch.setattr(ssh, "run_on_node", run_here)
+    file = tmp_path / "here" / "b10"
+    file.parent.mkdir()
+    (folder / file.name).write_text("new")
+    file.write_text("new")
+    assert backup.prune(settings, file, 2, "node-0") == 2
+    assert all(victim.read_text() == "dear" for victim in victims)
+    assert {each.name for each in folder.iterdir()} == {
+        "b10", "b9", "b5", "b6", "b1\n1.0 b2", "x b1", "b1;rm"
+    }  # fmt: skip
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")
+    assert backup.prune(settings, file, 1, "node-0") == 0
+    assert (tmp_path / "moved" / "b9").exists() and len(asked) == 3
