@@ -69,21 +69,21 @@ def issue(
 
 def make_backup_key(folder: Path) -> None:
     """Write `backup.key` (mode 0600), which signs backups, and `backup.pub`, which tells them; not when there are."""
-    if not (folder / "backup.pub").exists():
-        pem, key = serialization.Encoding.PEM, ed25519.Ed25519PrivateKey.generate()
+    private, public, pem = folder / "backup.key", folder / "backup.pub", serialization.Encoding.PEM
+    if not private.exists():
+        made = ed25519.Ed25519PrivateKey.generate()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        write_atomic(folder / "backup.key", private, mode=0o600)
-        public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-        write_atomic(folder / "backup.pub", public)
+        pkcs8, open_ = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        write_atomic(private, made.private_bytes(pem, pkcs8, open_), mode=0o600)
+        public.unlink(missing_ok=True)
+    if not public.exists():
+        half = _signer(private).public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        write_atomic(public, half)
 
 
 def sign(key_file: Path, message: bytes) -> bytes:
     """Return the Ed25519 signature (64 bytes) of a message. Raises UsageError for a file that holds no such key."""
-    key = _loaded(key_file, lambda pem: serialization.load_pem_private_key(pem, password=None))
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise UsageError(f"{key_file} holds no Ed25519 key")
-    return key.sign(message)
+    return _signer(key_file).sign(message)
 
 
 def is_signed(public_file: Path, message: bytes, signature: bytes) -> bool:
@@ -96,6 +96,13 @@ def is_signed(public_file: Path, message: bytes, signature: bytes) -> bool:
     except InvalidSignature:
         return False
     return True
+
+
+def _signer(file: Path) -> ed25519.Ed25519PrivateKey:
+    key = _loaded(file, lambda pem: serialization.load_pem_private_key(pem, password=None))
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise UsageError(f"{file} holds no Ed25519 key")
+    return key
 
 
 def _loaded(file: Path, load: Callable[[bytes], object]) -> object:
