@@ -48,6 +48,8 @@ def test_the_user_has_no_password(host: Host) -> None:
         ("/etc/mrcore/pki/master.key", 0o600, "mrcore"),
         ("/etc/mrcore/pki", 0o750, "root"),
         ("/etc/mrcore", 0o755, "root"),
+        ("/etc/mrcore/backup.key", 0o400, "root"),
+        ("/etc/mrcore/backup.pub", 0o644, "root"),
         ("/etc/mrcore/cluster.yml", 0o644, "root"),
         ("/etc/sudoers.d/mrcore", 0o440, "root"),
         ("/etc/sudoers.d/mrcore-users", 0o440, "root"),
@@ -67,6 +69,13 @@ def test_who_may_what_with_files(host: Host, path: str, mode: int, owner: str) -
 
 def test_the_authority_key_is_not_on_the_machine(host: Host) -> None:
     assert host.run("find / -xdev -name 'ca.key' -not -path '/proc/*'").stdout == ""
+
+
+def test_the_backup_is_signed_by_root_and_kept_by_the_user(host: Host) -> None:
+    (file,) = host.check_output("ls /var/lib/mrcore/backups/*").split()[:1]
+    assert host.check_output(f"stat -c '%U %a' {file}") == "mrcore 600"
+    assert host.check_output(f"head -n 1 {file}").startswith("mrcore backup, signed ")
+    assert host.run("runuser -u mrcore -- cat /etc/mrcore/backup.key").rc != 0
 
 
 def test_settings_files_are_valid(host: Host) -> None:
