@@ -36,9 +36,13 @@ MAX_BACKUP_BYTES, MAX_UNPACKED_BYTES, MAX_MEMBERS = 4 << 30, 16 << 30, 200_000
 MAX_HEADER_BYTES = 1 << 20  # of what the tar says about one file
 MIN_FREE_DISK_BYTES = 256 << 20
 _MEMBER = re.compile(r"backup\.json|queue\.sqlite|manifests/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/\d{1,19}\.json")
-_DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, sqlite3.Error)
+_DAMAGED = (
+    tarfile.TarError, OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, OverflowError, RecursionError,
+    sqlite3.Error,
+)  # fmt: skip
 _SIGNED = re.compile(rb"mrcore backup, signed ([0-9a-f]{128})\n")
 _SIGNED_BYTES = len("mrcore backup, signed ") + 128 + 1
+_TAKE_ANOTHER = "take another one; --unverified takes this, whoever wrote it"
 _MOMENT = re.compile(r"\d{1,12}(\.\d{1,12})?")
 MAX_PRUNED = 1_000  # at a time: a command line is no longer
 _TO_RUN = (
@@ -88,9 +92,10 @@ def _signed_from(settings: Settings, content: IO[bytes]) -> int:
     content.seek(0)
     found = _SIGNED.fullmatch(content.read(_SIGNED_BYTES))
     if found is None:
-        raise ValueError("it is not signed, or no backup")
+        raise ValueError(f"it is not signed, or no backup: {_TAKE_ANOTHER}")
     if not pki.is_signed(_key(settings, "pub"), _digest(content, _SIGNED_BYTES), bytes.fromhex(found[1].decode())):
-        raise ValueError(f"its signature is wrong: it was changed or cut, or {_key(settings, 'key')} did not sign it")
+        signer = _key(settings, "key")
+        raise ValueError(f"its signature is wrong: it was changed or cut, or not {signer} signed it: {_TAKE_ANOTHER}")
     return _SIGNED_BYTES
 
 

@@ -149,17 +149,28 @@ class FileTransfer:
             pairs = [(file, _target(file, compress)) for file, _ in walk(top, name)]
             if not pairs:
                 raise JobFault(f"input_dir {source} holds no file")
-            held: dict[str, dict[str, File]] = {}
-            for node, _, files in crew.list_nodes(folder):
-                for file in files:
-                    held.setdefault(file[0], {})[node.name] = file
-            self._check_replaced(folder, held, {target[0] for _, target in pairs}, replace)
+            held, names = self._held(crew, folder), {target[0] for _, target in pairs}
+            self._check_replaced(folder, held, names, replace)
+            self._ask(held, names, replace)
             plan, skipped = self._plan(pairs, held, replace, compress)
-            counts = self._deliver(crew, top, folder, plan, replace=replace, compress=compress, at_once=at_once)
-            return counts | {"skipped": skipped}
+
+            def look_again() -> None:  # a run may have published meanwhile
+                if folder.removesuffix("/reduce").count("/") == 0:
+                    self._check_replaced(folder, self._held(crew, folder), names, replace)
+
+            how: Json = {"replace": replace, "compress": compress, "at_once": at_once}
+            return self._deliver(crew, top, folder, plan, look_again, **how) | {"skipped": skipped}
+
+    def _held(self, crew: Crew, folder: str) -> dict[str, dict[str, File]]:
+        """What lies in a folder of the nodes: by name, then by node."""
+        held: dict[str, dict[str, File]] = {}
+        for node, _, files in crew.list_nodes(folder):
+            for file in files:
+                held.setdefault(file[0], {})[node.name] = file
+        return held
 
     def _check_replaced(self, folder: str, held: dict[str, dict[str, File]], names: set[str], replace: bool) -> None:
-        """See whether what goes from a folder that is filled anew, or filled up, may go."""
+        """Refuse to fill a folder anew, or up, when output of a job would go by that."""
         lost = {name: files for name, files in held.items() if replace or name in names}
         parts = [(node, f"{folder}/{name}") for name, files in lost.items() for node in files]
         if whose := outputs.among(self._settings, parts):
@@ -167,13 +178,16 @@ class FileTransfer:
                 f"output_dir {folder!r} holds output of {outputs.listed(whose)}, which this upload would replace: "
                 "choose another folder, or remove the output first"
             )
+
+    def _ask(self, held: dict[str, dict[str, File]], names: set[str], replace: bool) -> None:
+        """Tell what goes from a folder that is filled anew, and is not to come again."""
+        nodes: dict[str, Json] = {}
+        for name in held.keys() - names if replace else ():
+            for node, file in held[name].items():
+                count = nodes.setdefault(node, {"files": 0, "bytes": 0})
+                count["files"], count["bytes"] = count["files"] + 1, count["bytes"] + file[1]
         if self._agree:
-            others = [(node, file) for name in lost.keys() - names for node, file in lost[name].items()]
-            by_node = {
-                node: [file[1] for at, file in others if at == node] for node in sorted({at for at, _ in others})
-            }
-            nodes = {node: {"files": len(sizes), "bytes": sum(sizes)} for node, sizes in by_node.items()}
-            self._agree({"files": len(others), "nodes": nodes, "outputs": []})
+            self._agree({"files": sum(each["files"] for each in nodes.values()), "nodes": nodes, "outputs": []})
 
     def _plan(
         self, pairs: list[tuple[File, File]], held: dict[str, dict[str, File]], replace: bool, compress: bool
@@ -200,7 +214,7 @@ class FileTransfer:
 
     def _deliver(
         self, crew: Crew, source: Path, folder: str | None, plan: dict[str, list[tuple[File, File]]],
-        *, replace: bool, compress: bool, at_once: int,
+        look_again: Callable[[], None] = lambda: None, *, replace: bool, compress: bool, at_once: int,
     ) -> Json:  # fmt: skip
         """Stage all files on their nodes, then commit on all nodes; a fault leaves the nodes as they were."""
         nodes, uploads = self._settings.nodes, dict[str, str]()
@@ -221,6 +235,7 @@ class FileTransfer:
         try:
             crew.each("BEGIN", begin, nodes)
             crew.each("TRANSFER", send, tasks, at_once)
+            look_again()
             crew.stop_here()
             crew.tell("PUBLISH")
             removed = crew.each(
