@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mrcore.errors import ClusterFault, Refused
+from mrcore.errors import ClusterFault, JobFault, Refused
 from mrcore.manifest import PART
 from mrcore.paths import PARTIAL, Layout
 from mrcore.rpc.data import Range, Upload, checksum
@@ -203,8 +203,15 @@ class FileMethods:
         """The names that exist of one that may have wildcards; what is hidden is matched by its own dot only."""
         full = inside(self._layout.base_dir, path)
         if wildcards:
+            if "**" in path.split("/"):  # which glob lets follow links: without an end, should they lead back
+                for folder, folders, _ in os.walk(self._layout.base_dir / root_of(path)):
+                    if links := [each for each in folders if os.path.islink(f"{folder}/{each}")]:
+                        raise JobFault(
+                            f"{folder}/{links[0]} is a symbolic link, in which `**` might not end: remove it"
+                        )
             found = glob.glob(path, root_dir=self._layout.base_dir, recursive=True)
-            return sorted({name.rstrip("/") for name in found} - {""})
+            names = {name.rstrip("/") for name in found} - {""}  # `x/**` gives x/ whether there is one or not
+            return sorted(name for name in names if os.path.lexists(self._layout.base_dir / name))
         return [path] if os.path.lexists(full) else []
 
     def _below(self, path: str, name: str) -> Listed:

@@ -283,6 +283,26 @@ def test_symbolic_links_are_refused_everywhere(cluster: TestCluster, transfer: F
     assert read(outside) == {"precious": b"precious"}
 
 
+@pytest.mark.parametrize("path", ["**", "inputs/**", "inputs/**/x", "**/*.log"])
+def test_links_that_lead_back_end_no_agent(
+    cluster: TestCluster, transfer: FileTransfer, tmp_path: Path, path: str
+) -> None:
+    cluster.write_inputs({"x": "1"}, node=0, entry="inputs/round")
+    folder = cluster.settings.nodes[0].layout.base_dir / "inputs/round"
+    for name in ("a", "b", "c"):
+        (folder / name).symlink_to("..")
+    try:
+        with pytest.raises(JobFault, match=r"inputs/round/. is a symbolic link"):
+            transfer.delete_files(path, also_outputs=True)
+        with pytest.raises(JobFault, match=r"inputs/round/. is a symbolic link"):
+            transfer.download(path, str(tmp_path / "out"))
+        assert (folder / "x").exists()
+    finally:
+        for name in ("a", "b", "c"):
+            (folder / name).unlink()
+    assert transfer.delete_files(path, also_outputs=True)["files"] == (path != "**/*.log")
+
+
 def test_a_download_never_clears_what_is_dear(cluster: TestCluster, transfer: FileTransfer, tmp_path: Path) -> None:
     cluster.write_inputs({"x": "x"}, entry="inputs/dear")
     for target in (Path("/"), Path.home(), Path.cwd(), cluster.settings.state_dir, cluster.settings.home.parent):
