@@ -293,15 +293,12 @@ class FileTransfer:
         """Give each listed file its name here. Of a job's output only what is committed counts, and all of it."""
         every = [_Remote(node, token, at, file) for node, token, files in listings for at, file in enumerate(files)]
         job, _, last = path.rpartition("/")
-        if last == "reduce" and "/" not in job:
-            with contextlib.suppress(UsageError):  # no output of a job, then
-                wanted = {(part["node"], part["name"]) for part in manifest.parts(self._settings.state_dir, job)}
-                every = [each for each in every if (each.node.name, each.local[0]) in wanted]
-                if missing := wanted - {(each.node.name, each.local[0]) for each in every}:
-                    node, name = min(missing)
-                    raise ClusterFault(
-                        f"part {name} of {job} is not on {node}: its run has not ended, or it was removed"
-                    )
+        if last == "reduce" and manifest.newest(self._settings.state_dir, job):
+            wanted = {(part["node"], part["name"]) for part in manifest.parts(self._settings.state_dir, job)}
+            every = [each for each in every if (each.node.name, each.local[0]) in wanted]
+            if missing := wanted - {(each.node.name, each.local[0]) for each in every}:
+                node, name = min(missing)
+                raise ClusterFault(f"part {name} of {job} is not on {node}: its run has not ended, or it was removed")
         holders = Counter(each.local[0] for each in every)
         found = [
             each._replace(local=(f"{each.node.name}/{each.local[0]}", *each.local[1:]))

@@ -113,6 +113,8 @@ def test_output_goes_only_when_it_is_agreed_to(cluster: TestCluster, path: str) 
         UsageError, match=rf"output of job 'counts' was removed on 20.* by `mrcore rm {re.escape(path)}`"
     ):
         cluster.items("counts")
+    code, _, err = mrcore("download", "counts/reduce", "somewhere")
+    assert code == 2 and "was removed on 20" in err
     assert mrcore("rm", path, "--yes")[0] == 0  # nothing is left to ask for
     if path.startswith("counts"):
         counted(cluster, "counts")
@@ -151,6 +153,18 @@ def test_one_part_of_several_runs(cluster: TestCluster) -> None:
 
 def _paths(cluster: TestCluster, name: str) -> list[Path]:
     return [path for node in cluster.settings.nodes if (path := node.layout.base_dir / name).exists()]
+
+
+def test_what_is_left_of_output_is_nobodys(cluster: TestCluster) -> None:
+    """One part goes: the others are no output, are not fetched as one, and are named by the doctor."""
+    parts = counted(cluster, "halved")["parts"]
+    assert mrcore("rm", f"halved/reduce/{parts[0]['name']}", "--yes")[0] == 0
+    for command in (["cat", "halved"], ["download", "halved/reduce", "somewhere"]):
+        code, _, err = mrcore(*command)
+        assert code == 2 and "was removed on 20" in err
+    assert any("in halved/reduce are no part" in each["what"] for each in findings())
+    assert mrcore("rm", "halved/reduce")[0] == 0
+    assert not [name for name in held(cluster) if "/halved/reduce" in name]
 
 
 def test_a_job_that_goes_on_from_its_output_has_a_way_out(cluster: TestCluster) -> None:
