@@ -114,7 +114,8 @@ def forget(settings: Settings, outputs: Iterable[Json], by: str) -> None:
     out. Raises UsageError, with nothing noted, while a run of one of the jobs is under way."""
     with contextlib.closing(Store(settings.state_dir)) as store:
         outputs, running = list(outputs), store.running()
-        if running and running["job_name"] in {each["job_name"] for each in outputs}:
+        names = {each["job_name"] for each in outputs}
+        if running and running["job_name"] in names and running["spec"]["job_type"] == "mapreduce":
             what = f"run {running['run']} of {running['job_name']}"
             raise UsageError(f"{what} is under way, whose output this would remove: wait for its end, or cancel it")
         for each in outputs:

@@ -239,11 +239,11 @@ def test_a_delete_job_says_so_or_fails(cluster: TestCluster) -> None:
         assert "output of" in message and "also_outputs: true" in message
     assert cluster.items("kept")
     scheduler.submit_job(base | {"job_name": "old", "output_dir": "inputs/old"})
-    scheduler.submit_job(base | {"job_name": "all", "output_dir": "kept", "also_outputs": True})
+    scheduler.submit_job(base | {"job_name": "kept", "output_dir": "kept", "also_outputs": True})
     assert Runner(cluster.settings).run(once=True) == {"succeeded": 2}
-    with pytest.raises(UsageError, match=r"was removed on 20.* by the job all"):
+    with pytest.raises(UsageError, match=r"was removed on 20.* by the job kept"):
         cluster.items("kept")
-    assert any("its output is removed by the job all" in each["text"] for each in _events(scheduler, "kept"))
+    assert any("its output is removed by the job kept" in each["text"] for each in _events(scheduler, "kept"))
 
 
 def _events(scheduler: Scheduler, job: str) -> list[dict[str, Any]]:
