@@ -6,7 +6,7 @@ export PYTHON
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
 export INVENTORY NODE DATA PURGE CONFIRM PROJECT CA ARGS
-.PHONY: help demo test test-quick test-appliance check bench setup clean appliance deploy start stop kill status push-project wheels add-node remove-node upgrade rotate-certs doctor collect-logs reset
+.PHONY: help demo test test-quick test-appliance check bench setup update-lock clean appliance deploy start stop kill status push-project wheels add-node remove-node upgrade rotate-certs doctor collect-logs reset
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -41,6 +41,9 @@ bench: ## measure against a script by hand, PySpark, mrjob and Dask (installs th
 
 setup: ## only make .venv
 	@scripts/setup.sh dev
+
+update-lock: setup ## choose anew the versions of all packages that make installs: lock/*.txt
+	@$(PY) scripts/update_lock.py
 
 clean: ## end the demo's cluster and remove what make made: .venv, .mrcore, caches
 	@if [ -x .venv/bin/mrcore ] && [ -d .mrcore ]; then MRCORE_HOME=.mrcore .venv/bin/mrcore cluster kill; fi

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv in the project: a virtual environment with mrcore and its development tools.
+# Makes .venv in the project: a virtual environment with mrcore and its development tools, in the versions of lock/*.txt.
 #
 #   scripts/setup.sh [EXTRAS [COMMAND…]]
 #
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 extras=${1:-dev}
 if [ $# -gt 0 ]; then shift; fi
 stamp=.venv/.ready-$extras
-wanted="$(cksum <pyproject.toml)
+wanted="$(cat pyproject.toml lock/*.txt | cksum)
 $PWD" # a venv knows its own place: one that was moved or copied does not work
 unset PYTHONHOME PYTHONPATH
 path= IFS=: # without .venv itself, which the user's shell may have activated, and which is perhaps about to go
@@ -124,7 +124,13 @@ if [ $whole = no ]; then
 fi
 rm -f .venv/.ready-*
 say "installing mrcore and what it needs ($extras) into .venv; the first time takes about a minute"
-if ! .venv/bin/python -m pip install --quiet --quiet -e ".[$extras]"; then
+locked="-r lock/base.txt"
+for each in $(echo "$extras" | tr ',' ' '); do locked="$locked -r lock/$each.txt"; done
+install() { .venv/bin/python -m pip install --quiet --quiet "$@"; }
+# What builds packages comes first and is used as it is: pip would fetch another one for each that it has to build.
+# shellcheck disable=SC2086  # a list of words
+if ! { install --require-hashes -r lock/build.txt && install --require-hashes --no-build-isolation $locked &&
+    install --no-deps --no-build-isolation -e .; }; then
     say "pip could not install everything (see above): is there a network, or a package index configured for pip?"
     exit 1
 fi

@@ -11,7 +11,7 @@
 set -u
 cd "$(dirname "$0")/.."
 unit="strace sudo screen sshd=openssh-server"
-containers="podman runc conmon mmdebstrap ssh=openssh-client nft=nftables nsenter=util-linux ip=iproute2
+containers="podman runc conmon iptables mmdebstrap ssh=openssh-client nft=nftables nsenter=util-linux ip=iproute2
 /usr/lib/podman/netavark=netavark /usr/lib/podman/aardvark-dns=aardvark-dns
 /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring"
 MRCORE_NOT_RUN=$(mktemp)

@@ -5,9 +5,9 @@
     scripts/wheelhouse.py build …          mrcore and what it needs, into .mrcore/wheelhouse
     scripts/wheelhouse.py project FOLDER … FOLDER/requirements.txt into FOLDER/wheels
 
-… is what the nodes are: --python 3.11 --machine x86_64 --glibc 2.36. pip evaluates the conditions of requirements
-(`python_version < "3.13"`) with its own interpreter, so one of the nodes' minor version does the work. Where the wheels
-come from is pip's configuration.
+… is what the nodes are: --python 3.11 --machine x86_64 --glibc 2.36. What mrcore needs is in lock/base.txt, with
+checksums and with conditions (`python_full_version < "3.12"`) that are judged here. For a project pip judges them, with
+its own interpreter, so one of the nodes' minor version does the work. Where wheels come from is pip's configuration.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_GLIBC_MINOR = 5  # manylinux_2_5 is the oldest tag
 OLD_TAGS = {12: "manylinux2010", 5: "manylinux1", 17: "manylinux2014"}  # names that wheels had before manylinux_2_N
@@ -37,9 +39,9 @@ class Fault(Exception):
 
 
 def release_of(root: Path) -> str:
-    """The release of a checkout: its version and a checksum of what is installed of it (package and project table)."""
+    """The release of a checkout: its version and a checksum of what is installed (package, project table, lock)."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    digest = hashlib.sha256(json.dumps(project, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(project, sort_keys=True).encode() + (root / "lock/base.txt").read_bytes())
     for file in sorted((root / "mrcore").rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
@@ -89,25 +91,21 @@ def choice(args: argparse.Namespace) -> list[str]:
     return options + [f"--platform={tag}" for tag in platform_tags(args.machine, args.glibc)]
 
 
-def collect(pip: list[str], args: argparse.Namespace, folder: Path, wanted: list[str]) -> None:
-    """Fill `folder` with the wheels of `wanted` and all they need, and prove that they suffice."""
-    own = [f"--find-links={folder}"]
-    run([*pip, "download", "--quiet", *choice(args), *own, f"--dest={folder}", *wanted])
-    target = f"--target={folder / 'nowhere'}"
-    run(
-        [
-            *pip,
-            "install",
-            "--quiet",
-            "--dry-run",
-            "--no-index",
-            "--ignore-installed",
-            target,
-            *choice(args),
-            *own,
-            *wanted,
-        ]
-    )
+def locked(text: str, python: str, machine: str) -> str:
+    """The entries of a lock file, with their checksums, that such a node needs."""
+    node = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}
+    node |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
+    node |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
+    kept, wanted = [], False
+    for line in text.splitlines():
+        if not line.startswith((" ", "#")):
+            name, _, rest = line.partition(" ;")
+            marker = Requirement(line.removesuffix("\\").strip()).marker
+            wanted = marker is None or marker.evaluate(node)
+            line = f"{name} \\" if rest else line
+        if wanted:
+            kept.append(line)
+    return "\n".join(kept) + "\n"
 
 
 def is_whole(folder: Path, glibc: str) -> bool:
@@ -136,17 +134,18 @@ def build(args: argparse.Namespace) -> dict[str, object]:
 
 def make(args: argparse.Namespace, house: Path, archive: Path) -> None:
     """Make it anew; it is there all at once, its archive first."""
-    chosen = interpreter(args.python)
+    pip = [sys.executable, "-m", "pip"]
     with tempfile.TemporaryDirectory(dir=house.parent, prefix="making-") as name:
         work = Path(name)
-        run([chosen, "-m", "venv", str(work / "venv")])
-        pip = [str(work / "venv/bin/python"), "-m", "pip"]
-        source, wheels = work / "source", work / "wheels"
+        source, wheels, wanted = work / "source", work / "wheels", work / "wanted.txt"
         shutil.copytree(ROOT / "mrcore", source / "mrcore", ignore=shutil.ignore_patterns("__pycache__"))
         for file in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / file, source)
-        run([*pip, "wheel", "--quiet", "--no-deps", f"--wheel-dir={wheels}", str(source)])
-        collect(pip, args, wheels, [str(file) for file in wheels.glob("mrcore-*.whl")])
+        own = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={wheels}", str(source)]
+        run([*pip, *own])  # by the locked setuptools, which is beside us
+        wanted.write_text(locked((ROOT / "lock/base.txt").read_text(), args.python, args.machine))
+        fetch = ["download", "--quiet", "--no-deps", "--require-hashes", f"--requirement={wanted}", f"--dest={wheels}"]
+        run([*pip, *fetch, *choice(args)])
         (wheels / MARKER).write_text(args.glibc + "\n")
         partial = work / "archive"
         with tarfile.open(partial, "w") as tar:
@@ -166,8 +165,12 @@ def project(args: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix=".wheels-") as name:
         work = Path(name)
         run([chosen, "-m", "venv", str(work / "venv")])
-        (work / "wheels").mkdir()
-        collect([str(work / "venv/bin/python"), "-m", "pip"], args, work / "wheels", [f"--requirement={requirements}"])
+        pip, wheels = [str(work / "venv/bin/python"), "-m", "pip"], work / "wheels"
+        asked, own = f"--requirement={requirements}", f"--find-links={wheels}"
+        wheels.mkdir()
+        run([*pip, "download", "--quiet", *choice(args), own, f"--dest={wheels}", asked])
+        proof = ["--dry-run", "--no-index", "--ignore-installed", f"--target={wheels / 'nowhere'}"]
+        run([*pip, "install", "--quiet", *proof, *choice(args), own, asked])
         shutil.rmtree(final, ignore_errors=True)
         os.replace(work / "wheels", final)
     return {"folder": str(final), "wheels": sorted(file.name for file in final.glob("*.whl")), "changed": True}

@@ -324,6 +324,8 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(PROJECT / name, tmp_path)
     (tmp_path / "mrcore").mkdir()
     (tmp_path / "mrcore/__init__.py").write_text("a = 1\n")
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "lock/base.txt").write_text("click==8.1 --hash=sha256:1\n")
     return tmp_path
 
 
@@ -341,7 +343,9 @@ def test_a_release_is_named_by_what_is_installed(checkout: Path) -> None:
     third = wheelhouse.release_of(checkout)
     text = (checkout / "pyproject.toml").read_text()
     (checkout / "pyproject.toml").write_text(text.replace('"click>=8.1"', '"click>=8.2"'))
-    assert len({first, second, third, wheelhouse.release_of(checkout)}) == 4
+    fourth = wheelhouse.release_of(checkout)
+    (checkout / "lock/base.txt").write_text("click==8.2 --hash=sha256:2\n")
+    assert len({first, second, third, fourth, wheelhouse.release_of(checkout)}) == 5
 
 
 def test_platforms_are_not_newer_than_the_nodes_glibc() -> None:

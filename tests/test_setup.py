@@ -48,7 +48,18 @@ shift
 [ "$1" = true ] || echo "sudo $*" >>{state}/log
 exec "$@"
 """
+QUIET = "pip install --quiet --quiet"
 SUDO_ASKS = "#!/bin/sh\necho 'a password is required' >&2\nexit 1\n"
+
+
+def installs(*extras: str) -> list[str]:
+    """What pip is asked to do: the locked packages by their checksums, then mrcore itself and nothing else."""
+    locked = " ".join(f"-r lock/{name}.txt" for name in ("base", *extras))
+    return [
+        f"{QUIET} --require-hashes -r lock/build.txt",
+        f"{QUIET} --require-hashes --no-build-isolation {locked}",
+        f"{QUIET} --no-deps --no-build-isolation -e .",
+    ]
 
 
 class Machine:
@@ -60,6 +71,8 @@ class Machine:
             each.mkdir(parents=True)
         shutil.copy(PROJECT / "scripts/setup.sh", self.project / "scripts")
         (self.project / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+        (self.project / "lock").mkdir()
+        (self.project / "lock/base.txt").write_text("x==1\n")
         for name in TOOLS:
             real = shutil.which(name)
             assert real, name
@@ -109,7 +122,7 @@ def machine(tmp_path: Path) -> Machine:
 def test_a_machine_with_all_it_takes(machine: Machine) -> None:
     machine.python()
     said = machine.set_up()
-    assert machine.log == [f"{machine.bin}/python3 -m venv .venv", "pip install --quiet --quiet -e .[dev]"]
+    assert machine.log == [f"{machine.bin}/python3 -m venv .venv", *installs("dev")]
     assert "Python 3.11.9" in said and "done" in said
     machine.forget()
     assert machine.set_up() == "" and machine.log == [], "the second time there is nothing to do, and it says nothing"
@@ -122,7 +135,7 @@ def test_root_gets_the_missing_package_by_apt(machine: Machine) -> None:
     assert "missing: python3.11-venv. Running: apt-get install" in said
     apt = [line for line in machine.log if line.startswith("apt-get")]
     assert apt == ["apt-get update -qq", "apt-get install --yes --no-install-recommends python3.11-venv"]
-    assert machine.log[-1] == "pip install --quiet --quiet -e .[dev]"
+    assert machine.log[-3:] == installs("dev")
 
 
 def test_sudo_without_a_password_is_used(machine: Machine) -> None:
@@ -226,16 +239,17 @@ def test_what_pip_cannot_do_is_told_and_tried_again(machine: Machine) -> None:
     (machine.state / "no-network").unlink()
     machine.forget()
     machine.set_up()
-    assert machine.log[-1] == "pip install --quiet --quiet -e .[dev]"
+    assert machine.log[-3:] == installs("dev")
 
 
-def test_another_pyproject_brings_the_venv_up_to_date(machine: Machine) -> None:
+@pytest.mark.parametrize("name", ["pyproject.toml", "lock/base.txt"])
+def test_another_pyproject_or_lock_brings_the_venv_up_to_date(machine: Machine, name: str) -> None:
     machine.python()
     machine.set_up()
-    (machine.project / "pyproject.toml").write_text("[project]\nname = 'y'\n")
+    (machine.project / name).write_text("another")
     machine.forget()
     machine.set_up()
-    assert machine.log == ["pip install --quiet --quiet -e .[dev]"]
+    assert machine.log == installs("dev")
 
 
 def test_extras_are_added_to_what_is_there(machine: Machine) -> None:
@@ -243,7 +257,7 @@ def test_extras_are_added_to_what_is_there(machine: Machine) -> None:
     machine.set_up()
     machine.forget()
     machine.set_up("dev,bench")
-    assert machine.log == ["pip install --quiet --quiet -e .[dev,bench]"]
+    assert machine.log == installs("dev", "bench")
     machine.forget()
     machine.set_up("dev,bench")
     machine.set_up("dev")
@@ -256,7 +270,7 @@ def test_a_project_that_was_moved_gets_a_new_venv(machine: Machine) -> None:
     machine.project = machine.project.rename(machine.project.with_name("elsewhere"))
     machine.forget()
     machine.set_up()
-    assert machine.log == [f"{machine.bin}/python3 -m venv .venv", "pip install --quiet --quiet -e .[dev]"]
+    assert machine.log == [f"{machine.bin}/python3 -m venv .venv", *installs("dev")]
 
 
 def test_a_venv_whose_python_is_gone_is_made_anew(machine: Machine) -> None:
@@ -284,7 +298,7 @@ def test_two_at_a_time_make_one_venv(machine: Machine) -> None:
         process.communicate(timeout=60)
         assert process.returncode == 0
     assert len([line for line in machine.log if "venv" in line]) == 1
-    assert len([line for line in machine.log if line.startswith("pip")]) == 1
+    assert [line for line in machine.log if line.startswith("pip")] == installs("dev")
 
 
 def test_help_lists_every_target() -> None:
@@ -298,7 +312,8 @@ def test_help_lists_every_target() -> None:
 
 
 def test_no_package_index_is_named() -> None:
-    for name in ("scripts/setup.sh", "Makefile", ".ci/run", "pyproject.toml"):
+    locks = [f"lock/{path.name}" for path in (PROJECT / "lock").iterdir()]
+    for name in ("scripts/setup.sh", "scripts/update_lock.py", "Makefile", ".ci/run", "pyproject.toml", *locks):
         text = (PROJECT / name).read_text()
         assert not re.search(r"https?://|index-url|pypi|trusted-host", text, re.IGNORECASE), name
 
