@@ -47,7 +47,7 @@ def _spawn(folder: Path, spec: Path) -> int:
     environment = os.environ | {"MRCORE_SERVER": f"{json.loads(spec.read_text())['cluster']}/{spec.stem}"}
     with (folder / f"compute/logs/{spec.stem}.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", f"mrcore.{module}", str(spec)],
+            [sys.executable, "-P", "-m", f"mrcore.{module}", str(spec)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -26,7 +26,7 @@ from mrcore.runs import RunWriter
 
 class Agent(Daemon):
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, ["-m", "mrcore.node_agent"], "agent")
+        super().__init__(folder, ["-P", "-m", "mrcore.node_agent"], "agent")
         assert self.ready == b"ready\n", self.log.read_text()
         self.master = self.client()
         self.layout = Layout(folder / "node")

@@ -90,7 +90,7 @@ class Agent(Daemon):
     """A node agent whose cluster has a second node, n2, that connects to it."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, ["-m", "mrcore.node_agent"], "agent")
+        super().__init__(folder, ["-P", "-m", "mrcore.node_agent"], "agent")
         assert self.ready == b"ready\n", self.log.read_text()
         self.serial = pki.issue(self.pki / "ca", self.pki / "n2", "node", "n2", "node", ["127.0.0.1"])
         self.members = Path(self.spec["members_file"])

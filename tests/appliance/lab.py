@@ -1,6 +1,6 @@
 """The machines of the appliance's tests: names, networks, podman's settings, the image, and taking it all away again.
 
-A lab is a set of containers on one network that look like bare Debian 12 machines. It is known by environment variables
+A lab is a set of containers on one network that look like bare Debian machines. It is known by environment variables
 (`Lab.environment`), so that Molecule, Ansible and pytest, each started on its own, mean the same one. All names begin
 with `mrcoretest-` and a number that stands for the checkout, so that two checkouts do not meet.
 """
@@ -23,10 +23,12 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
 BIN = Path(sys.executable).parent  # of the virtual environment: ansible-playbook, molecule, pytest
 PREFIX = "mrcoretest-"
-IMAGE = f"localhost/{PREFIX}debian12"
-SUITE = "bookworm"
+SUITES = {"debian12": "bookworm", "debian13": "trixie"}
+NEW = {"roles"}  # the scenarios on Debian 13; the others are on Debian 12; MRCORE_TEST_SWAP=yes swaps the two
 # What a bare machine has: an init, a way in, and Python. Whatever else is needed the roles have to install themselves.
 PACKAGES = ["systemd", "systemd-sysv", "dbus", "openssh-server", "python3", "sudo", "iproute2", "ca-certificates"]
+# What a fresh machine has, which is to run the tests themselves: what the README asks for, and certificates for pip.
+FRESH_PACKAGES = ["git", "make", "ca-certificates"]
 # Machines made from one image must not have one identity: keys and machine-id are made at the first start.
 KEYS = "[Service]\nExecStartPre=\nExecStartPre=/usr/bin/ssh-keygen -A\nExecStartPre=/usr/sbin/sshd -t\n"
 HOOKS = [
@@ -46,6 +48,10 @@ CACHED_BYTES = 1 << 30  # of downloaded packages; beyond it the cache begins ane
 
 class LabError(Exception):
     """What the lab needs cannot be had here; the text says what and why."""
+
+
+class Failed(Exception):
+    """A scenario failed; the text says where."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,12 @@ class Lab:
         net = os.environ.get("MRCORE_LAB_NET") or _own_net(f"{prefix}net") or _free_net(zlib.crc32(prefix.encode()))
         return cls(scenario, folder.absolute(), prefix, net)
 
+    @property
+    def system(self) -> str:
+        """What its machines run: debian12 or debian13."""
+        swapped = os.environ.get("MRCORE_TEST_SWAP") == "yes"
+        return "debian13" if (self.scenario in NEW) != swapped else "debian12"
+
     def environment(self) -> dict[str, str]:
         """The variables by which this lab is known, and what podman and Ansible need."""
         path = os.pathsep.join([str(BIN), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -81,7 +93,7 @@ class Lab:
             "MRCORE_LAB_PREFIX": self.prefix,
             "MRCORE_LAB_NET": self.net,
             "MRCORE_LAB_SCENARIO": self.scenario,
-            "MRCORE_LAB_IMAGE": image_name(),
+            "MRCORE_LAB_IMAGE": image_name(self.system),
             "MRCORE_LAB_PACKAGES": str(packages_folder()),
             "CONTAINERS_CONF": str(podman_settings()),
             "ANSIBLE_SSH_CONTROL_PATH_DIR": f"/tmp/{self.prefix}ssh",  # short: a socket's path may have 107 bytes
@@ -155,10 +167,15 @@ def podman(*arguments: str, may_fail: bool = False, timeout: float = 120) -> str
     return done.stdout
 
 
-def image_name() -> str:
+def image_name(system: str, fresh: bool = False) -> str:
     """The image's name; its tag stands for the recipe, so that another recipe makes another image."""
-    recipe = json.dumps([SUITE, PACKAGES, HOOKS, mirror()])
-    return f"{IMAGE}:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    recipe = json.dumps([SUITES[system], *_recipe(fresh), mirror()])
+    kind = f"{system}-fresh" if fresh else system
+    return f"localhost/{PREFIX}{kind}:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+
+
+def _recipe(fresh: bool) -> tuple[list[str], list[str]]:
+    return (FRESH_PACKAGES, []) if fresh else (PACKAGES, HOOKS)
 
 
 def mirror() -> str:
@@ -166,15 +183,15 @@ def mirror() -> str:
     return os.environ.get("MRCORE_TEST_MIRROR", "")
 
 
-def require_image() -> str:
-    """Make the image of a bare machine from Debian's packages unless it is there; give its name. Raises LabError."""
-    name = image_name()
+def require_image(system: str, fresh: bool = False) -> str:
+    """Make the image of a bare machine, or a fresh one, unless it is there; give its name. Raises LabError."""
+    name, (packages, hooks) = image_name(system, fresh), _recipe(fresh)
     if podman("images", "--quiet", name).strip():
         return name
     tar = cache_folder() / f"image-{os.getpid()}.tar"
-    command: list[str] = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}"]
-    command += [f"--customize-hook={hook}" for hook in HOOKS]
-    command += [SUITE, str(tar), *([mirror()] if mirror() else [])]
+    command: list[str] = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(packages)}"]
+    command += [f"--customize-hook={hook}" for hook in hooks]
+    command += [SUITES[system], str(tar), *([mirror()] if mirror() else [])]
     print(f"appliance: making the image {name} from Debian's packages (half a minute, once)", flush=True)
     try:
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=1200)
@@ -183,18 +200,18 @@ def require_image() -> str:
         podman("import", "--change", "CMD=/lib/systemd/systemd", str(tar), name, timeout=600)
     finally:
         tar.unlink(missing_ok=True)
-    for line in podman("images", "--format", "{{.Repository}}:{{.Tag}}", IMAGE).split():
+    for line in podman("images", "--format", "{{.Repository}}:{{.Tag}}", name.partition(":")[0]).split():
         if line != name:
             podman("rmi", line, may_fail=True)  # of an older recipe; one that is in use stays
     return name
 
 
-def require_containers() -> None:
+def require_containers(image: str) -> None:
     """Start one container to see that this machine can. Raises LabError with what podman says."""
     name = f"{PREFIX}probe-{os.getpid()}"
     limits = ["--cap-add", "NET_ADMIN", "--systemd=always"]
     try:
-        podman("run", "--rm", "--name", name, *limits, require_image(), "/bin/true")
+        podman("run", "--rm", "--name", name, *limits, image, "/bin/true")
     finally:
         podman("rm", "--force", "--time", "0", name, may_fail=True)
 

@@ -1,10 +1,11 @@
-"""Runs the appliance's tests: bad inventories, the image, the Molecule scenarios; and takes all of it away again.
+"""Runs the appliance's tests: bad inventories, the images, the scenarios; and takes all of it away again.
 
     tests/appliance/run.py                        everything, two scenarios at a time
     tests/appliance/run.py scenarios              without the bad inventories
     tests/appliance/run.py cluster                one scenario
     tests/appliance/run.py cluster create prepare converge     some of its steps; the machines stay
     tests/appliance/run.py cluster shell          a shell in which molecule, podman and proofs know this lab
+    tests/appliance/run.py fresh debian13         a scenario without Molecule: on one of its systems only
     tests/appliance/run.py clean                  remove the machines of all scenarios
 
 Exit status: 0, 1 (something failed), 130 (interrupted), 3: it could not run here (no rights, no containers). See
@@ -26,18 +27,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import fresh
 import yaml
-from lab import BIN, HERE, PROJECT, Lab, LabError, leftovers, require_containers, require_image
+from lab import BIN, HERE, PROJECT, Failed, Lab, LabError, image_name, leftovers, require_containers, require_image
 
 # Each lane one after the other, the lanes beside one another: Ansible waits for machines half of the time.
-LANES = (("cluster",), ("roles", "documents"))
+LANES = (("cluster",), ("roles", "documents", "fresh"))
 SCENARIOS = tuple(each for lane in LANES for each in lane)
 NOT_HERE = 3
 STRAYS_SECONDS = 10.0  # for what is told to end, before it is killed
-
-
-class Failed(Exception):
-    """A scenario failed; it has said why."""
 
 
 def molecule(lab: Lab, steps: Sequence[str]) -> None:
@@ -108,7 +106,7 @@ def scenario(name: str, steps: Sequence[str]) -> None:
     """Run a scenario from nothing to nothing, or `steps` of it on machines that stay. Raises Failed, LabError."""
     lab = Lab.of(name)
     started = time.monotonic()
-    if not steps:
+    if not steps or name == "fresh":
         lab.remove()  # what a run that was killed left
         known = ("*.log", "logs/*.log", "*.proved", "times.json")
         for old in (path for pattern in known for path in lab.folder.glob(pattern)):
@@ -118,11 +116,11 @@ def scenario(name: str, steps: Sequence[str]) -> None:
     shower = threading.Thread(target=follow, args=(lab.folder / "proofs.log", stop))
     shower.start()
     try:
-        molecule(lab, steps)
+        (fresh.run if name == "fresh" else molecule)(lab, steps)
     finally:
         stop.set()
         shower.join()
-        if not steps:
+        if not steps or name == "fresh":
             at_peace()
             lab.keep_packages()
             lab.remove()
@@ -137,8 +135,9 @@ def scenario(name: str, steps: Sequence[str]) -> None:
 
 def side_effects(lab: Lab) -> list[str]:
     """The folders of proofs that the scenario's sequence has as side effects."""
-    text = (HERE / "molecule" / lab.scenario / "molecule.yml").read_text()
-    words = [step.split() for step in yaml.safe_load(text)["scenario"]["test_sequence"]]
+    file = HERE / "molecule" / lab.scenario / "molecule.yml"
+    sequence = yaml.safe_load(file.read_text())["scenario"]["test_sequence"] if file.exists() else []
+    words = [step.split() for step in sequence]
     return [each[1].removesuffix(".yml") for each in words if each[0] == "side_effect"]
 
 
@@ -183,7 +182,7 @@ def with_rights(arguments: Sequence[str]) -> int | None:
 
 def not_here(reason: str) -> int:
     """Say plainly what was not run. With CI=true that is a failure."""
-    what = f"the Molecule scenarios {', '.join(SCENARIOS)} (deployment, security, upgrade: all proofs on machines)"
+    what = f"the scenarios {', '.join(SCENARIOS)} (deployment, security, upgrade: all proofs on machines)"
     print(f"\nappliance: NOT RUN: {what}.\nappliance: {reason}", file=sys.stderr)
     if file := os.environ.get("MRCORE_NOT_RUN"):  # of scripts/test.sh, which says it again at its end
         with open(file, "a") as stream:
@@ -195,7 +194,7 @@ def main() -> int:
     """Do what the arguments say; give the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", nargs="?", choices=[*SCENARIOS, "scenarios", "inventories", "clean"])
-    parser.add_argument("steps", nargs="*", help="steps of Molecule, or shell")
+    parser.add_argument("steps", nargs="*", help="steps of Molecule, or shell; of fresh: systems")
     chosen = parser.parse_args()
     ready_for_signals()
     try:
@@ -223,9 +222,11 @@ def as_root(name: str, steps: Sequence[str]) -> int:
         for each in SCENARIOS:
             Lab.of(each).remove()
         return 0
+    chosen = SCENARIOS if name == "scenarios" else (name,)
     try:
-        require_image()
-        require_containers()
+        for each in chosen:
+            require_image(Lab.of(each).system)
+        require_containers(image_name(Lab.of(chosen[0]).system))
     except (LabError, OSError) as error:
         return not_here(f"Containers do not start here: {error}")
     if list(steps) == ["shell"]:
