@@ -3,10 +3,10 @@
 
     scripts/update_lock.py         writes lock/*.txt, one for each set of packages, with versions and checksums
 
-`lock/base.txt` is what mrcore itself needs, and all that a cluster's machines get; `lock/build.txt` what builds a
-package. Each extra of pyproject.toml has a file with what it adds to base, and to dev. The versions fit one another,
-whatever is combined, and are valid for every Python that pyproject.toml allows: an entry for some of them ends in the
-condition for it.
+`lock/base.txt` is what mrcore itself needs, and all that a cluster's machines get; `lock/build.txt` what builds and
+installs packages. Each extra of pyproject.toml has a file with what it adds to base, and to dev. The versions fit one
+another, whatever is combined, and are valid for every Python that pyproject.toml allows: an entry for some of them ends
+in the condition for it.
 
 uv does the work, in a virtual environment of its own. From where it takes packages is its configuration
 (UV_DEFAULT_INDEX, SSL_CERT_FILE); the files name no place.
@@ -72,7 +72,7 @@ def main() -> int:
         uv, source, builders = work / "venv/bin/uv", work / "pyproject.toml", work / "build.in"
         text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         source.write_text(f'{text}\n[tool.uv]\nenvironments = ["{SYSTEM}"]\n', encoding="utf-8")
-        builders.write_text("\n".join(project()["build-system"]["requires"]) + "\n")
+        builders.write_text("\n".join(["pip", *project()["build-system"]["requires"]]) + "\n")
         (work / "all.txt").write_text("".join(resolve(uv, work, source, tuple(ADDED_TO))))
         found = {"base": resolve(uv, work, source, ())}
         write("base", "What mrcore needs", found["base"])
@@ -81,7 +81,7 @@ def main() -> int:
             there = {entry for each in others for entry in found[each]}
             found[extra] = [entry for entry in needed if entry not in there]
             write(extra, f"What the extra {extra} adds to {' and '.join(others)}", found[extra])
-        write("build", "What builds a package", resolve(uv, work, builders, ()))
+        write("build", "What builds and installs packages", resolve(uv, work, builders, ()))
     return 0
 
 

@@ -5,9 +5,9 @@
     scripts/wheelhouse.py build …          mrcore and what it needs, into .mrcore/wheelhouse
     scripts/wheelhouse.py project FOLDER … FOLDER/requirements.txt into FOLDER/wheels
 
-… is what the nodes are: --python 3.11 --machine x86_64 --glibc 2.36. What mrcore needs is in lock/base.txt, with
-checksums and with conditions (`python_full_version < "3.12"`) that are judged here. For a project pip judges them, with
-its own interpreter, so one of the nodes' minor version does the work. Where wheels come from is pip's configuration.
+… is what the nodes are: --python 3.11 --machine x86_64 --glibc 2.36. This controller may have another Python: pip is
+made to judge the conditions of requirements (`python_version < "3.13"`) for the nodes. mrcore's own are in
+lock/base.txt, with their checksums. Where the wheels come from is pip's configuration.
 """
 
 from __future__ import annotations
@@ -26,12 +26,19 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_GLIBC_MINOR = 5  # manylinux_2_5 is the oldest tag
 OLD_TAGS = {12: "manylinux2010", 5: "manylinux1", 17: "manylinux2014"}  # names that wheels had before manylinux_2_N
 MARKER = ".complete"
+# pip takes the nodes' Python and platform for choosing files, and its own for conditions; there is no option for these.
+# The pip is the one that lock/build.txt names.
+PIP_FOR_NODES = """import json, sys
+from pip._vendor.packaging import markers
+ours, nodes = markers.default_environment, json.loads(sys.argv.pop(1))
+markers.default_environment = lambda: ours() | nodes
+from pip._internal.cli.main import main
+sys.exit(main())
+"""
 
 
 class Fault(Exception):
@@ -61,21 +68,6 @@ def platform_tags(machine: str, glibc: str) -> list[str]:
     return tags
 
 
-def interpreter(minor: str) -> str:
-    """An interpreter of this minor version with venv, ours if it is one. Raises Fault if there is none."""
-    probe = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
-    for name in (sys.executable, f"python{minor}", "python3"):
-        found = name if os.path.isabs(name) else shutil.which(name)
-        if found:
-            done = subprocess.run([found, "-c", probe], capture_output=True, text=True)
-            if done.returncode == 0 and done.stdout.strip() == minor:
-                return found
-    raise Fault(
-        f"the nodes have Python {minor}, this controller has no python{minor} with venv to choose the wheels with: "
-        f"install it (apt-get install python{minor}-venv, or from source), then do this again"
-    )
-
-
 def run(command: list[str]) -> None:
     """Run pip. Raises Fault with the end of what it said."""
     done = subprocess.run(command, capture_output=True, text=True)
@@ -91,21 +83,14 @@ def choice(args: argparse.Namespace) -> list[str]:
     return options + [f"--platform={tag}" for tag in platform_tags(args.machine, args.glibc)]
 
 
-def locked(text: str, python: str, machine: str) -> str:
-    """The entries of a lock file, with their checksums, that such a node needs."""
-    node = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}
-    node |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
-    node |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
-    kept, wanted = [], False
-    for line in text.splitlines():
-        if not line.startswith((" ", "#")):
-            name, _, rest = line.partition(" ;")
-            marker = Requirement(line.removesuffix("\\").strip()).marker
-            wanted = marker is None or marker.evaluate(node)
-            line = f"{name} \\" if rest else line
-        if wanted:
-            kept.append(line)
-    return "\n".join(kept) + "\n"
+def collect(args: argparse.Namespace, folder: Path, wanted: list[str], proof: list[str]) -> None:
+    """Fill `folder` with the wheels of `wanted` and all they need, and prove that they suffice for `proof`."""
+    node = {"python_version": args.python, "python_full_version": f"{args.python}.0", "platform_machine": args.machine}
+    pip = [sys.executable, "-c", PIP_FOR_NODES, json.dumps(node)]
+    options = ["--quiet", f"--find-links={folder}", *choice(args)]
+    run([*pip, "download", *options, f"--dest={folder}", *wanted])
+    options += ["--dry-run", "--no-index", "--ignore-installed", f"--target={folder / 'nowhere'}"]
+    run([*pip, "install", *options, *proof])
 
 
 def is_whole(folder: Path, glibc: str) -> bool:
@@ -134,18 +119,16 @@ def build(args: argparse.Namespace) -> dict[str, object]:
 
 def make(args: argparse.Namespace, house: Path, archive: Path) -> None:
     """Make it anew; it is there all at once, its archive first."""
-    pip = [sys.executable, "-m", "pip"]
     with tempfile.TemporaryDirectory(dir=house.parent, prefix="making-") as name:
         work = Path(name)
-        source, wheels, wanted = work / "source", work / "wheels", work / "wanted.txt"
+        source, wheels = work / "source", work / "wheels"
         shutil.copytree(ROOT / "mrcore", source / "mrcore", ignore=shutil.ignore_patterns("__pycache__"))
         for file in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / file, source)
-        own = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={wheels}", str(source)]
-        run([*pip, *own])  # by the locked setuptools, which is beside us
-        wanted.write_text(locked((ROOT / "lock/base.txt").read_text(), args.python, args.machine))
-        fetch = ["download", "--quiet", "--no-deps", "--require-hashes", f"--requirement={wanted}", f"--dest={wheels}"]
-        run([*pip, *fetch, *choice(args)])
+        own = ["--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={wheels}", str(source)]
+        run([sys.executable, "-m", "pip", "wheel", *own])  # by the locked setuptools, which is beside us
+        locked = ["--require-hashes", f"--requirement={ROOT / 'lock/base.txt'}"]
+        collect(args, wheels, locked, [str(file) for file in wheels.glob("mrcore-*.whl")])
         (wheels / MARKER).write_text(args.glibc + "\n")
         partial = work / "archive"
         with tarfile.open(partial, "w") as tar:
@@ -161,16 +144,11 @@ def project(args: argparse.Namespace) -> dict[str, object]:
     requirements, final = args.folder / "requirements.txt", args.folder / "wheels"
     if not requirements.is_file():
         raise Fault(f"{requirements} is not there: a project without it needs no wheels")
-    chosen = interpreter(args.python)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix=".wheels-") as name:
         work = Path(name)
-        run([chosen, "-m", "venv", str(work / "venv")])
-        pip, wheels = [str(work / "venv/bin/python"), "-m", "pip"], work / "wheels"
-        asked, own = f"--requirement={requirements}", f"--find-links={wheels}"
-        wheels.mkdir()
-        run([*pip, "download", "--quiet", *choice(args), own, f"--dest={wheels}", asked])
-        proof = ["--dry-run", "--no-index", "--ignore-installed", f"--target={wheels / 'nowhere'}"]
-        run([*pip, "install", "--quiet", *proof, *choice(args), own, asked])
+        (work / "wheels").mkdir()
+        asked = [f"--requirement={requirements}"]
+        collect(args, work / "wheels", asked, asked)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(work / "wheels", final)
     return {"folder": str(final), "wheels": sorted(file.name for file in final.glob("*.whl")), "changed": True}

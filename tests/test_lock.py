@@ -1,8 +1,11 @@
-"""The lock files: every package has one version and checksums, they hold all that pyproject.toml asks for, and what a
-machine gets of them is chosen by its Python and CPU."""
+"""The lock files: every package has one version and checksums, and they hold all that pyproject.toml asks for. The
+wheels of a deploy are chosen for the machines' Python and CPU, not the controller's."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import os
 import re
 import sys
 import tomllib
@@ -13,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_ansible_plugins import wheelhouse
+from wheels import make_wheel
 
 PROJECT = Path(__file__).parent.parent
 FILES = ("base", "build", "dev", "appliance", "bench")
@@ -20,12 +24,15 @@ PINNED = re.compile(r"([a-z0-9-]+)==([^\s;]+)( ; [^\\]+)? \\")
 CHECKSUM = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")
 
 
-def pins(name: str, python: str = "3.11", machine: str = "x86_64") -> dict[str, str]:
-    """Package → version, of what such a machine gets of a lock file."""
-    lines = wheelhouse.locked((PROJECT / f"lock/{name}.txt").read_text(), python, machine).splitlines()
-    found = [line.split()[0].split("==") for line in lines if not line.startswith((" ", "#"))]
-    assert len({package for package, _ in found}) == len(found), "one version of each"
-    return dict(found)
+def pins(name: str, python: str = "3.11") -> dict[str, str]:
+    """Package → version, of what a lock file has for this Python."""
+    node = {"python_version": python, "python_full_version": f"{python}.4", "platform_machine": "x86_64"}
+    lines = (PROJECT / f"lock/{name}.txt").read_text().splitlines()
+    listed = [Requirement(line.removesuffix("\\")) for line in lines if not line.startswith((" ", "#"))]
+    chosen = [each for each in listed if each.marker is None or each.marker.evaluate(node)]
+    found = {each.name: str(each.specifier).removeprefix("==") for each in chosen}
+    assert len(found) == len(chosen), "one version of each"
+    return found
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -67,32 +74,54 @@ def test_what_is_installed_here_is_what_is_locked() -> None:
             assert distribution(package).version == version, package
 
 
-LOCK = """# a comment
-always==1 \\
-    --hash=sha256:aa \\
-    --hash=sha256:bb
-older==2 ; python_full_version < '3.12' \\
-    --hash=sha256:cc
-newer==3 ; python_full_version >= '3.12' \\
-    --hash=sha256:dd
-cpu==4 ; platform_machine == 'aarch64' or platform_machine == 'x86_64' \\
-    --hash=sha256:ee
-pypy==5 ; platform_python_implementation == 'PyPy' \\
-    --hash=sha256:ff
-"""
-
-
 @pytest.mark.parametrize(
     ("python", "machine", "names"),
     [
-        ("3.11", "x86_64", "always older cpu"),
-        ("3.12", "x86_64", "always newer cpu"),
-        ("3.13", "aarch64", "always newer cpu"),
-        ("3.11", "riscv64", "always older"),
+        ("3.11", "x86_64", "older some_cpus top"),
+        ("3.12", "x86_64", "some_cpus top"),
+        ("3.13", "aarch64", "newer some_cpus top"),
+        ("3.14", "riscv64", "newer top"),
     ],
 )
-def test_conditions_are_judged_for_the_node_not_for_the_controller(python: str, machine: str, names: str) -> None:
-    chosen = wheelhouse.locked(LOCK, python, machine)
-    assert re.findall(r"^(\w+)==\d \\$", chosen, re.MULTILINE) == names.split()
-    assert ";" not in chosen, "pip would judge it once more, by its own Python"
-    assert chosen.count("--hash") == len(names.split()) + 1
+def test_conditions_are_judged_for_the_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str, machine: str, names: str
+) -> None:
+    offered = tmp_path / "offered"
+    for name, requires in (("top", "middle"), ("middle", "older; python_full_version < '3.12'"), ("older", "")):
+        make_wheel(offered, name, "1", {f"{name}.py": ""}, requires)
+    make_wheel(offered, "newer", "1", {"newer.py": ""})
+    make_wheel(offered, "some_cpus", "1", {"some_cpus.py": ""})
+    asked = tmp_path / "requirements.txt"
+    asked.write_text(
+        "top\nnewer; python_version >= '3.13'\nsome-cpus; platform_machine in 'x86_64 aarch64' and os_name == 'posix'\n"
+    )
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(offered)}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    target, wanted = argparse.Namespace(python=python, machine=machine, glibc="2.36"), [f"--requirement={asked}"]
+    (tmp_path / "wheels").mkdir()
+    wheelhouse.collect(target, tmp_path / "wheels", wanted, wanted)
+    found = sorted(path.name.split("-")[0] for path in (tmp_path / "wheels").iterdir())
+    assert found == sorted([*names.split(), "middle"])
+    (offered / "middle-1-py3-none-any.whl").unlink()
+    with pytest.raises(wheelhouse.Fault, match="middle"):
+        wheelhouse.collect(target, tmp_path / "offered", wanted, wanted)
+
+
+@pytest.mark.parametrize(("written", "good"), [("0" * 64, False), (None, True)])
+def test_a_wheel_with_another_checksum_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str | None, good: bool
+) -> None:
+    wheel = make_wheel(tmp_path / "offered", "locked", "1", {"locked.py": ""})
+    lock = tmp_path / "lock.txt"
+    lock.write_text(f"locked==1 --hash=sha256:{written or hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(wheel.parent)}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    target, wanted = argparse.Namespace(python="3.13", machine="x86_64", glibc="2.41"), [f"--requirement={lock}"]
+    (tmp_path / "wheels").mkdir()
+    if good:
+        wheelhouse.collect(target, tmp_path / "wheels", wanted, wanted)
+        assert [path.name for path in (tmp_path / "wheels").iterdir()] == [wheel.name]
+    else:
+        with pytest.raises(wheelhouse.Fault, match=r"(?i)hash"):
+            wheelhouse.collect(target, tmp_path / "wheels", wanted, wanted)
+        assert not list((tmp_path / "wheels").iterdir())

@@ -100,8 +100,11 @@ def pip_of_this_machine() -> tuple[dict[str, str], list[str]]:
     variables, volumes = {}, []
     for name in PIP_SETTINGS:
         words = found.get(name, "").split()
-        paths = [Path(word.removeprefix("file://")) for word in words]
-        volumes += [f"{path}:{path}:ro" for path in paths if path.is_absolute() and path.exists()]
+        for word in words:
+            folder = Path(word.removeprefix("file://"))
+            if folder.is_absolute() and folder.exists():  # an index in files links to its siblings
+                folder = folder.parent if word.startswith("file://") else folder
+                volumes.append(f"{folder}:{folder}:ro")
         if words:
             variables[f"PIP_{name.upper().replace('-', '_')}"] = " ".join(words)
     if "cert" in found:
