@@ -117,6 +117,11 @@ class Machine:
         """Whether there is such a file or folder."""
         return self.run(f"test -e {shlex.quote(path)}", status=None).status == 0
 
+    def system(self) -> tuple[str, str]:
+        """Debian's release and the minor version of its Python: ("debian12", "3.11")."""
+        code = "import sys; print('%d.%d' % sys.version_info[:2])"
+        return self.text(". /etc/os-release; echo $ID$VERSION_ID"), self.text(f'python3 -c "{code}"')
+
     def unit(self, name: str) -> dict[str, str]:
         """ActiveState, SubState, MainPID, NRestarts and UnitFileState of a unit."""
         wanted = "ActiveState,SubState,MainPID,NRestarts,UnitFileState"

@@ -24,6 +24,7 @@ PROJECT = HERE.parent.parent
 BIN = Path(sys.executable).parent  # of the virtual environment: ansible-playbook, molecule, pytest
 PREFIX = "mrcoretest-"
 SUITES = {"debian12": "bookworm", "debian13": "trixie"}
+PYTHONS = {"debian12": "3.11", "debian13": "3.13"}
 NEW = {"roles"}  # the scenarios on Debian 13; the others are on Debian 12; MRCORE_TEST_SWAP=yes swaps the two
 # What a bare machine has: an init, a way in, and Python. Whatever else is needed the roles have to install themselves.
 PACKAGES = ["systemd", "systemd-sysv", "dbus", "openssh-server", "python3", "sudo", "iproute2", "ca-certificates"]

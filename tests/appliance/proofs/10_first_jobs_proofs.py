@@ -8,12 +8,17 @@ from collections import Counter
 from typing import Any
 
 from harness import Machine, Operator, Person
-from lab import PROJECT
+from lab import PROJECT, PYTHONS
 
 # Bytes, not a language's letters; the white space that ASCII has.
 SORTED = r"tr -s ' \t\n\r\f\v' '\n' | grep -v '^$' | sort | uniq -c"
 COUNT = f"export LC_ALL=C; cat /var/tmp/texts/* | {SORTED}"
 PAGES = [f"/{section}/{page}" for section in ("docs", "blog", "shop") for page in range(40)]
+
+
+def test_the_machines_are_of_the_system_that_the_scenario_is_for(m1: Machine, w1: Machine) -> None:
+    system = m1.lab.system
+    assert m1.system() == w1.system() == (system, PYTHONS[system])
 
 
 def test_a_member_brings_projects(anna: Person) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import testinfra
 from harness import Machine, wait_until
-from lab import PROJECT, Lab
+from lab import PROJECT, PYTHONS, Lab
 from testinfra.host import Host
 
 UNITS = [
@@ -28,6 +28,11 @@ def machine() -> Machine:
 @pytest.fixture(scope="module")
 def host(machine: Machine) -> Host:
     return testinfra.get_host(f"podman://{machine.container}")
+
+
+def test_it_is_the_system_that_the_scenario_is_for(machine: Machine) -> None:
+    assert machine.system() == (machine.lab.system, PYTHONS[machine.lab.system])
+    assert PYTHONS[machine.lab.system] in machine.text("/opt/mrcore/current/bin/python --version")
 
 
 @pytest.mark.parametrize("name", UNITS)
