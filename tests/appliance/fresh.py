@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keyboard import publish
-from lab import SUITES, Failed, Lab, cache_folder, mirror, packages_folder, podman, podman_settings, require_image
+from lab import Failed, Lab, LabError, cache_folder, mirror, packages_folder, podman, podman_settings, require_image
 
 # Who works there: both ways in which the scripts may install what is missing.
 PEOPLE = {"debian12": "root", "debian13": "admin"}
@@ -23,6 +23,7 @@ STEPS = (
     ("make demo", "The demo took"),
     ("make test-quick", " passed"),
     ("make test-appliance ARGS='roles create'", "scenario roles passed"),  # a container, and what it takes to start one
+    ("make test-appliance ARGS=clean", ""),
 )
 STEP_SECONDS = 2400
 SHOWN_LINES = 60  # of a step that failed
@@ -33,12 +34,14 @@ useradd --create-home --shell /bin/bash {name} && echo '{name} ALL=(ALL) NOPASSW
 
 
 def run(lab: Lab, systems: Sequence[str]) -> None:
-    """Prove it on these systems, or all. Raises Failed, LabError."""
+    """Prove it on these systems, or the scenario's. Raises Failed, LabError."""
+    if unknown := set(systems) - set(PEOPLE):
+        raise LabError(f"fresh knows the systems {', '.join(PEOPLE)}, and not {', '.join(sorted(unknown))}")
     repository = publish(lab)
     bundle = lab.folder / "mrcore.bundle"  # a clone of somebody else's folder is refused by git
     subprocess.run(["git", "-C", str(repository), "bundle", "create", "-q", str(bundle), "HEAD", "--all"], check=True)
     podman("network", "create", "--subnet", f"{lab.net}.0/24", f"{lab.prefix}net")
-    for system in systems or SUITES:
+    for system in systems or [lab.system]:
         start(lab, system, bundle)
         log = lab.folder / f"{system}.log"
         log.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent  # of the virtual environment: ansible-playboo
 PREFIX = "mrcoretest-"
 SUITES = {"debian12": "bookworm", "debian13": "trixie"}
 PYTHONS = {"debian12": "3.11", "debian13": "3.13"}
-NEW = {"roles"}  # the scenarios on Debian 13; the others are on Debian 12; MRCORE_TEST_SWAP=yes swaps the two
+NEW = {"roles", "fresh"}  # the scenarios on Debian 13; the others are on Debian 12; MRCORE_TEST_SWAP=yes swaps the two
 # What a bare machine has: an init, a way in, and Python. Whatever else is needed the roles have to install themselves.
 PACKAGES = ["systemd", "systemd-sysv", "dbus", "openssh-server", "python3", "sudo", "iproute2", "ca-certificates"]
 # What a fresh machine has, which is to run the tests themselves: what the README asks for, and certificates for pip.

@@ -5,7 +5,7 @@
     tests/appliance/run.py cluster                one scenario
     tests/appliance/run.py cluster create prepare converge     some of its steps; the machines stay
     tests/appliance/run.py cluster shell          a shell in which molecule, podman and proofs know this lab
-    tests/appliance/run.py fresh debian13         a scenario without Molecule: on one of its systems only
+    tests/appliance/run.py fresh debian12 debian13       a scenario without Molecule: on these systems
     tests/appliance/run.py clean                  remove the machines of all scenarios
 
 Exit status: 0, 1 (something failed), 130 (interrupted), 3: it could not run here (no rights, no containers). See
@@ -128,8 +128,8 @@ def scenario(name: str, steps: Sequence[str]) -> None:
     if left_out:
         raise Failed(f"scenario {name}: Molecule left out the proofs of {', '.join(left_out)}")
     times = lab.folder / "times.json"
-    where = "" if name == "fresh" else f" on {lab.system}"
-    print(f"appliance: scenario {name} passed{where} in {time.monotonic() - started:.0f} s")
+    where = " and ".join(steps) if steps and name == "fresh" else lab.system
+    print(f"appliance: scenario {name} passed on {where} in {time.monotonic() - started:.0f} s")
     for what, seconds in (json.loads(times.read_text()) if times.exists() else {}).items():
         print(f"  {seconds:>8.1f} s  {what}")
 
