@@ -92,7 +92,9 @@ class Store:
             # The switch to WAL does not wait for other openers as everything else does: hence a lock of our own.
             with (state_dir / "queue.lock").open("w") as gate:
                 fcntl.flock(gate, fcntl.LOCK_EX)
-                self._db = sqlite3.connect(self.path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+                self._db = sqlite3.connect(
+                    self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+                )
                 self._open()
         except (OSError, sqlite3.Error) as error:
             raise ClusterFault(f"cannot open the queue {self.path}: {error}; check the folder and the disk") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ def resize(cluster: TestCluster, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 and not os.environ.get("CI"), reason="only root may mount the small disk")
+@pytest.mark.needs_root
 def test_a_full_disk_holds_the_queue_and_the_job_goes_on_when_there_is_room(
     small_disk: TestCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

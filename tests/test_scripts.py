@@ -84,7 +84,7 @@ def family_of(folder: Path) -> dict[str, int]:
             if all((folder / name).exists() for name in MEMBERS)
             else None
         ),
-        20,
+        60,
         "the birth of the family",
     )
     return dict(found)

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -210,6 +211,25 @@ def test_all_failed_nodes_are_in_one_error(deployed: DeployedCluster) -> None:
 def test_a_command_that_hangs_ends(running: DeployedCluster) -> None:
     with pytest.raises(ClusterFault, match=r"w1: `sleep 60` did not end within 1 s"):
         ssh.run_on_node(running.settings, "w1", "sleep 60", 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.9, "the connection broke during"), (1.0, "did not end within 1 s"), (9, "did not end")]
+)
+def test_a_channel_that_the_timer_closed_is_no_broken_connection(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, said: str
+) -> None:
+    now = 0.0
+
+    class Busy:
+        def run(self, command: str, **options: object) -> SimpleNamespace:
+            nonlocal now
+            now += seconds
+            return SimpleNamespace(exited=-1, stdout="", stderr="")
+
+    monkeypatch.setattr(ssh.time, "monotonic", lambda: now)
+    with pytest.raises(ClusterFault, match=said):
+        ssh._try(Busy(), "sleep 60", 1)  # type: ignore[arg-type]
 
 
 def test_a_daemon_that_does_not_come_up_is_told_with_the_end_of_its_log(
