@@ -59,7 +59,21 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
         for event in yaml.parse(content, loader):  # libyaml's loader overflows the C stack: measure the depth first
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise UsageError(f"{where} is nested more than {MAX_DEPTH} deep: is it the right file?")
+                raise _too_deep(where)
         return yaml.load(content, loader)
     except (yaml.YAMLError, ValueError) as error:
+        if _brackets(content, error) > MAX_DEPTH:  # since PyYAML 6.0.4 libyaml counts too, before it gives any event
+            raise _too_deep(where) from None
         raise UsageError(f"{where} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+
+
+def _brackets(content: str | bytes, error: Exception) -> int:
+    """Return how many brackets and braces are open where YAML cannot go on."""
+    mark = getattr(error, "problem_mark", None)
+    text = content if isinstance(content, str) else content.decode(errors="replace")
+    text = text[: mark.index] if mark else ""
+    return text.count("[") + text.count("{") - text.count("]") - text.count("}")
+
+
+def _too_deep(where: str) -> UsageError:
+    return UsageError(f"{where} is nested more than {MAX_DEPTH} deep: is it the right file?")
