@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from mrcore import __version__, cli_admin, cli_cluster, cli_files
+from mrcore import __version__, cli_admin, cli_cluster, cli_files, terminal, text
 from mrcore.cli_common import (
     ARGUMENTS,
     JSON,
@@ -30,32 +30,29 @@ from mrcore.cli_common import (
     told_seconds,
 )
 from mrcore.errors import MrcoreError, UsageError
+from mrcore.text import escaped, one_line
 
 MAX_JOB_FILE_BYTES = 10 << 20
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and leave with its exit status: 0, 1 (it failed), 2 (asked wrongly), 130 (Ctrl-C)."""
-    status = 0
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(terminal.run(lambda: _obey(given)))
+
+
+def _obey(given: list[str]) -> int | None:
+    for argument in given:
+        if why := text.unfit(argument):
+            raise UsageError(f"the argument {argument!r} {why}")
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        status = cli.main(given, prog_name="mrcore", standalone_mode=False, obj=given) or 0
-        sys.stdout.flush()
+        status: int | None = cli.main(given, prog_name="mrcore", standalone_mode=False, obj=given)
     except click.ClickException as error:
         error.show()
-        status = error.exit_code
-    except MrcoreError as error:
-        click.echo(f"mrcore: {error.message}", err=True)
-        status = 2 if isinstance(error, UsageError) else 1
-    except (KeyboardInterrupt, click.Abort):
-        status = 130
-    except BrokenPipeError:  # `mrcore cat JOB | head`: nobody reads on: quiet, as click is about it
-        status = 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        click.echo(f"mrcore: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": "), err=True)
-        status = 1
-    sys.exit(status)
+        return error.exit_code
+    except click.Abort:
+        return 130
+    return status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -95,10 +92,10 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
 
     batch = [job for file in files for job in _read_jobs(file)]
     for change in changes:
-        key, equals, text = change.partition("=")
+        key, equals, written = change.partition("=")
         if not equals:
             raise UsageError(f"--set {change}: write KEY=VALUE")
-        value = parse_yaml(text, f"the value of --set {key}")
+        value = parse_yaml(written, f"the value of --set {key}")
         batch = [job | {key: value} for job in batch]
     hand_over_jobs(batch, ["--json"] if as_json else [])
     scheduler = scheduler_in_force()
@@ -154,8 +151,17 @@ def run(once: bool) -> None:
 def _reporter() -> Iterator[Callable[..., None]]:
     """What the Runner tells: ends of runs always, what goes on meanwhile only on a terminal, a hold once."""
     from rich.console import Console
+    from rich.text import Text
 
-    console, said = Console(stderr=True), [""]
+    console, said = Console(file=terminal.raw(sys.stderr)), [""]
+
+    def say(line: str, err: bool) -> None:
+        stream = sys.stderr if err else sys.stdout
+        try:
+            click.echo(escaped(line), file=stream)  # escaped here: on a terminal rich has a stream of its own in place
+        except (OSError, ValueError):  # nobody reads it: the queue is drained all the same
+            terminal.let_go(stream, 1 + err)
+
     with console.status("waiting for jobs") if console.is_terminal else contextlib.nullcontext() as line:
 
         def report(event: str, **facts: Any) -> None:
@@ -163,16 +169,16 @@ def _reporter() -> Iterator[Callable[..., None]]:
             if event == "ended":
                 said[0] = ""
                 error = facts.get("exception")
-                click.echo(f"{name}: {facts['state']}" + (f": {error['message']}" if error else ""), err=bool(error))
+                say(f"{name}: {facts['state']}" + (f": {one_line(error['message'])}" if error else ""), bool(error))
             elif event in ("hold", "paused"):
                 reason = facts.get("reason", "it is paused; `mrcore resume` goes on")
                 if said[0] != reason:
-                    click.echo(f"the queue holds: {reason}", err=True)
+                    say(f"the queue holds: {one_line(reason)}", True)
                 said[0] = reason
             if line is not None:
                 numbers = "".join(f", {n:,} {key}" for key, n in facts.items() if isinstance(n, int) and key != "run")
                 what = f"{name}: {facts.get('phase', event)}{numbers}" if "run" in facts else event
-                line.update(what.replace("[", r"\["))
+                line.update(Text(what))
 
         yield report
 
@@ -252,8 +258,8 @@ def show(job: str, as_json: bool) -> None:
             for name, detail in details.items():
                 click.echo(f"  {name}: {detail}")
             if frames:
-                text = frames if isinstance(frames, str) else "".join(frames)
-                click.echo("\n".join(f"    {each}" for each in text.splitlines()))
+                lines = frames if isinstance(frames, str) else "".join(frames)
+                click.echo("\n".join(f"    {each}" for each in lines.splitlines()))
     return None
 
 

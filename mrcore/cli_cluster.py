@@ -136,8 +136,12 @@ def logs(name: str | None, lines: int) -> None:
             click.echo(f"==> {file} <==")
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - lines * 4096))
-            sys.stdout.flush()
-            sys.stdout.buffer.writelines(stream.read().splitlines(keepends=True)[-lines:])
+            last = b"".join(stream.read().splitlines(keepends=True)[-lines:])
+            if sys.stdout.isatty():  # which would obey what the data and user code have printed
+                click.echo(last.decode(errors="backslashreplace"), nl=False)
+            else:
+                sys.stdout.flush()
+                sys.stdout.buffer.write(last)
     return None
 
 

@@ -12,6 +12,7 @@ import click
 from mrcore.access import blocked
 from mrcore.cli_common import JSON, insist, print_json, settings_in_force
 from mrcore.errors import UsageError
+from mrcore.terminal import raw
 from mrcore.text import one_line
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def _bar() -> Iterator[tuple[Callable[..., None], Progress]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(file=raw(sys.stderr))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task("LIST", total=None)
 
