@@ -12,7 +12,6 @@ import site
 import sys
 import tarfile
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import indent
@@ -25,7 +24,7 @@ from mrcore.text import clean, one_line, type_name, unfit
 
 Function = Callable[[Any, Any], Any]
 COMBINE_VALUES = 4096
-MAX_FRAMES, MAX_STORIES = 100, 20  # innermost frames of each exception, and exceptions, that a traceback shows
+MAX_FRAMES, MAX_STORIES = 100, 20  # of each exception, and exceptions, that a traceback shows
 _CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
 _WHILE_HANDLING = "\nDuring handling of the above exception, another exception occurred:\n\n"
 _IGNORED = {"__pycache__", "wheels"}  # compiled files differ by interpreter; wheels travel apart
@@ -150,7 +149,9 @@ def _of(error: BaseException, name: str) -> Any:
 
 def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """Return the frames of an exception's traceback that are neither ours nor the import machinery's."""
-    steps = deque(traceback.walk_tb(_of(error, "__traceback__")), MAX_FRAMES)  # the innermost, if it is a recursion
+    steps = list(traceback.walk_tb(_of(error, "__traceback__")))
+    if len(steps) > MAX_FRAMES:  # a recursion: where it began, and its end
+        del steps[MAX_FRAMES // 4 : -MAX_FRAMES * 3 // 4]
     frames = traceback.StackSummary.extract(iter(steps))
     return [frame for frame in frames if not frame.filename.startswith((_OURS, "<frozen importlib"))]
 
