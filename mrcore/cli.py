@@ -209,7 +209,7 @@ def queue(as_json: bool) -> None:
     if state["hold"]:
         wait = state["hold"]["until"] - time.time()
         what = f"next try in {wait:.0f} s, or `mrcore resume`" if wait > 0 else "trying again now"
-        click.echo(f"the queue holds: {state['hold']['reason']} ({what})")
+        click.echo(f"the queue holds: {one_line(state['hold']['reason'])} ({what})")
     if rows and not state["runner"]:
         click.echo("no Runner drains this queue now: `mrcore run` does")
     return None
@@ -256,7 +256,7 @@ def show(job: str, as_json: bool) -> None:
             details = dict(row["exception"]["details"])
             frames = details.pop("traceback", None) or details.pop("internal_traceback", None)
             for name, detail in details.items():
-                click.echo(f"  {name}: {detail}")
+                click.echo(f"  {name}: {one_line(detail)}")
             if frames:
                 lines = frames if isinstance(frames, str) else "".join(frames)
                 click.echo("\n".join(f"    {each}" for each in lines.splitlines()))

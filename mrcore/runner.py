@@ -381,7 +381,7 @@ class Runner:
             first, most = self.settings.hold_backoff_first_seconds, self.settings.hold_backoff_max_seconds
             seconds: float = min(first * 2 ** min(before["tries"], 30), most)
             times = {"since": before["since"], "tries": before["tries"] + 1, "until": now + seconds}
-            self.store.put("hold", {"reason": reason, **times})
+            self.store.put("hold", {"reason": one_line(reason), **times})
             if name and (self.store.job(name) or {}).get("state") == "queued":
                 self.store.move_job(name, "held", reason, now)
         return seconds

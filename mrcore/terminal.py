@@ -13,36 +13,54 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mrcore import text
 from mrcore.errors import MrcoreError, UsageError
 
 
-class _Clean:
-    """A text stream that escapes what a terminal would obey and what cannot be written; else the stream itself."""
+class _Stream:
+    """A text stream whose errors say which stream it is; else the stream itself."""
 
     encoding = "utf-8"  # else click replaces the stream of an ASCII locale by one of its own
 
-    def __init__(self, stream: TextIO) -> None:
-        self.raw_stream = stream
+    def __init__(self, stream: Any, name: str) -> None:
+        self.stream, self._name = stream, name
 
     def write(self, content: str) -> int:
-        return self.raw_stream.write(text.escaped(content))
+        """Write what is fit to be written."""
+        return int(self._do(self.stream.write, content))
+
+    def flush(self) -> None:
+        """Have what was written taken by whoever reads."""
+        self._do(self.stream.flush)
+
+    def _do(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return operation(*arguments)
+        except OSError as error:
+            error.filename = self._name
+            raise
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.raw_stream, name)
+        return getattr(self.stream, name)
 
 
-def raw(stream: Any) -> TextIO:
+class _Clean(_Stream):
+    """The same for a stream to which texts from outside go: what a terminal would obey is escaped."""
+
+    def write(self, content: str) -> int:
+        return super().write(text.escaped(content))
+
+
+def raw(stream: Any) -> Any:
     """Return the stream underneath, for `rich`."""
-    found: TextIO = getattr(stream, "raw_stream", stream)
-    return found
+    return _Stream(stream.stream, stream._name) if isinstance(stream, _Clean) else stream
 
 
 def speaks_unicode(stream: Any) -> bool:
     """Return whether a stream can write every letter as itself."""
-    return str(raw(stream).encoding).lower().replace("-", "") == "utf8"
+    return str(getattr(stream, "stream", stream).encoding).lower().replace("-", "") == "utf8"
 
 
 def run(command: Callable[[], int | None]) -> int:
@@ -51,13 +69,16 @@ def run(command: Callable[[], int | None]) -> int:
     Whatever it raises is told in one line on standard error, if that can be written; nothing is raised here.
     """
     _open_closed_streams()
+    for name in ("COLUMNS", "LINES"):
+        if not os.environ.get(name, "").isascii():  # rich takes "²" for a number
+            del os.environ[name]
     before: tuple[Any, Any] = sys.stdout, sys.stderr
     for stream in before:
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace")
     if logging.lastResort is not None:  # what logs where nothing was set up, as in a Runner
         logging.lastResort.setFormatter(LineFormatter("mrcore: %(message)s"))
-    sys.stdout, sys.stderr = _Clean(sys.stdout), _Clean(sys.stderr)
+    sys.stdout, sys.stderr = _Clean(sys.stdout, "standard output"), _Clean(sys.stderr, "standard error")
     try:
         status = _status(command)
     finally:
@@ -101,10 +122,6 @@ def _told(error: OSError) -> str:
     what = error.strerror or text.one_line(error)
     if error.filename is not None:
         return f"{text.one_line(error.filename, 500)}: {what}"
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return f"standard output: {what}"
     try:
         os.getcwd()
     except OSError:
