@@ -47,7 +47,10 @@ def hand_over_jobs(batch: list[Any], options: list[str]) -> None:
 
     settings = settings_of_caller()
     if delegate.is_needed(settings):
-        content = json.dumps([job.with_absolute_paths(each) for each in batch], default=str).encode()
+        try:
+            content = json.dumps([job.with_absolute_paths(each) for each in batch], default=str).encode()
+        except (ValueError, TypeError, RecursionError) as error:  # YAML knows what JSON does not
+            raise UsageError(f"a job cannot be handed on to user {settings.user}: {error}") from None
         delegate.hand_over(settings, [*chosen_settings(), "submit", "-", *options], content)
 
 
