@@ -48,7 +48,7 @@ def _obey(given: list[str]) -> int | None:
     try:
         status: int | None = cli.main(given, prog_name="mrcore", standalone_mode=False, obj=given)
     except click.ClickException as error:
-        error.message = one_line(error.message)
+        vars(error)["message"] = one_line(error.message)  # it holds what was typed
         error.show()
         return error.exit_code
     except click.Abort:

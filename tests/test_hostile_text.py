@@ -46,7 +46,7 @@ BASE = {
 }
 KEYS = st.sampled_from(sorted({key for kind in ("mapreduce", "script", "file_transfer") for key in template(kind)}))
 QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck))
-BRIEF = settings(QUIET, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # of what starts processes, no search for less
+BRIEF = settings(QUIET, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # starts processes: no shrinking
 
 
 def call(*arguments: str) -> tuple[int, str, str]:
@@ -142,7 +142,7 @@ def clean_run(
     done = subprocess.run([MRCORE, *arguments], cwd=cwd, env=given, capture_output=True, timeout=120, check=False)
     err = done.stderr.decode()
     assert not UNFIT.search(err) and "Traceback" not in err and "internal error" not in err, (arguments, err)
-    assert b"Traceback" not in done.stdout and b"\nmrcore: all is well" not in done.stdout + done.stderr
+    assert b"\nTraceback" not in done.stdout and b"\nmrcore: all is well" not in done.stdout + done.stderr
     return done.returncode, done.stdout, err
 
 
@@ -251,6 +251,72 @@ def test_names_and_records_of_random_bytes_on_a_cluster(
             assert (status, run["state"]) == (1, "failed")
             assert expected in run["exception"]["message"]
             assert err.count("\n") == 2  # the run, and the sum
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["| head -n 1", ">&-", ">/dev/full 2>&1", "2>&1 | true", ">&- 2>&-"])
+def test_whoever_reads_the_runner_each_run_is_recorded_once(cluster: TestCluster, shell: str) -> None:
+    base = cluster.settings.nodes[0].layout.base_dir
+    environment = {b"MRCORE_HOME": os.fsencode(cluster.settings.home)}
+    scheduler = Scheduler(cluster.settings)
+    before = len(scheduler.history())
+    with tempfile.TemporaryDirectory(dir=base) as folder:
+        Path(folder, "a.txt").write_text("one\n")
+        jobs = {"one": "count", "two": "fail", "three": "count", "four": "fail"}
+        shared = {"project_name": "hostile", "reduce_function_name": "add", "run_once": True, "input_dirs": [folder]}
+        scheduler.submit_jobs([shared | {"job_name": name, "map_function_name": does} for name, does in jobs.items()])
+        command = f"{MRCORE} run --once {shell}"
+        given = os.environb.copy() | environment
+        for _ in range(2):  # the second Runner finds nothing to do
+            done = subprocess.run(
+                ["bash", "-c", command], cwd=cluster.folder, env=given, capture_output=True, timeout=120, check=False
+            )
+            assert b"Traceback" not in done.stderr
+        runs = scheduler.history(limit=len(scheduler.history()) - before)
+    assert Counter((run["job_name"], run["state"]) for run in runs) == Counter(
+        {(name, "succeeded" if does == "count" else "failed"): 1 for name, does in jobs.items()}
+    )
+    scheduler.store.check()
+
+
+@pytest.mark.slow
+def test_inputs_that_nobody_foresaw_cost_their_job_only(cluster: TestCluster) -> None:
+    """A tree too deep for recursion and for the kernel's longest path, and 3,000 links to nowhere."""
+    base = cluster.settings.nodes[0].layout.base_dir
+    scheduler = Scheduler(cluster.settings)
+    with tempfile.TemporaryDirectory(dir=base) as deep, tempfile.TemporaryDirectory(dir=base) as links:
+        handle = os.open(deep, os.O_RDONLY)
+        for _ in range(1200):
+            os.mkdir("d", dir_fd=handle)
+            below = os.open("d", os.O_RDONLY, dir_fd=handle)
+            os.close(handle)
+            handle = below
+        os.close(handle)
+        for number in range(3000):
+            os.symlink("/nonexistent/place", f"{links}/link-{number}")
+        Path(base, "good.txt").write_text("one\n")
+        shared = {"project_name": "hostile", "map_function_name": "count", "run_once": True}
+        jobs = {"deep": f"{deep}/**/*.txt", "links": links, "good": str(base / "good.txt")}
+        for number, (name, entry) in enumerate(jobs.items()):
+            scheduler.submit_job(shared | {"job_name": name, "input_dirs": [entry], "job_priority": -number})
+        quick = cluster.settings.model_copy(update={"hold_backoff_first_seconds": 0.1})
+        Runner(quick).run(once=True)
+        subprocess.run(["rm", "-rf", deep], check=True)
+        Path(deep).mkdir()
+    assert scheduler.queue() == [] and scheduler.state()["hold"] is None
+    assert scheduler.history("good")[0]["state"] == "succeeded"
+    (told,) = scheduler.history("links")
+    assert told["state"] == "failed" and len(json.dumps(told)) < 30_000
+    assert "and 2,9" in told["exception"]["message"] and len(told["exception"]["message"]) < 5_000
+
+
+def test_a_script_that_prints_random_bytes_fails_by_its_last_line(quiet_home: Settings) -> None:
+    said = "caf\\xe9 \\x1b]0;title\\x07 \\xed\\xa0\\xbd"
+    Path("script.py").write_text(f"import os, sys\nos.write(1, b'{said}')\nsys.exit(b'{said}' * 100_000)\n")
+    scheduler = Scheduler(quiet_home)
+    scheduler.submit_job({"job_type": "script", "job_name": "x", "script_location": "script.py", "run_once": True})
+    assert Runner(quiet_home).run(once=True) == {"failed": 1}
+    drain(quiet_home)
 
 
 def _expected(files: dict[bytes, bytes], function: str, on_bad_text: str) -> Counter[str] | str:
