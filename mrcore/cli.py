@@ -309,7 +309,8 @@ def resume() -> None:
 def cat(job: str, head: int | None) -> None:
     """Print a job's output, one JSON item per line, in the order of its parts."""
     sys.stdout.flush()
-    cluster_in_force().cat(job, sys.stdout.buffer, head=head)
+    out = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
+    cluster_in_force().cat(job, out, head=head)
 
 
 @cli.command(name="try")

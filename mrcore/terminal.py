@@ -6,6 +6,7 @@ which sends control sequences of its own, gets the stream underneath (`raw`), an
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import logging
 import os
@@ -61,6 +62,18 @@ def raw(stream: Any) -> Any:
 def speaks_unicode(stream: Any) -> bool:
     """Return whether a stream can write every letter as itself."""
     return str(getattr(stream, "stream", stream).encoding).lower().replace("-", "") == "utf8"
+
+
+class JsonOutput:
+    """Takes UTF-8 JSON text as bytes and writes it to standard output so that no terminal obeys any of it."""
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def write(self, content: bytes) -> int:
+        """Write the whole characters of what came so far."""
+        sys.stdout.write(text.json_text(self._decode(content)))
+        return len(content)
 
 
 def run(command: Callable[[], int | None]) -> int:
@@ -157,7 +170,7 @@ def _open_closed_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, hence this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, hence this one
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))

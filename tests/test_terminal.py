@@ -206,6 +206,17 @@ def test_a_home_that_is_no_folder_or_no_text_is_refused_in_one_line(home: Path, 
     shutil.rmtree(Path.cwd() / "\x1b[31m", ignore_errors=True)
 
 
+def test_output_on_a_terminal_is_the_same_json_without_what_it_would_obey(capsys: pytest.CaptureFixture[str]) -> None:
+    items = [["a\x9b2J\u202e", {"Größe": "\x7f日本"}], ["b", 1]]
+    content = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items).encode()
+    out = terminal.JsonOutput()
+    for byte in content:  # chunks may end within a character
+        out.write(bytes([byte]))
+    shown = capsys.readouterr().out
+    assert not UNFIT.search(shown) and "Größe" in shown
+    assert [json.loads(line) for line in shown.splitlines()] == items
+
+
 def test_log_lines_hold_nothing_that_passes_for_another(capfd: pytest.CaptureFixture[str]) -> None:
     class Broken:
         def __str__(self) -> str:
