@@ -303,7 +303,7 @@ class Runner:
                 "cancelled": MrcoreError("cancelled by the user"),
                 "handed back": MrcoreError("the Runner was stopped; the job runs again when one is started"),
             }.get(execution.why_stopped or "")
-            fault = unforeseen(error) if error else MrcoreError("it ended without a result")
+            fault = unforeseen(error) if error is not None else MrcoreError("it ended without a result")
             if why:
                 why.details.update(fault.details)
                 fault = why
@@ -360,8 +360,8 @@ class Runner:
         try:
             self._forget(pruned)
             self._hooks.call(**told, job_type=spec["job_type"], ended=now, **facts)
-        except (OSError, RuntimeError, MrcoreError) as error:  # RuntimeError: no more threads
-            log.warning("after run %d of %s: %s", run, name, error)
+        except Exception as error:  # noqa: BLE001  the run has ended, whatever becomes of what follows
+            log.warning("after run %d of %s: %s: %s", run, name, type_name(error), error)
 
     def _forget(self, names: Iterable[str]) -> None:
         """Remove what was kept of runs that the history has forgotten: manifests, what scripts printed."""

@@ -92,7 +92,9 @@ def plain(value: Any) -> Any:
             return f"<{type_name(value)}>"
         kept: list[Any] = []
         for member in value.items() if kind is dict else value:
-            if left <= 0 or len(kept) >= MEMBERS_LIMIT < len(value) - 1:  # but not one alone: that may be our own note
+            if (left <= 0 or len(kept) >= MEMBERS_LIMIT) and len(value) - len(
+                kept
+            ) > 1:  # one alone may be our own note
                 break
             kept.append(
                 (one_line(member[0], 200), copy(member[1], depth + 1)) if kind is dict else copy(member, depth + 1)

@@ -112,6 +112,7 @@ def test_facts_are_bounded_as_a_whole_and_say_what_is_left_out():
     assert plain(list(range(101))) == list(range(101))
     wide = plain([[["x" * 10_000] * 1_000] * 1_000] * 1_000)
     assert len(facts_of(wide)) < 250_000
+    assert plain(wide) == wide
     assert plain({"n": [10**6000]}) == {"n": ["<integer of 19,932 bits>"]}  # which no JSON writer of Python takes
     endless: list[object] = []
     endless.append(endless)
