@@ -310,7 +310,7 @@ class Runner:
             # SIGTERM to a whole service reaches what it runs as well, perhaps before us.
             again = isinstance(fault, ClusterFault) or self._worth_another_try(execution, fault)
             ending = execution.why_stopped or ("handed back" if again or self._stopping else "failed")
-            hold = fault.message if again and ending == "handed back" else None
+            hold = fault.message if isinstance(fault, ClusterFault) and ending == "handed back" else None
             self._end(execution, ending, now, hold, exception=fault.to_dict())
 
     def _worth_another_try(self, execution: Execution, fault: MrcoreError) -> bool:

@@ -133,6 +133,7 @@ def test_an_internal_error_fails_the_job_after_a_few_tries_and_the_innocent_one_
     assert (error["class"], error["message"]) == ("InternalError", "internal error: KeyError: 'oops'")
     assert "fake_cluster.py" in error["details"]["internal_traceback"]
     assert scheduler.state()["hold"] is None
+    assert not [event for event in scheduler.show("a")["events"] if event["text"].startswith("held")]
     scheduler.submit_job(job("a", "bug"))  # a new job of that name has all its tries again
     assert once(settings.model_copy(update={"max_attempts": 1})) == {"failed": 1}
     scheduler.submit_job(job("a", "bug"))
@@ -148,6 +149,8 @@ def test_a_report_that_fails_touches_neither_the_record_nor_the_queue(
 
     def report(what: str, **facts: Any) -> None:
         heard.append(what)
+        if what == "hold":
+            (settings.state_dir / "back").touch()
         if what == event:
             raise error
 
@@ -155,8 +158,10 @@ def test_a_report_that_fails_touches_neither_the_record_nor_the_queue(
         scheduler.submit_job(job("left"))
         scheduler.store.start_run("left", 1.0)
     scheduler.submit_jobs([job("f", "fail"), job("g", "bug"), job("s", job_priority=-1)])
+    held = int(event == "hold")  # nobody else would bring the node back
+    scheduler.submit_jobs([job("d", "down")] * held)
     ended = Runner(settings, FakeCluster(settings), report).run(once=True)
-    assert ended == {"handed back": 3, "failed": 2, "succeeded": 2}
+    assert ended == {"handed back": 3 + held, "failed": 2, "succeeded": 2 + held}
     assert heard.count(event) == 1 and heard[-1] == event
     assert [row["state"] for row in scheduler.history("f")] == ["failed"]
     assert scheduler.queue() == []
