@@ -79,7 +79,9 @@ def backup(file: Path, node: str | None, keep: int | None, signed: bool) -> None
         counts = backups.write(settings, sys.stdout.buffer)
     else:
         counts = backups.backup(settings, file, sys.stdin.buffer if signed else None)
-    click.echo(f"{one_line(file)}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()), err=to_output)
+    click.echo(
+        f"{one_line(file)}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()), err=to_output
+    )
     if not signed and not to_output and not backups.may_sign(settings):
         click.echo("it is not signed, since only root can here: a restore will want --unverified", err=True)
     gone = backups.prune(settings, file, keep) if keep else 0
