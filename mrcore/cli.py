@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from mrcore import __version__, cli_admin, cli_cluster, cli_files
+from mrcore import __version__, cli_admin, cli_cluster, cli_files, terminal, text
 from mrcore.cli_common import (
     ARGUMENTS,
     JSON,
@@ -30,32 +30,30 @@ from mrcore.cli_common import (
     told_seconds,
 )
 from mrcore.errors import MrcoreError, UsageError
+from mrcore.text import escaped, one_line
 
 MAX_JOB_FILE_BYTES = 10 << 20
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and leave with its exit status: 0, 1 (it failed), 2 (asked wrongly), 130 (Ctrl-C)."""
-    status = 0
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(terminal.run(lambda: _obey(given)))
+
+
+def _obey(given: list[str]) -> int | None:
+    for argument in given:
+        if why := text.unfit(argument):
+            raise UsageError(f"the argument {argument!r} {why}")
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        status = cli.main(given, prog_name="mrcore", standalone_mode=False, obj=given) or 0
-        sys.stdout.flush()
+        status: int | None = cli.main(given, prog_name="mrcore", standalone_mode=False, obj=given)
     except click.ClickException as error:
+        vars(error)["message"] = one_line(error.message)  # it holds what was typed
         error.show()
-        status = error.exit_code
-    except MrcoreError as error:
-        click.echo(f"mrcore: {error.message}", err=True)
-        status = 2 if isinstance(error, UsageError) else 1
-    except (KeyboardInterrupt, click.Abort):
-        status = 130
-    except BrokenPipeError:  # `mrcore cat JOB | head`: nobody reads on: quiet, as click is about it
-        status = 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        click.echo(f"mrcore: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": "), err=True)
-        status = 1
-    sys.exit(status)
+        return error.exit_code
+    except click.Abort:
+        return 130
+    return status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -95,10 +93,10 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
 
     batch = [job for file in files for job in _read_jobs(file)]
     for change in changes:
-        key, equals, text = change.partition("=")
+        key, equals, written = change.partition("=")
         if not equals:
             raise UsageError(f"--set {change}: write KEY=VALUE")
-        value = parse_yaml(text, f"the value of --set {key}")
+        value = parse_yaml(written, f"the value of --set {key}")
         batch = [job | {key: value} for job in batch]
     hand_over_jobs(batch, ["--json"] if as_json else [])
     scheduler = scheduler_in_force()
@@ -154,8 +152,17 @@ def run(once: bool) -> None:
 def _reporter() -> Iterator[Callable[..., None]]:
     """What the Runner tells: ends of runs always, what goes on meanwhile only on a terminal, a hold once."""
     from rich.console import Console
+    from rich.text import Text
 
-    console, said = Console(stderr=True), [""]
+    console, said = Console(file=terminal.raw(sys.stderr)), [""]
+
+    def say(line: str, err: bool) -> None:
+        stream = sys.stderr if err else sys.stdout
+        try:
+            click.echo(escaped(line), file=stream)  # escaped here: on a terminal rich has a stream of its own in place
+        except (OSError, ValueError):  # nobody reads it: the queue is drained all the same
+            terminal.let_go(stream, 1 + err)
+
     with console.status("waiting for jobs") if console.is_terminal else contextlib.nullcontext() as line:
 
         def report(event: str, **facts: Any) -> None:
@@ -163,16 +170,16 @@ def _reporter() -> Iterator[Callable[..., None]]:
             if event == "ended":
                 said[0] = ""
                 error = facts.get("exception")
-                click.echo(f"{name}: {facts['state']}" + (f": {error['message']}" if error else ""), err=bool(error))
+                say(f"{name}: {facts['state']}" + (f": {one_line(error['message'])}" if error else ""), bool(error))
             elif event in ("hold", "paused"):
                 reason = facts.get("reason", "it is paused; `mrcore resume` goes on")
                 if said[0] != reason:
-                    click.echo(f"the queue holds: {reason}", err=True)
+                    say(f"the queue holds: {one_line(reason)}", True)
                 said[0] = reason
             if line is not None:
                 numbers = "".join(f", {n:,} {key}" for key, n in facts.items() if isinstance(n, int) and key != "run")
                 what = f"{name}: {facts.get('phase', event)}{numbers}" if "run" in facts else event
-                line.update(what.replace("[", r"\["))
+                line.update(Text(what))
 
         yield report
 
@@ -203,7 +210,7 @@ def queue(as_json: bool) -> None:
     if state["hold"]:
         wait = state["hold"]["until"] - time.time()
         what = f"next try in {wait:.0f} s, or `mrcore resume`" if wait > 0 else "trying again now"
-        click.echo(f"the queue holds: {state['hold']['reason']} ({what})")
+        click.echo(f"the queue holds: {one_line(state['hold']['reason'])} ({what})")
     if rows and not state["runner"]:
         click.echo("no Runner drains this queue now: `mrcore run` does")
     return None
@@ -250,10 +257,10 @@ def show(job: str, as_json: bool) -> None:
             details = dict(row["exception"]["details"])
             frames = details.pop("traceback", None) or details.pop("internal_traceback", None)
             for name, detail in details.items():
-                click.echo(f"  {name}: {detail}")
+                click.echo(f"  {name}: {one_line(detail)}")
             if frames:
-                text = frames if isinstance(frames, str) else "".join(frames)
-                click.echo("\n".join(f"    {each}" for each in text.splitlines()))
+                lines = frames if isinstance(frames, str) else "".join(frames)
+                click.echo("\n".join(f"    {each}" for each in lines.splitlines()))
     return None
 
 
@@ -302,7 +309,8 @@ def resume() -> None:
 def cat(job: str, head: int | None) -> None:
     """Print a job's output, one JSON item per line, in the order of its parts."""
     sys.stdout.flush()
-    cluster_in_force().cat(job, sys.stdout.buffer, head=head)
+    out = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
+    cluster_in_force().cat(job, out, head=head)
 
 
 @cli.command(name="try")

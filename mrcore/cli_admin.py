@@ -79,12 +79,14 @@ def backup(file: Path, node: str | None, keep: int | None, signed: bool) -> None
         counts = backups.write(settings, sys.stdout.buffer)
     else:
         counts = backups.backup(settings, file, sys.stdin.buffer if signed else None)
-    click.echo(f"{file}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()), err=to_output)
+    click.echo(
+        f"{one_line(file)}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()), err=to_output
+    )
     if not signed and not to_output and not backups.may_sign(settings):
         click.echo("it is not signed, since only root can here: a restore will want --unverified", err=True)
     gone = backups.prune(settings, file, keep) if keep else 0
     if node is not None:
-        click.echo(f"a copy is on {node}: {backups.copy_to_node(settings, file, node)}")
+        click.echo(f"a copy is on {node}: {one_line(backups.copy_to_node(settings, file, node))}")
         gone += backups.prune(settings, file, keep, node) if keep else 0
     if gone:
         click.echo(f"older ones removed: {gone}")

@@ -11,6 +11,7 @@ import click
 
 from mrcore.cli_common import JSON, cluster_in_force, print_json, print_table, settings_in_force
 from mrcore.errors import ClusterFault, UsageError
+from mrcore.text import one_line
 
 if TYPE_CHECKING:
     from mrcore.config import Settings
@@ -133,11 +134,15 @@ def logs(name: str | None, lines: int) -> None:
         raise UsageError(f"there is no log of {name!r}; known: {known}")
     for file in chosen:
         if len(chosen) > 1:
-            click.echo(f"==> {file} <==")
+            click.echo(f"==> {one_line(file)} <==")
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - lines * 4096))
-            sys.stdout.flush()
-            sys.stdout.buffer.writelines(stream.read().splitlines(keepends=True)[-lines:])
+            last = b"".join(stream.read().splitlines(keepends=True)[-lines:])
+            if sys.stdout.isatty():  # which would obey what the data and user code have printed
+                click.echo(last.decode(errors="backslashreplace"), nl=False)
+            else:
+                sys.stdout.flush()
+                sys.stdout.buffer.write(last)
     return None
 
 
@@ -152,13 +157,13 @@ def _daemon(settings: Settings, name: str) -> tuple[str, str] | None:
 def _list_logs(settings: Settings, files: list[Path]) -> None:
     """Sizes and paths, also of the files on the nodes of a deployed cluster."""
     for file in files:
-        click.echo(f"{file.stat().st_size:>12} {file}")
+        click.echo(f"{file.stat().st_size:>12} {one_line(file)}")
     if not settings.local:
         from mrcore.launchers import ssh
 
         found, faults = ssh.list_logs(settings)
         for node, path, size in found:
-            click.echo(f"{size:>12} {node}:{path}")
+            click.echo(f"{size:>12} {node}:{one_line(path)}")
         if faults:
             told = "".join(f"\n  {node}: {reason}" for node, reason in faults.items())
             raise ClusterFault(f"no answer from {len(faults)} of {len(settings.nodes)} nodes:{told}")

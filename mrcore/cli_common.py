@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mrcore.errors import MrcoreError, UsageError
+from mrcore.terminal import raw, speaks_unicode
+from mrcore.text import json_text, one_line
 
 if TYPE_CHECKING:
     from mrcore.config import Settings
@@ -45,7 +47,10 @@ def hand_over_jobs(batch: list[Any], options: list[str]) -> None:
 
     settings = settings_of_caller()
     if delegate.is_needed(settings):
-        content = json.dumps([job.with_absolute_paths(each) for each in batch], default=str).encode()
+        try:
+            content = json.dumps([job.with_absolute_paths(each) for each in batch], default=str).encode()
+        except (ValueError, TypeError, RecursionError) as error:  # YAML knows what JSON does not
+            raise UsageError(f"a job cannot be handed on to user {settings.user}: {error}") from None
         delegate.hand_over(settings, [*chosen_settings(), "submit", "-", *options], content)
 
 
@@ -79,7 +84,7 @@ def insist(yes: bool, question: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON for people and programs."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    click.echo(json_text(json.dumps(value, ensure_ascii=not speaks_unicode(sys.stdout), indent=2, default=str)))
 
 
 def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
@@ -92,8 +97,8 @@ def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
     for title in columns.values():
         table.add_column(title, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if row.get(key) is None else str(row[key])) for key in columns))
-    Console(width=None if sys.stdout.isatty() else 1000, soft_wrap=False).print(table)
+        table.add_row(*(Text("" if row.get(key) is None else one_line(row[key])) for key in columns))
+    Console(file=raw(sys.stdout), width=None if sys.stdout.isatty() else 1000, soft_wrap=False).print(table)
 
 
 def told_seconds(value: float | None) -> str:

@@ -12,6 +12,7 @@ import click
 from mrcore.access import blocked
 from mrcore.cli_common import JSON, insist, print_json, settings_in_force
 from mrcore.errors import UsageError
+from mrcore.terminal import raw
 from mrcore.text import one_line
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def _bar() -> Iterator[tuple[Callable[..., None], Progress]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(file=raw(sys.stderr))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task("LIST", total=None)
 
@@ -202,20 +203,20 @@ def _tell_drained(told: dict[str, Any]) -> None:
     for target, count in sorted(told.get("moved", {}).items()):
         _say(f"to {target}:", count)
     for old, target, new in told.get("renamed", ()):
-        click.echo(f"{target} had a file {old} already: that of {told['node']} is {new} there now")
+        click.echo(one_line(f"{target} had a file {old} already: that of {told['node']} is {new} there now"))
     for kind, count in told.get("kinds", {}).items():
         if count["files"]:
             _say(f"{told['node']} holds {kind}:", count)
     for job in told.get("jobs", ()):
         _say(f"  output of {job['job_name']}:", job)
     for why in [*told.get("left", ()), *told.get("cannot_move", ())]:
-        click.echo(f"not moved: {why}")
+        click.echo(one_line(f"not moved: {why}"))
     for each in told.get("faults", ()):
         click.echo(f"output of {each['job']} on {told['node']} is {each['kind']}: {len(each['names'])} parts")
     for each in told.get("elsewhere", ()):
         click.echo(
-            f"job {each['job_name']} reads {each['input_dir']} on {told['node']}, outside of base_dir: what lies there "
-            "is not moved; copy it yourself, or change the job"
+            f"job {each['job_name']} reads {one_line(each['input_dir'])} on {told['node']}, outside of base_dir: what "
+            "lies there is not moved; copy it yourself, or change the job"
         )
     if told["empty"]:
         click.echo(f"{told['node']} holds nothing that would be lost with it")

@@ -37,6 +37,7 @@ from mrcore.rpc.data import DataClient
 from mrcore.rpc.service import Method, Server
 from mrcore.rpc.tls import LIMITS, Pki
 from mrcore.supervisor import Json, Supervisor
+from mrcore.terminal import log_to_stderr
 from mrcore.watched import watch_membership
 
 MAX_EVENTS = 10_000  # held for a silent master; then tasks wait
@@ -270,7 +271,7 @@ def run_process(spec: Json, order: Json, connection: socket.socket) -> None:
 
 def main(spec_file: str, run_task: Callable[[Json, Json, socket.socket], None] = run_process) -> int:
     """Run the cluster server that a spec file describes, until SIGTERM; gives the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_stderr()
     spec: Json = json.loads(Path(spec_file).read_text())
     if run_task is run_process:
         import mrcore.process  # noqa: F401  once for all tasks, which share its memory

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mrcore.errors import UsageError
 from mrcore.paths import Layout
 from mrcore.procfs import budget_bytes
+from mrcore.text import unfit
 from mrcore.validation import explain, parse_yaml
 from mrcore.watched import Watched
 
@@ -115,7 +116,7 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     chosen = path or os.environ.get("MRCORE_CONFIG")
     file = Path(chosen) if chosen else SYSTEM_CONFIG
     values = _read(file) if chosen or file.exists() else {}
-    home = Path(values.get("home") or os.environ.get("MRCORE_HOME") or "~/.mrcore").expanduser().absolute()
+    home = _folder("home", values.get("home") or os.environ.get("MRCORE_HOME") or "~/.mrcore")
     source = str(file)
     if "nodes" not in values or isinstance(values["nodes"], int):
         shape_file = home / "cluster.json"
@@ -127,7 +128,7 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     values = {"projects_dir": "projects"} | folders | values | {"home": home}
     for key in ("projects_dir", *folders):
         if isinstance(values[key], str | Path):
-            values[key] = Path(values[key]).expanduser().absolute()
+            values[key] = _folder(key, values[key])
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
@@ -136,6 +137,16 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     if faults := _faults_between_nodes(settings):
         raise UsageError(f"settings of {source} refused: {'; '.join(faults)}", faults=faults)
     return settings
+
+
+def _folder(key: str, name: Any) -> Path:
+    """A folder that the settings name, absolute. Raises UsageError for what can be no name."""
+    if why := unfit(str(name)):
+        raise UsageError(f"the folder {str(name)!r} ({key} of the settings, or MRCORE_HOME) {why}: choose another one")
+    try:
+        return Path(name).expanduser().absolute()
+    except (RuntimeError, TypeError) as error:  # "~name" of nobody; no text
+        raise UsageError(f"settings refused: {key}: {str(name)!r} is no folder: {error}") from None
 
 
 def watch_settings(path: str | os.PathLike[str] | None = None) -> Watched[Settings]:

@@ -1,12 +1,19 @@
 """What can go wrong, sorted by who must act and whether another try can help.
 
 The class decides what the queue does; the text is for the person who reads it and names the thing,
-the cause and the next step. Errors cross process and machine borders as plain dicts (`to_dict`).
+the cause and the next step. Errors cross process and machine borders as plain dicts (`to_dict`), and hold whatever
+users and data bring: so every error cleans and bounds its text and its details when it is made.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import errno
+import traceback
+from typing import Any, NoReturn
+
+from mrcore import text
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class MrcoreError(Exception):
@@ -14,10 +21,10 @@ class MrcoreError(Exception):
 
     retryable = False
 
-    def __init__(self, message: str, **details: Any) -> None:
-        super().__init__(message)
-        self.message = message
-        self.details = details
+    def __init__(self, message: object, /, **details: Any) -> None:
+        self.message = text.message(message)
+        super().__init__(self.message)
+        self.details: dict[str, Any] = text.plain(details)
 
     def to_dict(self) -> dict[str, Any]:
         """Give `{"class", "message", "details"}`, JSON-able, for the wire and the history."""
@@ -48,14 +55,44 @@ class TaskDied(MrcoreError):
     retryable = True
 
 
+class InternalError(MrcoreError):
+    """What nobody foresaw, met in working for one job: that job's run is repeated a few times, then the job fails.
+
+    Never a ClusterFault, which holds the whole queue: what one job meets, the next need not meet.
+    """
+
+    retryable = True
+
+
 class UsageError(MrcoreError):
     """What the caller asked cannot be done as asked; nothing was changed."""
 
 
-_CLASSES = {c.__name__: c for c in (MrcoreError, JobFault, ClusterFault, Unreachable, Refused, TaskDied, UsageError)}
+class Interrupted(KeyboardInterrupt):
+    """Somebody sent SIGINT to the process (Ctrl-C), as opposed to user code that raises KeyboardInterrupt itself."""
+
+
+def interrupt(number: int, frame: object) -> NoReturn:
+    """Handle SIGINT in a process that runs user code."""
+    raise Interrupted
+
+
+_KINDS = (MrcoreError, JobFault, ClusterFault, Unreachable, Refused, TaskDied, InternalError, UsageError)
+_CLASSES = {kind.__name__: kind for kind in _KINDS}
 
 
 def from_dict(plain: dict[str, Any]) -> MrcoreError:
     """Make the error again that `to_dict` described; an unknown class becomes MrcoreError."""
     kind = _CLASSES.get(str(plain.get("class")), MrcoreError)
-    return kind(str(plain.get("message", "unknown error")), **dict(plain.get("details") or {}))
+    details = plain.get("details") or {}
+    return kind(plain.get("message", "unknown error"), **{str(key): value for key, value in details.items()})
+
+
+def unforeseen(error: BaseException, where: str = "internal error") -> MrcoreError:
+    """Return any exception as one of ours: a machine that is full is the cluster's fault, all else InternalError."""
+    if issubclass(type(error), MrcoreError):
+        return error  # type: ignore[return-value]
+    if issubclass(type(error), OSError) and error.errno in _FULL:  # type: ignore[attr-defined]
+        return ClusterFault(f"{where}: the machine cannot go on: {text.clean(error)}")
+    frames = "".join(traceback.format_exception(error))
+    return InternalError(f"{where}: {text.type_name(error)}: {text.one_line(error, 500)}", internal_traceback=frames)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mrcore.config import Settings
+from mrcore.text import plain
 
 HOOK_SECONDS = 30.0
 MAX_HOOKS = 8  # at the same time
@@ -50,7 +51,7 @@ class Hooks:
 
     def _call(self, command: list[str], facts: dict[str, Any]) -> None:
         with contextlib.suppress(Exception):  # a full disk, a closed queue: the run has ended all the same
-            if problem := self._run(command, json.dumps(facts, default=str).encode()):
+            if problem := self._run(command, json.dumps(plain(facts)).encode()):
                 self._note(facts["job_name"], facts["run"], f"hook {command[0]} {problem}; see {self._log}")
 
     def _run(self, command: list[str], told: bytes) -> str | None:

@@ -19,7 +19,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mrcore import environments
 from mrcore.access import blocked
 from mrcore.errors import UsageError
-from mrcore.validation import brief, explain, nearest
+from mrcore.text import clean, listed
+from mrcore.validation import brief, explain, nearest, unfit_texts
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"  # it becomes a folder: no separator, no leading dot
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -180,8 +181,8 @@ def validate(job: dict[str, Any], projects_dir: str | os.PathLike[str] | None = 
     """
     if not isinstance(job, dict):
         raise UsageError(f"a job is a mapping of keys to values, got {type(job).__name__}; see `mrcore template`")
-    plain = {str(key): value for key, value in job.items() if key not in _FILLED}
-    plain["job_type"] = model_type = str(plain.get("job_type") or "mapreduce")
+    plain = {clean(key): value for key, value in job.items() if key not in _FILLED}
+    plain["job_type"] = model_type = clean(plain.get("job_type") or "mapreduce")
     model = _model(model_type)
     faults: list[str] = []
     values: dict[str, Any] = {}
@@ -189,14 +190,15 @@ def validate(job: dict[str, Any], projects_dir: str | os.PathLike[str] | None = 
         values = model.model_validate(plain).model_dump(mode="json")
     except ValidationError as error:
         faults = explain(error, model)
+    faults += [fault for key, value in values.items() for fault in unfit_texts(value, key)]
     faults += _contradictions(template(model_type) | {k: v for k, v in plain.items() if v is not None})
     if projects_dir is not None:
         texts = {key: value if isinstance(value, str) else None for key, value in plain.items()}
         faults += check_project(template(model_type) | texts, projects_dir)
     if faults:
         name = brief(plain["job_name"]) if plain.get("job_name") else "without a name"
-        listed = "; ".join(faults) if len(faults) == 1 else "; ".join(f"({n}) {f}" for n, f in enumerate(faults, 1))
-        raise UsageError(f"job {name} refused: {listed}", faults=faults)
+        told = faults if len(faults) == 1 else [f"({n}) {f}" for n, f in enumerate(faults, 1)]
+        raise UsageError(f"job {name} refused: {listed(told)}", faults=faults)
     return with_absolute_paths(values) | dict.fromkeys(_FILLED)
 
 

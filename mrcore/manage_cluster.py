@@ -27,6 +27,7 @@ from mrcore.rpc.client import Client
 from mrcore.rpc.data import DataClient
 from mrcore.rpc.tls import Pki
 from mrcore.store import Store
+from mrcore.text import listed
 from mrcore.usercode import pack_project, project_hash
 
 MIN_FREE_DISK_BYTES = 256 << 20
@@ -239,7 +240,7 @@ class ManageCluster:
                 "shared file system (each file is then read once), false if they only look alike"
             )
         if faults:
-            raise JobFault("; ".join(dict.fromkeys(faults)), faults=faults)
+            raise JobFault(listed(faults), faults=faults)
 
     def _drive(
         self, job: Json, run: int, attempt: int, plan: Json, clock: _PhaseClock, stop: threading.Event

@@ -12,7 +12,8 @@ from mrcore.errors import JobFault
 from mrcore.inputs import Reader, cut_lines
 from mrcore.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_item, is_plain_tuple
 from mrcore.shuffler import DirectOutput, Shuffle
-from mrcore.usercode import Function, describe_text, is_disk_full, raised_by_user, user_fault
+from mrcore.text import clean
+from mrcore.usercode import Function, is_ours, raised_by_user, user_fault
 
 LINES_PER_LOOK = 512  # at the memory
 SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers that frames must be sized
@@ -135,9 +136,7 @@ class Map:
                     if watch.due or held >= limit:
                         self._spill()
                         spilled, held = spilled + held, 0
-        except JobFault:
-            raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise self._fault(error, line, item, bool(inside)) from error
         self.items += spilled + held - self._held
         self._held = held
@@ -154,7 +153,7 @@ class Map:
                 for item in items:
                     add(item)
                     self.items += 1
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise self._fault(error, line, item, bool(inside)) from error
 
     def _check_only(self, item: Any) -> None:
@@ -178,26 +177,23 @@ class Map:
 
     def _fault(self, error: BaseException, line: str, item: Any, inside: bool) -> JobFault:
         """Say what went wrong at a line: the function raised, or gave what is no item."""
-        if is_disk_full(error):
+        where: dict[str, Any] = {"function": self._name, "file": task.input_file, "offset": task.offset}
+        where["line"] = clean(line, 500)
+        place = f"{where['file']}, byte {where['offset']}: {clean(line.rstrip(chr(10)), 120)!r}"
+        what = f"map function {self._name}"
+        if is_ours(error):
             raise error
-        where: dict[str, Any] = {
-            "function": self._name,
-            "file": task.input_file,
-            "offset": task.offset,
-            "line": describe_text(line, 500),
-        }
-        place = f"{where['file']}, byte {where['offset']}: {describe_text(line.rstrip(chr(10)), 120)!r}"
-        if isinstance(error, BadItem):
-            return JobFault(f"map function {self._name} emitted a bad item: {error}; at {place}", **where)
-        if raised_by_user(error) or isinstance(error, MemoryError | RecursionError):
-            return user_fault(error, f"map function {self._name} failed at {place}", **where)
-        if not inside:  # calling it failed: wrong number of parameters
-            return JobFault(f"map function {self._name} cannot be called as f(line, auxiliary_data): {error}", **where)
+        if raised_by_user(error):
+            return user_fault(error, f"{what} failed at {place}", **where)
+        if issubclass(type(error), BadItem):
+            return JobFault(f"{what} emitted a bad item: {error}; at {place}", **where)
+        if not inside and issubclass(type(error), TypeError):  # calling it failed: wrong number of parameters
+            return JobFault(f"{what} cannot be called as f(line, auxiliary_data): {error}", **where)
         try:
             if item is not None:
                 check_item(item, self._snapshot)
         except BadItem as bad:
-            return JobFault(f"map function {self._name} emitted a bad item: {bad}; at {place}", **where)
-        return JobFault(
-            f"map function {self._name} returned no iterable of (key, value) pairs: {error}; at {place}", **where
-        )
+            return JobFault(f"{what} emitted a bad item: {bad}; at {place}", **where)
+        if item is None and issubclass(type(error), TypeError):
+            return JobFault(f"{what} returned no iterable of (key, value) pairs: {error}; at {place}", **where)
+        return user_fault(error, f"{what} failed at {place}", **where)  # in what it left to be worked out

@@ -32,6 +32,7 @@ from mrcore.rpc.data import DataHandler, Range, Upload
 from mrcore.rpc.service import Method, Server
 from mrcore.rpc.tls import Identity, Pki
 from mrcore.staging import flush
+from mrcore.terminal import log_to_stderr
 from mrcore.watched import watch_membership
 
 FILES_A_PAGE = 5_000
@@ -363,7 +364,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 def main(spec_file: str) -> int:
     """Run the agent that a spec file describes until SIGTERM; gives the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    log_to_stderr()
     spec: Json = json.loads(Path(spec_file).read_text())
     agent = NodeAgent(spec)
     pki = Pki(Path(spec["pki_dir"]), "node")

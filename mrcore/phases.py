@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, TaskDied, from_dict
+from mrcore.errors import ClusterFault, JobFault, MrcoreError, from_dict
 from mrcore.records import Key, as_tuple, order_key
 
 Json = dict[str, Any]
@@ -170,7 +170,7 @@ class Attempt:
         """An order was answered with a no: the server's task goes back."""
         server = self.servers[name]
         if server.task is not None and self._identity(server.task) == identity:
-            self._lose_task(server, f"the order was refused: {error.message}")
+            self._lose_task(server, f"the order was refused: {error.message}", _blame(error))
 
     def task_event(self, name: str, event: Json) -> None:
         """A server tells of its task. Stale events (another run, attempt, task or try) are ignored."""
@@ -269,7 +269,7 @@ class Attempt:
 
     # --- losses ---
 
-    def _lose_task(self, server: Server, because: str, blame: type[MrcoreError] = ClusterFault) -> None:
+    def _lose_task(self, server: Server, because: str, blame: type[MrcoreError] = ClusterFault, **details: Any) -> None:
         """A server's task is gone: its bundles wait again, or its partition does. `blame`: whose fault the last is."""
         task, server.task = server.task, None
         if task is None or self.fault:
@@ -282,13 +282,14 @@ class Attempt:
             self.waiting.setdefault(server.node, deque()).extendleft(reversed(task.bundles))
             task.bundles = []
         if task.tries >= self.max_attempts:
-            self._fail(blame(f"a task was tried {task.tries} times (max_attempts) and ended each time: {because}"))
+            text = f"a task was tried {task.tries} times (max_attempts) and ended each time: {because}"
+            self._fail(blame(text, **details))
 
     def _task_failed(self, server: Server, error: MrcoreError) -> None:
         if isinstance(error, JobFault) or error.details.get("hold"):
             self._fail(error)
         else:  # that it could not reach its data is no fault of the job; that its process gave up is
-            self._lose_task(server, error.message, JobFault if isinstance(error, TaskDied) else ClusterFault)
+            self._lose_task(server, error.message, _blame(error), **error.details)
 
     def _fail(self, fault: MrcoreError) -> None:
         self.fault = self.fault or fault
@@ -360,6 +361,11 @@ class Attempt:
         running = [task for task in self.maps + self.reduces if task.state == "running"]
         assert len(running) == sum(server.task is not None for server in self.servers.values())
         assert not (self.finished and (running or self.waiting)), "finished with work left"
+
+
+def _blame(error: MrcoreError) -> type[MrcoreError]:
+    """Whose fault it is when a task ends so for the last time: only what is the cluster's may hold the queue."""
+    return ClusterFault if isinstance(error, ClusterFault) else JobFault
 
 
 def _key(key: Any) -> Key:

@@ -21,7 +21,7 @@ from typing import Any
 
 from mrcore import task
 from mrcore.disk_sort import DiskSort
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, TaskDied
+from mrcore.errors import ClusterFault, Interrupted, JobFault, MrcoreError, Refused, TaskDied, unforeseen
 from mrcore.inputs import Reader, Sample
 from mrcore.mapper import Map
 from mrcore.memory import MemoryWatch
@@ -31,6 +31,7 @@ from mrcore.reducer import Reduce
 from mrcore.runs import Parts, Segment, select
 from mrcore.shuffler import DirectOutput, Shuffle
 from mrcore.sorter import Combine
+from mrcore.text import one_line
 from mrcore.usercode import is_disk_full, load_auxiliary, load_function, make_combiner, use_packages
 
 Json = dict[str, Any]
@@ -60,17 +61,8 @@ class Process:
         """Obey and report "done" or "failed"; never raises for what the order or the user's code does wrong."""
         try:
             result = self._obey()
-        except MrcoreError as error:
-            self._tell(event="failed", error=error.to_dict())
-        except MemoryError:
-            fault = JobFault(
-                "the task ran out of memory: give the servers more (memory_bytes) or the job smaller groups"
-            )
-            self._tell(event="failed", error=fault.to_dict())
-        except OSError as error:
-            self._tell(event="failed", error=self._disk_fault(error).to_dict())
-        except ValueError as error:  # a damaged frame: the next try reads it anew
-            self._tell(event="failed", error=TaskDied(f"task {self._task_name} on {self._server}: {error}").to_dict())
+        except BaseException as error:  # noqa: BLE001  whatever it is, the master must hear of it
+            self._tell(event="failed", error=self._fault(error).to_dict())
         else:
             self._tell(event="done", result=result)
 
@@ -100,14 +92,28 @@ class Process:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server is gone, and we with it
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def _disk_fault(self, error: OSError) -> MrcoreError:
+    def _fault(self, error: BaseException) -> MrcoreError:
+        """What ended the task, as one of our errors: its class decides whether the task is tried again."""
+        where = f"task {self._task_name} on {self._server}"
+        if isinstance(error, MrcoreError):
+            return error
+        if isinstance(error, MemoryError):
+            return JobFault(
+                "the task ran out of memory: give the servers more (memory_bytes) or the job smaller groups"
+            )
+        if isinstance(error, Interrupted):
+            return TaskDied(
+                f"{where} was interrupted: somebody sent it SIGINT (Ctrl-C in the window of {self._server})"
+            )
         if is_disk_full(error):
             return ClusterFault(
                 f"the disk of {self._layout.compute_dir} is full on {self._order.get('node')}: make room there; "
                 "the job goes on by itself",
                 hold=True,
             )
-        return TaskDied(f"task {self._task_name} on {self._server}: {error}")
+        if isinstance(error, OSError | ValueError):  # ValueError: a damaged frame, which the next try reads anew
+            return TaskDied(f"{where}: {one_line(error, 500)}")
+        return unforeseen(error, where)
 
     def _user_code(self, watch: MemoryWatch) -> tuple[Path, Any]:
         project = self._layout.projects_dir / self._order["project"]

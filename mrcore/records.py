@@ -20,6 +20,8 @@ from zlib import crc32
 
 import ujson
 
+from mrcore.text import type_name
+
 Key = Any  # None | bool | int | float | str | tuple[Key, ...]
 Value = Any
 
@@ -48,8 +50,8 @@ def describe(value: Any) -> str:
     """Give a short `repr` for error messages, at most 120 characters."""
     try:
         text = repr(value)
-    except Exception as error:  # noqa: BLE001 - a user's own __repr__ may raise anything
-        text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
+    except BaseException as error:  # noqa: BLE001 - a user's own __repr__ may raise anything
+        text = f"<{type_name(value)} whose repr raises {type_name(error)}>"
     return text if len(text) <= 120 else text[:100] + f"… ({len(text)} characters)"
 
 

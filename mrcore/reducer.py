@@ -13,7 +13,7 @@ from mrcore.memory import MemoryWatch
 from mrcore.output import PartWriter
 from mrcore.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe, nodes_of
 from mrcore.shuffler import BATCH_ITEMS, BATCH_NODES
-from mrcore.usercode import Function, is_disk_full, raised_by_user, user_fault
+from mrcore.usercode import Function, is_ours, raised_by_user, user_fault
 
 _UNCHECKED = object()  # stands for the value of an item that is not simply (this key, something)
 PAIR_BYTES = 72  # a (key, value) tuple and its place in the group's list
@@ -95,9 +95,7 @@ class Reduce:
                     self._batch.append(checked)
                 if len(self._batch) >= BATCH_ITEMS or self._large > BATCH_NODES:
                     self._flush(key)
-        except JobFault:
-            raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise self._fault(error, key, item, inside) from error
 
     def _flush(self, key: Key | None) -> None:
@@ -115,15 +113,15 @@ class Reduce:
 
     def _fault(self, error: BaseException, key: Key, item: Any, inside: bool) -> JobFault:
         where = {"function": self._name, "key": describe(key)}
-        place = f"on the group of key {where['key']}"
-        if is_disk_full(error):
+        place, what = f"on the group of key {where['key']}", f"reduce function {self._name}"
+        if is_ours(error):
             raise error
-        if isinstance(error, BadItem):
-            return JobFault(f"reduce function {self._name} returned a bad item {place}: {error}", **where)
-        if raised_by_user(error) or isinstance(error, MemoryError | RecursionError):
-            return user_fault(error, f"reduce function {self._name} failed {place}", **where)
-        if isinstance(error, OSError):
-            raise error
-        if not inside:
-            return JobFault(f"reduce function {self._name} cannot be called as f(group, auxiliary): {error}", **where)
-        return JobFault(f"reduce function {self._name} returned no iterable of pairs {place}: {error}", **where)
+        if raised_by_user(error):
+            return user_fault(error, f"{what} failed {place}", **where)
+        if issubclass(type(error), BadItem):
+            return JobFault(f"{what} returned a bad item {place}: {error}", **where)
+        if not inside and issubclass(type(error), TypeError):
+            return JobFault(f"{what} cannot be called as f(group, auxiliary): {error}", **where)
+        if item is None and issubclass(type(error), TypeError):
+            return JobFault(f"{what} returned no iterable of pairs {place}: {error}", **where)
+        return user_fault(error, f"{what} failed {place}", **where)  # in what it left to be worked out

@@ -7,14 +7,12 @@ so it neither polls nor lets a submitter wait.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import select
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,13 +21,13 @@ from typing import Any
 
 from mrcore import backup, delegate, manifest, scripts
 from mrcore.config import Settings, load_settings
-from mrcore.errors import ClusterFault, JobFault, MrcoreError
+from mrcore.errors import ClusterFault, InternalError, JobFault, MrcoreError, unforeseen
 from mrcore.hooks import Hooks
 from mrcore.store import Store, sole_runner
+from mrcore.text import one_line, type_name
 
 log = logging.getLogger(__name__)
 WAKE_SECONDS = 5.0  # the doorbell's fallback: a ring that came before the FIFO was there
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 QUEUED = (
     "SELECT job_name, state, reason, job_type, group_name, job_priority, force_run, every, not_before, "
     "submitted, cycle, last_run, last_start, number FROM jobs WHERE state != 'out'"
@@ -111,7 +109,11 @@ class Execution:
 
 class Runner:
     """Drains the queue: cycles, priorities, groups, holds, recovery. `report(event, **facts)` hears what happens:
-    `started`, `progress`, `ended`, `hold`, `idle`, `paused`, `recovered`. `fresh` gives the settings between runs."""
+    `started`, `progress`, `ended`, `hold`, `idle`, `paused`, `recovered`. `fresh` gives the settings between runs.
+
+    A report comes after what it tells is durable, and touches nothing: once `report` raises (a closed pipe, a full
+    disk), nothing more is reported, and the queue is drained all the same.
+    """
 
     def __init__(
         self, settings: Settings | None = None, manage_cluster: Any = None, report: Callable[..., None] | None = None,
@@ -120,7 +122,7 @@ class Runner:
         self.settings = delegate.insist(settings or load_settings())
         self._fresh, self._unfit = fresh or (lambda: self.settings), self.settings
         self.store = Store(self.settings.state_dir)
-        self.report = report or (lambda event, **facts: None)
+        self._listener = report
         self.executors: dict[str, Callable[[Execution], dict[str, Any]]] = {
             "mapreduce": self._mapreduce,
             "file_transfer": self._file_transfer,
@@ -151,12 +153,20 @@ class Runner:
                     if wait is None:
                         wait = self._until_next_cycle(now)
                 except ClusterFault as error:  # the queue itself cannot be written: what was running is recovered
-                    self.report("hold", reason=error.message, seconds=WAKE_SECONDS)
+                    self._report("hold", reason=error.message, seconds=WAKE_SECONDS)
                     wait = WAKE_SECONDS
                 self._doorbell.wait(min(WAKE_SECONDS, wait))
             self._hooks.close()
             self._doorbell.close()
         return self.ended
+
+    def _report(self, event: str, **facts: Any) -> None:
+        if self._listener is not None:
+            try:
+                self._listener(event, **facts)
+            except Exception as error:  # noqa: BLE001  whoever listens must not end what he listens to
+                self._listener = None
+                log.warning("nothing more is reported: %s: %s", type_name(error), one_line(error))
 
     def stop(self) -> None:
         """Make `run` return soon, from another thread or a signal handler."""
@@ -173,10 +183,10 @@ class Runner:
             self._recover(now)
             return 0.0
         if self.store.get("paused"):
-            self.report("paused")
+            self._report("paused")
             return WAKE_SECONDS
         if reason := self.store.held_by_drain():
-            self.report("hold", reason=reason, seconds=WAKE_SECONDS)
+            self._report("hold", reason=reason, seconds=WAKE_SECONDS)
             return WAKE_SECONDS
         with self.store.change("wake"):
             for row in self.store.rows("SELECT job_name FROM jobs WHERE state = 'held'"):
@@ -186,7 +196,7 @@ class Runner:
         if job is None:
             if not cycle["drained"]:
                 self.store.put("cycle", cycle | {"drained": now}, "cycle")
-                self.report("idle")
+                self._report("idle")
             return None
         self._execute(job["job_name"], now)
         return 0.0
@@ -228,13 +238,20 @@ class Runner:
                 return  # deleted since it was picked, or a drain has begun
             run = self.store.start_run(name, now)
         execution = Execution(job["spec"], run, self._progress(name, run), number=job["number"])
-        self.report("started", job_name=name, run=run)
+        self._report("started", job_name=name, run=run)
         threading.Thread(target=self._work, args=(execution,), name=f"{name}-{run}", daemon=True).start()
         try:
             self._watch(execution, now + (job["spec"]["timeout_seconds"] or float("inf")))
         finally:
             execution.stop.set()  # nothing may go on that nobody watches
-        self._conclude(execution, time.time())
+        try:
+            self._conclude(execution, time.time())
+        except ClusterFault:
+            raise
+        except Exception as error:
+            log.exception("run %d of %s could not be concluded", run, name)
+            fault = unforeseen(error, "the end of the run could not be recorded")
+            self._end(execution, "failed", time.time(), exception=fault.to_dict())
 
     def _watch(self, execution: Execution, deadline: float) -> None:
         while not execution.done.is_set():
@@ -269,34 +286,50 @@ class Runner:
             if last != [phase]:
                 last[:] = [phase]
                 self.store.enter_phase(name, run, phase, time.time())
-            self.report("progress", job_name=name, run=run, phase=phase, **facts)
+            self._report("progress", job_name=name, run=run, phase=phase, **facts)
 
         return progress
 
     def _conclude(self, execution: Execution, now: float) -> None:
         name, run, error = execution.job["job_name"], execution.run, execution.error
         if execution.manifest is not None:
-            self._end(execution.job, run, execution.number, "succeeded", now, counts=execution.manifest.get("counts"))
+            self._end(execution, "succeeded", now, counts=execution.manifest.get("counts"))
         elif self._committed(name, run):  # but not all followed from it yet: `_recover` goes on
             if execution.why_stopped != "handed back":
-                self._hold(f"run {run} of {name} is committed, its output not yet in place: {error}", now)
+                self._hold(f"run {run} of {name} is committed, its output not yet in place: {one_line(error)}", now)
         else:
-            fault = {
+            why = {
                 "failed": JobFault(f"timeout: ran longer than its timeout_seconds {execution.job['timeout_seconds']}"),
                 "cancelled": MrcoreError("cancelled by the user"),
                 "handed back": MrcoreError("the Runner was stopped; the job runs again when one is started"),
-            }.get(execution.why_stopped or "", _as_fault(error))
-            fault.details.update(getattr(error, "details", {}))
+            }.get(execution.why_stopped or "")
+            fault = unforeseen(error) if error is not None else MrcoreError("it ended without a result")
+            if why:
+                why.details.update(fault.details)
+                fault = why
             # SIGTERM to a whole service reaches what it runs as well, perhaps before us.
-            back = isinstance(fault, ClusterFault) or self._stopping
-            ending = execution.why_stopped or ("handed back" if back else "failed")
-            with self.store.change("end"):
-                self._end(execution.job, run, execution.number, ending, now, exception=fault.to_dict())
-                if isinstance(fault, ClusterFault) and ending == "handed back":
-                    self._hold(fault.message, now, name)
+            again = isinstance(fault, ClusterFault) or self._worth_another_try(execution, fault)
+            ending = execution.why_stopped or ("handed back" if again or self._stopping else "failed")
+            hold = fault.message if isinstance(fault, ClusterFault) and ending == "handed back" else None
+            self._end(execution, ending, now, hold, exception=fault.to_dict())
 
-    def _end(self, spec: dict[str, Any], run: int, number: int, ending: str, now: float, **facts: Any) -> None:
-        """End a run, and let follow what it means for the job and its group, in one change."""
+    def _worth_another_try(self, execution: Execution, fault: MrcoreError) -> bool:
+        """Whether a run that met what nobody foresaw runs again: unless the last `max_attempts` runs all did so."""
+        if not isinstance(fault, InternalError):
+            return False
+        before, name = self.settings.max_attempts - 1, execution.job["job_name"]
+        query = "SELECT json_extract(exception, '$.class') AS class FROM runs WHERE job_name = ? AND number = ?"
+        rows = self.store.rows(
+            f"{query} AND run < ? ORDER BY run DESC LIMIT ?", name, execution.number, execution.run, before
+        )
+        return len(rows) < before or any(row["class"] != InternalError.__name__ for row in rows)
+
+    def _end(self, execution: Execution, ending: str, now: float, hold: str | None = None, **facts: Any) -> None:
+        """End a run, and let follow what it means for the job and its group, in one change; then tell of it.
+
+        With `hold` the queue as a whole stops for that reason.
+        """
+        spec, run, number = execution.job, execution.run, execution.number
         name, left = spec["job_name"], []
         with self.store.change("end") as db:
             self.store.end_run(name, run, ending, now, **facts)
@@ -318,11 +351,17 @@ class Runner:
                 for other in left:
                     self.store.move_job(other, "out", f"group failed: {name} run {run}: {reason}", now)
             pruned = self.store.prune(self.settings.history_keep_runs)
-        self._forget(pruned)
+            seconds = self._put_hold(hold, now, name) if hold else 0.0
         self.ended[ending] = self.ended.get(ending, 0) + 1
-        self.report("ended", job_name=name, run=run, state=ending, **facts)
+        self._report("ended", job_name=name, run=run, state=ending, **facts)
+        if hold:
+            self._report("hold", reason=hold, seconds=seconds)
         told = {"job_name": name, "run": run, "state": ending, "group_name": spec["group_name"], "left_the_queue": left}
-        self._hooks.call(**told, job_type=spec["job_type"], ended=now, **facts)
+        try:
+            self._forget(pruned)
+            self._hooks.call(**told, job_type=spec["job_type"], ended=now, **facts)
+        except Exception as error:  # noqa: BLE001  the run has ended, whatever becomes of what follows
+            log.warning("after run %d of %s: %s: %s", run, name, type_name(error), error)
 
     def _forget(self, names: Iterable[str]) -> None:
         """Remove what was kept of runs that the history has forgotten: manifests, what scripts printed."""
@@ -332,17 +371,20 @@ class Runner:
             manifest.prune(self.settings.state_dir, name, kept)
             scripts.prune(self.settings, name, kept)
 
-    def _hold(self, reason: str, now: float, name: str | None = None) -> None:
-        """Stop the queue as a whole because of the cluster; each time in a row for twice as long."""
+    def _hold(self, reason: str, now: float) -> None:
+        self._report("hold", reason=reason, seconds=self._put_hold(reason, now))
+
+    def _put_hold(self, reason: str, now: float, name: str | None = None) -> float:
+        """Stop the queue as a whole because of the cluster, each time in a row for twice as long; gives the seconds."""
         with self.store.change("hold"):
             before = self.store.get("hold") or {"since": now, "tries": 0}
             first, most = self.settings.hold_backoff_first_seconds, self.settings.hold_backoff_max_seconds
-            seconds = min(first * 2 ** min(before["tries"], 30), most)
+            seconds: float = min(first * 2 ** min(before["tries"], 30), most)
             times = {"since": before["since"], "tries": before["tries"] + 1, "until": now + seconds}
-            self.store.put("hold", {"reason": reason, **times})
+            self.store.put("hold", {"reason": one_line(reason), **times})
             if name and (self.store.job(name) or {}).get("state") == "queued":
                 self.store.move_job(name, "held", reason, now)
-        self.report("hold", reason=reason, seconds=seconds)
+        return seconds
 
     def _committed(self, name: str, run: int) -> bool:
         return manifest.path_of(self.settings.state_dir, name, run).exists()
@@ -351,23 +393,24 @@ class Runner:
         """A run that a dead Runner left: completed if it had committed, else handed back; never repeated after."""
         running = self.store.running() or {}
         name, run = running["job_name"], running["run"]
+        execution = Execution(running["spec"], run, self._report, number=running["number"])
         if self._committed(name, run):
             try:
                 counts = (manifest.read(self.settings.state_dir, name, run) or {}).get("counts")
                 self._manage_cluster().finish(running["spec"], run)
             except Exception as error:  # noqa: BLE001  what is committed may wait, but must not be lost
-                self._hold(f"run {run} of {name} is committed, its output not yet in place: {error}", now)
+                self._hold(f"run {run} of {name} is committed, its output not yet in place: {one_line(error)}", now)
                 return
-            self._end(running["spec"], run, running["number"], "succeeded", now, counts=counts)
+            self._end(execution, "succeeded", now, counts=counts)
         else:
             if running["spec"]["job_type"] == "mapreduce":
-                with contextlib.suppress(MrcoreError, OSError):  # what is away now is swept before the next run there
+                with contextlib.suppress(Exception):  # what is away now is swept before the next run there
                     self._manage_cluster().abandon(name, run)
             scripts.end_leftovers(self.settings)
             ending = "cancelled" if running["cancel"] else "handed back"
             gone = MrcoreError("its Runner ended before the run was committed").to_dict()
-            self._end(running["spec"], run, running["number"], ending, now, exception=gone)
-        self.report("recovered", job_name=name, run=run)
+            self._end(execution, ending, now, exception=gone)
+        self._report("recovered", job_name=name, run=run)
 
     def _begin_cycle(self) -> None:
         """Begin the next cycle, unless a dead Runner left the last one unfinished."""
@@ -404,13 +447,3 @@ class Runner:
         finally:
             for each, handler in handlers.items():
                 signal.signal(each, handler)
-
-
-def _as_fault(error: BaseException | None) -> MrcoreError:
-    """Any exception as one of ours; a full disk of the master is the cluster's fault."""
-    if isinstance(error, MrcoreError):
-        return error
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return ClusterFault(f"the master cannot go on: {error}")
-    frames = "".join(traceback.format_exception(error))
-    return MrcoreError(f"internal error: {type(error).__name__}: {error}", internal_traceback=frames)

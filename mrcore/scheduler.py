@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
+import os
 import statistics
 import time
 from datetime import datetime
@@ -15,6 +17,7 @@ from mrcore.config import Settings, load_settings
 from mrcore.errors import UsageError
 from mrcore.runner import QUEUED, Doorbell, Runner, order
 from mrcore.store import Store
+from mrcore.text import listed, one_line
 from mrcore.validation import nearest
 
 __all__ = ["Runner", "Scheduler"]
@@ -68,12 +71,12 @@ class Scheduler:
             refusals.append(UsageError(f"job {name!r} stands in the list more than once", faults=[name]))
         if refusals:
             faults = [fault for error in refusals for fault in error.details.get("faults", [error.message])]
-            raise UsageError("; ".join(error.message for error in refusals), faults=faults)
+            raise UsageError(listed(error.message for error in refusals), faults=faults)
         now, answers, caller = time.time(), [], delegate.submitter(self.settings)
         with self.store.change("submit"):
             running = self.store.running()
             for each in valid:
-                each["job_submitter"] = caller or each["job_submitter"] or getpass.getuser()
+                each["job_submitter"] = caller or each["job_submitter"] or _user()
                 before = self.store.submit(each, now)
                 active = running is not None and running["job_name"] == each["job_name"]
                 answers.append(_answer(each, before in ("queued", "held"), active))
@@ -220,6 +223,12 @@ def _answer(job: dict[str, Any], replaced: bool, active: bool) -> dict[str, Any]
     often = f"every {job['every']:g} s at most" if job["every"] else "each cycle"
     text += f"; it recurs {often} (run_once: true runs it once)" if recurs else "; it runs once"
     return {"job_name": job["job_name"], "replaced": replaced, "recurs": recurs, "message": text}
+
+
+def _user() -> str:
+    with contextlib.suppress(KeyError, OSError):  # a number that no user has, and no LOGNAME
+        return one_line(getpass.getuser(), 100)
+    return str(os.getuid())
 
 
 def _moment(seconds: float | None) -> str | None:

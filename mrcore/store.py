@@ -19,6 +19,7 @@ from typing import Any
 
 from mrcore import faults, procfs
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
+from mrcore.text import one_line, plain
 
 SCHEMA_VERSION = 2
 BUSY_SECONDS = 60.0
@@ -203,6 +204,7 @@ class Store:
 
     def move_job(self, name: str, state: str, reason: str | None, now: float) -> None:
         """Bring a job to another state, with the reason that listings show."""
+        reason = reason and one_line(reason)
         with self.change() as db:
             self._check_job_move(name, state)
             db.execute("UPDATE jobs SET state = ?, reason = ? WHERE job_name = ?", (state, reason, name))
@@ -236,7 +238,11 @@ class Store:
             found = db.execute("SELECT state FROM runs WHERE job_name = ? AND run = ?", (name, run)).fetchone()
             if ((found and found["state"]), state) not in RUN_MOVES:
                 raise self._illegal(f"{name} run {run}", found and found["state"], state, name)
-            values = (json.dumps(self._phases(name, run, now)), json.dumps(counts or {}), json.dumps(exception))
+            values = (
+                json.dumps(self._phases(name, run, now)),
+                json.dumps(plain(counts or {})),
+                json.dumps(plain(exception)),
+            )
             db.execute(
                 "UPDATE runs SET state = ?, ended = ?, phases = ?, counts = ?, exception = ? "
                 "WHERE job_name = ? AND run = ?",
@@ -253,7 +259,9 @@ class Store:
     def note(self, name: str, run: int | None, text: str, now: float) -> None:
         """Add a line to a job's story."""
         with self.change() as db:
-            db.execute("INSERT INTO events (time, job_name, run, text) VALUES (?, ?, ?, ?)", (now, name, run, text))
+            db.execute(
+                "INSERT INTO events (time, job_name, run, text) VALUES (?, ?, ?, ?)", (now, name, run, one_line(text))
+            )
 
     def prune(self, keep_runs: int) -> list[str]:
         """Forget all but the newest `keep_runs` runs, and their events; gives the names of the jobs they were of."""

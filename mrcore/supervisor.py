@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mrcore import procfs
+from mrcore.errors import interrupt
 
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 30.0
 SWEEP_SECONDS = 5.0  # SIGKILL acts at once, except on a process stuck in the kernel (a dead NFS server)
@@ -182,7 +183,7 @@ class Supervisor:
             os.dup2(nothing := os.open(os.devnull, os.O_RDONLY), 0)
             os.close(nothing)
             sys.breakpointhook = self._no_breakpoint
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
         with contextlib.suppress(OSError):  # short of memory, the kernel is to choose user code, not its guard
             Path("/proc/self/oom_score_adj").write_text("500")
         if hasattr(sys.stdout, "reconfigure"):

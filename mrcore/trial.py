@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
-import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mrcore import task
+from mrcore import task, terminal
 from mrcore.disk_sort import DiskSort
-from mrcore.errors import JobFault, MrcoreError, UsageError
+from mrcore.errors import JobFault, UsageError, interrupt
 from mrcore.inputs import Reader, list_inputs, plan_bundles
 from mrcore.mapper import Map
 from mrcore.memory import MemoryWatch
@@ -23,36 +23,27 @@ from mrcore.records import Key, Value, as_tuple, loads
 from mrcore.reducer import Reduce
 from mrcore.runs import Segment
 from mrcore.shuffler import DirectOutput, Shuffle
+from mrcore.text import json_text, listed
 from mrcore.usercode import load_function, make_combiner, use_packages
 
 
 def print_trial(asked: dict[str, Any]) -> None:
     """Run a trial as the command line asks for it and print its items, one as JSON per line. Raises UsageError."""
     name = asked["auxiliary_file"]
+    signal.signal(signal.SIGINT, interrupt)
     try:
         auxiliary = json.loads(Path(name).read_bytes()) if name else None
     except ValueError as error:
         raise UsageError(f"the auxiliary data {name} is no JSON: {error}") from None
     project, names = Path(asked["project_dir"]), (asked["map_name"], asked["reduce_name"])
     for item in run_trial(project, *names, asked["inputs"], combine=asked["combine"], auxiliary=auxiliary):
-        sys.stdout.write(json.dumps(item, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(json.dumps(item, ensure_ascii=not terminal.speaks_unicode(sys.stdout))) + "\n")
 
 
 def main(asked: dict[str, Any]) -> int:
     """Run a trial in a process of its own, with a project's packages; gives the exit status, as `mrcore` does."""
     use_packages(Path(asked["packages"]))
-    try:
-        print_trial(asked)
-        sys.stdout.flush()
-    except MrcoreError as error:
-        print(f"mrcore: {error.message}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+    return terminal.run(lambda: print_trial(asked))
 
 
 def run_trial(
@@ -83,7 +74,7 @@ def run_trial(
         listing = list_inputs({"input_dirs": [str(Path(entry).absolute()) for entry in inputs]}, layout, ["me"], "me")
         missing = [entry for entry, count in listing["matched"].items() if not count]
         if listing["faults"] or missing:
-            raise JobFault("; ".join(listing["faults"] + [f"input {entry} matches no file" for entry in missing]))
+            raise JobFault(listed(listing["faults"] + [f"input {entry} matches no file" for entry in missing]))
         map_function = load_function(project_dir, "map", map_name)
         reduce_function = load_function(project_dir, "reduce", reduce_name) if reduce_name else None
         parts = PartWriter(folder, run=0, partition=0, attempt_try=0, max_items=None, compress=False)

@@ -14,14 +14,19 @@ import tarfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from mrcore.access import blocked
-from mrcore.errors import JobFault
+from mrcore.errors import Interrupted, JobFault, MrcoreError
 from mrcore.records import BadItem, Key, Snapshot, Value, check_item, describe, loads
+from mrcore.text import clean, one_line, type_name, unfit
 
 Function = Callable[[Any, Any], Any]
 COMBINE_VALUES = 4096
+MAX_FRAMES, MAX_STORIES = 100, 20  # of each exception, and exceptions, that a traceback shows
+_CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
+_WHILE_HANDLING = "\nDuring handling of the above exception, another exception occurred:\n\n"
 _IGNORED = {"__pycache__", "wheels"}  # compiled files differ by interpreter; wheels travel apart
 _OURS = str(Path(__file__).parent) + os.sep
 
@@ -38,6 +43,8 @@ def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
             if name.startswith(".") or name.endswith(".pyc"):
                 continue
             path = Path(base, name)
+            if why := unfit(str(path)):
+                raise JobFault(f"the name of the project file {str(path)!r} {why}: rename it")
             if not path.resolve().is_relative_to(root):
                 raise JobFault(f"project file {path} is a link that leads out of the project: copy the file instead")
             if reason := blocked(path):
@@ -92,15 +99,17 @@ def load_function(project_dir: Path, kind: str, name: str) -> Function:
         module = importlib.import_module(module_name)
         factory = getattr(module, f"{kind.capitalize()}Functions", None)
         function = getattr(factory(name), f"get_{kind}_function")() if isinstance(factory, type) else None
-    except SyntaxError as error:
-        raise JobFault(f"{error.filename}, line {error.lineno}: syntax error: {error.msg}") from error
-    except (Exception, SystemExit) as error:
+        function = function if callable(function) else getattr(module, name, None)
+        if not callable(function):
+            near = difflib.get_close_matches(name, [n for n in dir(module) if callable(getattr(module, n))], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise JobFault(f"{file.name} of project {project_dir.name} has no function {name!r}{hint}")
+    except BaseException as error:
+        if is_ours(error):
+            raise
+        if type(error) in (SyntaxError, IndentationError, TabError) and type(error.filename) is str:  # type: ignore[attr-defined]
+            raise JobFault(f"{error.filename}, line {error.lineno}: syntax error: {error.msg}") from error  # type: ignore[attr-defined]
         raise user_fault(error, f"loading {name} from {file.name} failed") from error
-    function = function if callable(function) else getattr(module, name, None)
-    if not callable(function):
-        near = difflib.get_close_matches(name, [n for n in dir(module) if callable(getattr(module, n))], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise JobFault(f"{file.name} of project {project_dir.name} has no function {name!r}{hint}")
     found: Function = function
     return found
 
@@ -119,30 +128,74 @@ def load_auxiliary(folder: Path, name: str | None) -> Any:
 
 
 def user_fault(error: BaseException, what: str, **details: Any) -> JobFault:
-    """Describe an exception of user code, with the traceback of the user's own frames."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
-    frames = [frame for frame in frames if not frame.filename.startswith("<frozen importlib")]
-    text = "".join(["Traceback (your code, most recent call last):\n", *traceback.format_list(frames)])
-    text += "".join(traceback.format_exception_only(error))
+    """Describe an exception of user code: its own frames, its causes, the members of a group, all bounded.
+
+    Raises the error itself if it is none of user code: Ctrl-C, or a disk that is full, whoever was writing.
+    """
+    kind = type(error)  # never isinstance: that asks `__class__`, which user code may have defined
+    if issubclass(kind, Interrupted) or is_disk_full(error):
+        raise error
+    frames = user_frames(error)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    message = f"{what}: {type(error).__name__}: {describe_text(str(error))}{where}"
-    return JobFault(message, traceback=text, **details)
+    told = one_line(error, 300)
+    message = f"{what}: {type_name(error)}{': ' if told else ''}{told}{where}"
+    return JobFault(message, traceback=_story(error, [MAX_STORIES]), **details)
 
 
-def describe_text(text: str, limit: int = 300) -> str:
-    """Cut a text for a message."""
-    return text if len(text) <= limit else text[:limit] + "…"
+def _of(error: BaseException, name: str) -> Any:
+    """An attribute of an exception as Python itself sees it, whatever its class makes of that name."""
+    return BaseException.__dict__[name].__get__(error)
+
+
+def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of an exception's traceback that are neither ours nor the import machinery's."""
+    steps = list(traceback.walk_tb(_of(error, "__traceback__")))
+    if len(steps) > MAX_FRAMES:  # a recursion: where it began, and its end
+        del steps[MAX_FRAMES // 4 : -MAX_FRAMES * 3 // 4]
+    frames = traceback.StackSummary.extract(iter(steps))
+    return [frame for frame in frames if not frame.filename.startswith((_OURS, "<frozen importlib"))]
+
+
+def _story(error: BaseException, left: list[int]) -> str:
+    """What a traceback shows of an exception, and before it of those that it came from; `left`: how many, in all."""
+    chain: list[str] = []
+    seen, current, link = set[int](), error, ""
+    while current is not None and id(current) not in seen and left[0] > 0:
+        seen.add(id(current))
+        left[0] -= 1
+        frames = user_frames(current)
+        text = "Traceback (your code, most recent call last):\n" if frames else ""
+        text += "".join(traceback.format_list(frames)) + f"{type_name(current)}: {clean(current, 2000)}\n"
+        if issubclass(type(current), BaseExceptionGroup):
+            members = BaseExceptionGroup.__dict__["exceptions"].__get__(current)
+            for member in members[: left[0]]:
+                text += "  one of its exceptions:\n" + indent(_story(member, left), "    ")
+        chain.append(text + link)
+        cause, link = _of(current, "__cause__"), _CAUSED
+        if cause is None and not _of(current, "__suppress_context__"):
+            cause, link = _of(current, "__context__"), _WHILE_HANDLING
+        current = cause
+    return ("" if current is None else "(other exceptions are left out)\n") + "".join(reversed(chain))
+
+
+def is_ours(error: BaseException) -> bool:
+    """Tell whether an error is of our own making, which user code had no part in: it is passed on as it is.
+
+    An OSError right where we ask user code for the next item came out of an iterator without frames (`map(open, …)`).
+    """
+    if not issubclass(type(error), (MrcoreError, OSError)) or user_frames(error):
+        return False
+    return issubclass(type(error), MrcoreError) or len(list(traceback.walk_tb(_of(error, "__traceback__")))) > 1
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Tell whether the disk is full, which is no fault of the job, whoever was writing."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return issubclass(type(error), OSError) and OSError.__dict__["errno"].__get__(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def raised_by_user(error: BaseException) -> bool:
-    """Tell whether the exception came from the user's frames rather than from ours."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and not frames[-1].filename.startswith(_OURS)
+    """Tell whether the exception came out of the user's code, also where that had called ours."""
+    return issubclass(type(error), MemoryError | RecursionError) or bool(user_frames(error))
 
 
 def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Key, list[Value]], list[Value]]:
@@ -165,7 +218,7 @@ def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Ke
             items = [check_item(item, snapshot) for item in found]
         except BadItem as error:
             raise JobFault(f"combiner {name} on key {describe(key)}: {error}", function=name) from error
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise user_fault(error, f"combiner {name} failed on key {describe(key)}", function=name) from error
         for new_key, _ in items:
             if new_key != key:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mrcore.errors import UsageError
+from mrcore.text import clean, type_name, unfit
 
 MAX_DEPTH = 64
 _brief = reprlib.Repr()  # YAML aliases can make a value whose whole repr would never end
@@ -18,13 +19,25 @@ _brief.maxlevel = 2
 
 def brief(value: Any) -> str:
     """The repr of a value that somebody else wrote, cut to a part of a line."""
-    return _brief.repr(value)
+    try:
+        return _brief.repr(value)
+    except ValueError:  # an integer of too many digits
+        return f"<{type_name(value)}>"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Give `" (did you mean 'x'?)"` for the known word nearest to a mistyped one, or an empty text."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def unfit_texts(value: Any, place: str = "") -> list[str]:
+    """Give a fault for each text, in whatever lists and mappings, that no file, database or terminal would take."""
+    if isinstance(value, str):
+        return [f"{place}: {brief(value)} {why}"] if (why := unfit(value)) else []
+    if isinstance(value, dict):
+        return [fault for key in value for fault in unfit_texts(key, place) + unfit_texts(value[key], place)]
+    return [fault for each in value for fault in unfit_texts(each, place)] if isinstance(value, list) else []
 
 
 def explain(error: ValidationError, *models: type[BaseModel]) -> list[str]:
@@ -61,10 +74,12 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
             if depth > MAX_DEPTH:
                 raise _too_deep(where)
         return yaml.load(content, loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # noqa: BLE001  its constructors raise what they like: IndexError for `!!int ""`
         if _brackets(content, error) > MAX_DEPTH:  # since PyYAML 6.0.4 libyaml counts too, before it gives any event
             raise _too_deep(where) from None
-        raise UsageError(f"{where} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{where} is neither YAML nor JSON: {' '.join(clean(error).split())}") from None
 
 
 def _brackets(content: str | bytes, error: Exception) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -133,8 +134,10 @@ class Peak:
 
 def main(descriptor: int, compute_dir: str) -> None:
     """The child's life."""
+    from mrcore.errors import interrupt
     from mrcore.process import Process
 
+    signal.signal(signal.SIGINT, interrupt)  # as the supervisor does
     connection = socket.socket(fileno=descriptor)
     order = json.loads(_line(connection))
 

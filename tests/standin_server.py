@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mrcore.cluster_server import main
+from mrcore.errors import interrupt
 
 STUBBORN = """
 import os, signal, sys, time
@@ -107,7 +108,7 @@ def act(spec: dict[str, Any], order: dict[str, Any], connection: socket.socket) 
             print("printed by the task")
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
             handlers = [signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGCHLD, signal.SIGTTOU)]
-            usual = handlers == [True, True] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            usual = handlers == [True, True] and signal.getsignal(signal.SIGINT) is interrupt
             say(
                 "done",
                 result={

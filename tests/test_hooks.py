@@ -14,7 +14,7 @@ from fake_cluster import FakeCluster
 
 from mrcore import hooks, procfs
 from mrcore.config import Settings, load_settings
-from mrcore.errors import UsageError
+from mrcore.errors import JobFault, UsageError
 from mrcore.runner import Runner
 from mrcore.scheduler import Scheduler
 
@@ -54,6 +54,22 @@ def test_hooks_are_told_how_each_run_ended(home: Path, scheduler: Scheduler, set
     assert (bad["job_name"], bad["state"], bad["left_the_queue"]) == ("b", "failed", ["c"])
     assert bad["exception"]["message"] == "map failed"
     assert bad["exception"]["details"]["line"] == "the line"
+
+
+def test_a_hook_gets_json_that_every_parser_takes_whatever_the_error_says(
+    home: Path, scheduler: Scheduler, settings: Settings
+) -> None:
+    class Hostile(FakeCluster):
+        def run(self, job: dict[str, Any], **facts: Any) -> dict[str, Any]:
+            raise JobFault("cut \ud83d \x1b[31m" + "x" * 3_000_000, line="\udce9\0", number=float("nan"))
+
+    scheduler.submit_job(job("a"))
+    assert Runner(settings, Hostile(settings)).run(once=True) == {"failed": 1}
+    text = (home / "on_failure").read_bytes().decode()
+    assert len(text) < 100_000 and "\\ud83d " not in text.replace("\\\\", "") and "NaN" not in text
+    (bad,) = told(home, "on_failure")
+    assert bad["exception"]["message"].startswith("cut \\ud83d \\x1b[31mxxx")
+    assert bad["exception"]["details"] == {"line": "\\udce9\\x00", "number": "nan"}
 
 
 def test_runs_that_are_handed_back_or_cancelled_call_no_hook(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrcore.errors import ClusterFault, JobFault, TaskDied, Unreachable
+from mrcore.errors import ClusterFault, InternalError, JobFault, MrcoreError, TaskDied, Unreachable, UsageError
 from mrcore.phases import Attempt, EndServer, Give, Start, default_partitions, range_cuts
 from mrcore.records import order_key
 
@@ -188,6 +188,36 @@ def test_a_server_that_comes_late_takes_part() -> None:
     attempt.server_up("S_1")
     (start,) = attempt.instructions()
     assert isinstance(start, Start) and start.server == "S_1" and len(start.extra["bundles"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (InternalError("a bug", internal_traceback="File x"), JobFault),
+        (UsageError("too large"), JobFault),
+        (MrcoreError("odd"), JobFault),
+        (TaskDied("killed"), JobFault),
+        (Unreachable("node-1 is silent"), ClusterFault),
+        (ClusterFault("disk"), ClusterFault),
+    ],
+)
+@pytest.mark.parametrize("refused", [False, True])
+def test_only_what_is_the_clusters_ends_an_attempt_as_the_clusters_fault(
+    error: MrcoreError, kind: type[MrcoreError], refused: bool
+) -> None:
+    attempt = make({"n0": 1}, {"n0": 1}, max_attempts=3)
+    attempt.server_up("S_0")
+    for _ in range(3):
+        (start,) = attempt.instructions()
+        assert isinstance(start, Start) and attempt.fault is None
+        if refused:
+            attempt.refused("S_0", start.identity, error)
+        else:
+            attempt.task_event("S_0", {"event": "failed", "identity": start.identity, "error": error.to_dict()})
+        attempt.check()
+    assert type(attempt.fault) is kind and error.message in str(attempt.fault)
+    if not refused:
+        assert attempt.fault is not None and attempt.fault.details == error.details
 
 
 def test_a_task_that_always_dies_fails_the_job_after_max_attempts() -> None:

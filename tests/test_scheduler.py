@@ -18,7 +18,7 @@ from conftest import wait_until
 from fake_cluster import FakeCluster, ran
 
 from mrcore.config import Settings, watch_settings
-from mrcore.errors import UsageError
+from mrcore.errors import JobFault, UsageError
 from mrcore.paths import write_atomic
 from mrcore.runner import Doorbell, Runner, pick
 from mrcore.scheduler import Scheduler
@@ -124,12 +124,74 @@ def test_failure_takes_the_group_and_requeue_brings_it_back(scheduler: Scheduler
     assert sorted(row["job_name"] for row in scheduler.queue()) == ["b", "c"]
 
 
-def test_internal_error_fails_the_job_with_its_traceback(scheduler: Scheduler, settings: Settings) -> None:
-    scheduler.submit_job(job("a", "bug"))
-    assert once(settings) == {"failed": 1}
+def test_an_internal_error_fails_the_job_after_a_few_tries_and_the_innocent_one_behind_it_runs(
+    scheduler: Scheduler, settings: Settings
+) -> None:
+    scheduler.submit_jobs([job("a", "bug"), job("b", job_priority=-1)])
+    assert once(settings) == {"handed back": settings.max_attempts - 1, "failed": 1, "succeeded": 1}
     error = scheduler.history("a")[0]["exception"]
-    assert error["message"] == "internal error: KeyError: 'oops'"
+    assert (error["class"], error["message"]) == ("InternalError", "internal error: KeyError: 'oops'")
     assert "fake_cluster.py" in error["details"]["internal_traceback"]
+    assert scheduler.state()["hold"] is None
+    assert not [event for event in scheduler.show("a")["events"] if event["text"].startswith("held")]
+    scheduler.submit_job(job("a", "bug"))  # a new job of that name has all its tries again
+    assert once(settings.model_copy(update={"max_attempts": 1})) == {"failed": 1}
+    scheduler.submit_job(job("a", "bug"))
+    assert once(settings) == {"handed back": 2, "failed": 1}
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "x"), OSError(28, "full"), ValueError("\ud83d"), KeyError()])
+@pytest.mark.parametrize("event", ["started", "progress", "ended", "hold", "recovered", "idle"])
+def test_a_report_that_fails_touches_neither_the_record_nor_the_queue(
+    scheduler: Scheduler, settings: Settings, error: Exception, event: str
+) -> None:
+    heard: list[str] = []
+
+    def report(what: str, **facts: Any) -> None:
+        heard.append(what)
+        if what == "hold":
+            (settings.state_dir / "back").touch()
+        if what == event:
+            raise error
+
+    with scheduler.store.change():  # a run that a dead Runner left
+        scheduler.submit_job(job("left"))
+        scheduler.store.start_run("left", 1.0)
+    scheduler.submit_jobs([job("f", "fail"), job("g", "bug"), job("s", job_priority=-1)])
+    held = int(event == "hold")  # nobody else would bring the node back
+    scheduler.submit_jobs([job("d", "down")] * held)
+    ended = Runner(settings, FakeCluster(settings), report).run(once=True)
+    assert ended == {"handed back": 3 + held, "failed": 2, "succeeded": 2 + held}
+    assert heard.count(event) == 1 and heard[-1] == event
+    assert [row["state"] for row in scheduler.history("f")] == ["failed"]
+    assert scheduler.queue() == []
+
+
+HOSTILE = ["\ud83d", "\x1b[31m\x07", "a\nb\r\tc", "\0", "x" * 3_000_000, "\u202e" * 50_000, "[bold]%s{0}[/]", ""]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_whatever_an_error_says_the_failure_is_recorded_and_the_queue_goes_on(
+    scheduler: Scheduler, settings: Settings, text: str
+) -> None:
+    class Hostile(FakeCluster):
+        def run(self, job: dict[str, Any], **facts: Any) -> dict[str, Any]:
+            if job["job_name"] == "bad":
+                raise JobFault(text, line=text, deep={text: [[[text] * 1000] * 1000]}, number=10**5000)
+            if job["job_name"] == "worse":
+                raise type("Error" + "\ud83d", (BaseException,), {})(text)
+            if job["job_name"] == "odd":
+                return {"counts": {text: float("nan"), "n": text}}
+            return super().run(job, **facts)
+
+    scheduler.submit_jobs([job("bad"), job("worse"), job("odd"), job("good", job_priority=-1)])
+    one = settings.model_copy(update={"max_attempts": 1})
+    assert Runner(one, Hostile(one)).run(once=True) == {"failed": 2, "succeeded": 2}
+    assert once(settings) == {}
+    told = json.dumps(scheduler.show("bad"), ensure_ascii=False) + scheduler.show("bad")["reason"]
+    told.encode()
+    assert len(told) < 1_000_000
+    assert "\n" not in scheduler.show("bad")["reason"] and len(scheduler.show("bad")["reason"]) < 3_000
 
 
 def test_unknown_kinds_of_job_are_refused_by_the_runner(scheduler: Scheduler, settings: Settings) -> None:

@@ -24,6 +24,7 @@ FLOORS = [
     {
         "errors",
         "text",
+        "terminal",
         "config",
         "validation",
         "access",

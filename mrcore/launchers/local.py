@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import mrcore
@@ -287,7 +288,7 @@ def _await_ready(waiting: dict[int, _Daemon]) -> None:
                     log = daemon.node.layout.logs_dir / f"{daemon.name}.log"
                     tail = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
                     what = "ended at once" if readable else f"is not ready after {READY_SECONDS:.0f} s"
-                    raise ClusterFault(f"{daemon} {what}; the end of {log}:\n{tail}")
+                    raise ClusterFault(f"{daemon} {what}; the end of {log}:\n{indent(tail, '  ', lambda line: True)}")
                 del waiting[ready]
                 os.close(ready)
     finally:

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from rpyc import VoidService
 
 from mrcore import WIRE_VERSION
-from mrcore.errors import ClusterFault, MrcoreError, Refused, Unreachable
+from mrcore.errors import ClusterFault, InternalError, MrcoreError, Refused, Unreachable, unforeseen
 from mrcore.rpc import tls
 from mrcore.rpc.channel import Connection, Stream
 from mrcore.rpc.data import DataHandler
@@ -211,20 +211,27 @@ class Server:
                 raise Refused(f"{self.address}:{self.port} has no method {method[:100]!r}")
             if entry.role != "member" and identity.role != "master":
                 raise Refused(f"{method} is the master's to call; {identity.name} is a {identity.role}")
-            given = json.loads(arguments)
-            if type(given) is not dict:
+            given = _object(arguments)
+            if given is None:
                 raise Refused(f"{method}: the arguments must be a JSON object")
             text = json.dumps({"result": entry.function(identity, **given)})
             if len(text) >= self._limits.frame_bytes - self._limits.frame_room_bytes:
-                raise Refused(f"{method}: a reply of {len(text)} bytes exceeds the frame limit; ask for less")
+                raise InternalError(f"{method}: a reply of {len(text):,} bytes exceeds the limit of a frame")
             return text
         except MrcoreError as error:
             plain = error.to_dict()
         except Exception as error:
             log.exception("%s called by %s failed", method, identity)
-            where = f"{method} failed at {self.address}:{self.port}"
-            plain = ClusterFault(f"{where}: {type(error).__name__}: {error}; its log has the traceback").to_dict()
-        return json.dumps({"error": plain}, default=str)
+            fault = unforeseen(error, f"{method} failed at {self.address}:{self.port}")
+            plain = type(fault)(f"{fault.message}; its log has the traceback").to_dict()
+        return json.dumps({"error": plain})
+
+
+def _object(arguments: str) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        if type(value := json.loads(arguments)) is dict:
+            return value
+    return None
 
 
 def _names(source: Names) -> Collection[str]:
