@@ -24,6 +24,8 @@ FLOORS = [
     {
         "errors",
         "text",
+        "logs",
+        "ratelimit",
         "config",
         "validation",
         "access",
