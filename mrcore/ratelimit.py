@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from time import monotonic
@@ -26,14 +25,11 @@ class LimitedLog:
         self._lock = threading.Lock()
         self._more: dict[tuple[str, str], tuple[int, int]] = {}  # by peer and reason: level, how many were left out
         self._end = 0.0  # monotonic, of the interval
-        self._timer: threading.Timer | None = None  # ends it when nothing more is said
-        self._closed = False
 
     def say(self, level: int, peer: str, reason: object, exc_info: bool = False) -> None:
         """Log `reason` of `peer`, or count it when both were logged in this interval already."""
         key = one_line(peer, TEXT_LIMIT), one_line(reason, TEXT_LIMIT)
-        if monotonic() > self._end:
-            self.flush()
+        self.tick()
         with self._lock:
             if not self._more:
                 self._end = monotonic() + self._interval_seconds
@@ -41,32 +37,20 @@ class LimitedLog:
                 key = OTHERS
             if key in self._more:
                 self._more[key] = level, self._more[key][1] + 1
-                self._end_in_time()
                 return
             self._more[key] = level, 0
         self._log.log(level, "%s: %s", *key, exc_info=exc_info)
+
+    def tick(self) -> None:
+        """End the interval when its time has come; whoever has a loop calls this, so that no count waits for long."""
+        if monotonic() > self._end:
+            self.flush()
 
     def flush(self) -> None:
         """End the interval: log how many were left out of each kind."""
         with self._lock:
             told, self._more = self._more, {}
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
         for (peer, reason), (level, count) in told.items():
             if count:
                 seconds = f"{self._interval_seconds:g} s"
                 self._log.log(level, "and %s more in the last %s from %s: %s", f"{count:,}", seconds, peer, reason)
-
-    def close(self) -> None:
-        """Log the counts of the last interval; no thread of this object stays or comes."""
-        self._closed = True
-        self.flush()
-
-    def _end_in_time(self) -> None:
-        if self._timer is None and not self._closed:
-            timer = threading.Timer(max(0.0, self._end - monotonic()), self.flush)
-            timer.daemon = True
-            with contextlib.suppress(RuntimeError):  # the limit of threads: the next line ends the interval
-                timer.start()
-                self._timer = timer

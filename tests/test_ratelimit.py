@@ -6,7 +6,6 @@ import logging
 import re
 import socket
 import struct
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,14 +47,18 @@ def test_the_first_of_each_peer_and_reason_is_told_and_then_how_many_more(caplog
     assert lines(caplog)[-1] == "10.0.0.9: no certificate", "a new interval"
 
 
-def test_the_count_comes_by_itself_when_the_flood_is_over_and_no_thread_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_count_comes_by_itself_when_the_flood_is_over(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO)
-    before = set(threading.enumerate())
-    limited = LimitedLog(LOG, 0.2)
-    limited.say(logging.INFO, "10.0.0.9", "x")
-    limited.say(logging.INFO, "10.0.0.9", "x")
-    wait_until(lambda: sum("more in the last 0.2 s" in line for line in lines(caplog)) >= 1)
-    wait_until(lambda: set(threading.enumerate()) <= before)
+    limited = LimitedLog(LOG, 3600)
+    monkeypatch.setattr(server, "_limited", limited)
+    server._listener.settimeout(0.05)
+    for _ in range(20):
+        scan(server)
+    assert "more in the last" not in caplog.text
+    limited._end = 0.0  # an hour later, nobody comes
+    wait_until(lambda: "more in the last 3600 s from 127.0.0.1: dropped" in caplog.text)
 
 
 def test_a_thousand_peers_with_a_thousand_reasons_make_few_lines_of_bounded_clean_text(
@@ -84,6 +87,14 @@ def test_a_broken_request_leaves_its_traceback_once(caplog: pytest.LogCaptureFix
 # ---- a real server
 
 
+def scan(server: Server) -> None:
+    """Connect as a port scan does."""
+    with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        while sock.recv(4096):
+            pass
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     pki.make_authority(tmp_path / "ca", "c")
@@ -108,11 +119,7 @@ def told_of_150(server: Server, caplog: pytest.LogCaptureFixture) -> str:
 def test_a_port_scan_leaves_two_lines(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for _ in range(150):
-        with socket.create_connection(("127.0.0.1", server.port), 10) as scan:
-            scan.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            scan.settimeout(10)
-            while scan.recv(4096):
-                pass
+        scan(server)
     assert "127.0.0.1: dropped" in told_of_150(server, caplog)
 
 
@@ -145,8 +152,8 @@ def test_a_reset_while_the_server_reads_is_counted_too(server: Server, caplog: p
     """A connection that is cut off by a reset says nothing at all, or one line: never one for each."""
     caplog.set_level(logging.INFO)
     for _ in range(100):
-        with socket.create_connection(("127.0.0.1", server.port), 10) as scan:
-            scan.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            scan.sendall(b"\x16\x03\x01")
+        with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.sendall(b"\x16\x03\x01")
     server.close()
     assert len(caplog.records) <= 4

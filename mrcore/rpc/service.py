@@ -23,7 +23,7 @@ from rpyc import VoidService
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, MrcoreError, Refused, Unreachable
-from mrcore.ratelimit import LimitedLog
+from mrcore.ratelimit import INTERVAL_SECONDS, LimitedLog
 from mrcore.rpc import tls
 from mrcore.rpc.channel import Connection, Stream
 from mrcore.rpc.data import DataHandler
@@ -82,6 +82,7 @@ class Server:
             self._listener = socket.create_server((address, port), family=family, backlog=BACKLOG)
         except OSError as error:
             raise ClusterFault(f"cannot listen on {address}:{port}: {error}") from error
+        self._listener.settimeout(INTERVAL_SECONDS)
         self.address, self.port = address, int(self._listener.getsockname()[1])
         self._acceptor = threading.Thread(target=self._accept, name=f"accept:{self.port}", daemon=True)
 
@@ -103,12 +104,15 @@ class Server:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - monotonic()))
         self._listener.close()
-        self._limited.close()
+        self._limited.flush()
 
     def _accept(self) -> None:
         while not self._closing.is_set():
             try:
                 raw, peer = self._listener.accept()
+            except TimeoutError:
+                self._limited.tick()
+                continue
             except OSError as error:
                 if not self._closing.is_set():
                     self._limited.say(logging.WARNING, f"accept on {self.address}:{self.port}", error)
