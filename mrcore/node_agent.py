@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrcore import VERSIONS, environments, faults, inputs, ledger, procfs, runs, usercode
+from mrcore import VERSIONS, environments, faults, inputs, ledger, logs, procfs, runs, usercode
 from mrcore.agent_moves import MoveMethods
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
@@ -363,8 +363,9 @@ def unpack(archive: Path, folder: Path) -> None:
 
 def main(spec_file: str) -> int:
     """Run the agent that a spec file describes until SIGTERM; gives the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     spec: Json = json.loads(Path(spec_file).read_text())
+    ours = logs.TextLog(logs.take_over(spec.get("log_bytes", logs.LOG_BYTES)))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=ours)
     agent = NodeAgent(spec)
     pki = Pki(Path(spec["pki_dir"]), "node")
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -376,8 +377,10 @@ def main(spec_file: str) -> int:
     )  # fmt: skip
     server.start()
     procfs.announce_ready()
-    signal.sigwait(stop)
+    while not signal.sigtimedwait(stop, logs.WINDOW_SECONDS):
+        ours.settle()
     server.close()
+    ours.settle()
     return 0
 
 

@@ -25,6 +25,7 @@ from mrcore import backup, delegate, manifest, scripts
 from mrcore.config import Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError
 from mrcore.hooks import Hooks
+from mrcore.paths import close_home
 from mrcore.store import Store, sole_runner
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class Runner:
     ) -> None:  # fmt: skip
         self.settings = delegate.insist(settings or load_settings())
         self._fresh, self._unfit = fresh or (lambda: self.settings), self.settings
+        if self.settings.local:
+            close_home(self.settings.home)
         self.store = Store(self.settings.state_dir)
         self.report = report or (lambda event, **facts: None)
         self.executors: dict[str, Callable[[Execution], dict[str, Any]]] = {
