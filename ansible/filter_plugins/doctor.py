@@ -128,10 +128,7 @@ def windows(facts: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str
 
 
 def housekeeping(facts: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Logs are rotated, backups are made."""
-    if not facts["logrotate"]:
-        means = "logs grow until the disk is full"
-        yield "logs are not rotated", means, f"apt-get install logrotate; {verb(wanted, 'deploy')}"
+    """Backups are made."""
     if not facts["is_master"]:
         return
     newest = facts["newest_backup"]
