@@ -133,7 +133,7 @@ def logs(name: str | None, lines: int, raw: bool) -> None:
         of_script = [file for file in (settings.logs_dir / "scripts" / name).glob("*.log") if file.stem.isdecimal()]
         chosen += sorted(of_script, key=lambda file: int(file.stem))[-1:]  # of its newest run
     if not chosen:
-        names = {file.parent.name if file.stem.isdecimal() else file.stem for file in files}
+        names = {file.parent.name if file.stem.isdecimal() else file.stem for file in files if file.suffix == ".log"}
         names |= set() if settings.local else {"agent@NODE", *(server.name for server in settings.servers())}
         known = ", ".join(sorted(names)) or "none yet: `mrcore cluster start` makes them"
         raise UsageError(f"there is no log of {name!r}; known: {known}")
