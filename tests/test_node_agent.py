@@ -352,4 +352,4 @@ def test_an_agent_that_was_frozen_for_longer_than_it_waits_goes_on(agent: Agent)
     os.kill(agent.process.pid, signal.SIGSTOP)
     wait_until(lambda: time.monotonic() - begun > 1.5 * logs.WINDOW_SECONDS)
     os.kill(agent.process.pid, signal.SIGCONT)
-    assert agent.client().call("health")["name"] == "agent" and agent.process.poll() is None
+    assert agent.client().call("health")["name"] == "n1" and agent.process.poll() is None
