@@ -25,7 +25,7 @@ FLOORS = [
         "errors",
         "text",
         "logs",
-        "ratelimit",
+        "limited_log",
         "config",
         "validation",
         "access",

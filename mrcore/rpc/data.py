@@ -29,7 +29,6 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from mrcore.errors import ClusterFault, MrcoreError, Refused
-from mrcore.ratelimit import LimitedLog
 from mrcore.rpc.channel import Stream
 from mrcore.rpc.client import Caller, received
 from mrcore.rpc.tls import DATA_PROTOCOL, Identity
@@ -39,7 +38,7 @@ try:  # comes with xopen where it runs, and is ten times as fast: the crc would 
 except ImportError:
     from zlib import crc32
 
-limited_log = LimitedLog(logging.getLogger(__name__))
+log = logging.getLogger(__name__)
 MORE, LAST, FAULT = range(3)
 PIECE = struct.Struct("!BII")
 
@@ -223,7 +222,7 @@ def _asked(function: Callable[..., Any], *arguments: Any) -> Any:
     except OSError as error:
         raise ClusterFault(f"cannot serve the bytes: {error}") from error
     except Exception as error:
-        limited_log.say(logging.ERROR, "a data request", f"failed: {type(error).__name__}", exc_info=True)
+        log.exception("a data request failed")
         raise ClusterFault(f"the request failed: {type(error).__name__}: {error}; the log has the traceback") from error
 
 

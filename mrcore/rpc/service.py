@@ -23,7 +23,7 @@ from rpyc import VoidService
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, MrcoreError, Refused, Unreachable
-from mrcore.ratelimit import INTERVAL_SECONDS, LimitedLog
+from mrcore.limited_log import INTERVAL_SECONDS, LimitedLog
 from mrcore.rpc import tls
 from mrcore.rpc.channel import Connection, Stream
 from mrcore.rpc.data import DataHandler

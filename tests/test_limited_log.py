@@ -14,7 +14,7 @@ from conftest import wait_until
 
 from mrcore import pki
 from mrcore.errors import Refused
-from mrcore.ratelimit import MAX_KEYS, LimitedLog
+from mrcore.limited_log import MAX_KEYS, LimitedLog
 from mrcore.rpc.client import Client
 from mrcore.rpc.service import Method, Server
 from mrcore.rpc.tls import Pki
