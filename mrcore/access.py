@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import os
 import pwd
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -28,6 +31,54 @@ def blocked(path: str | os.PathLike[str], write: bool = False) -> str | None:
     if target.is_dir():
         return None if _may(target, os.R_OK | os.X_OK) else _say("read", target, target, "rx")
     return None if _may(target, os.R_OK) else _say("read", target, target, "r")
+
+
+def foreign_code(folder: Path) -> tuple[Path, str] | None:
+    """What of a project, or of the folders above it, somebody else than we and root may change, and who; None: nothing.
+
+    Whoever may change it decides what its code does. Links count as what they lead to.
+    """
+    for path in _what_decides(folder):
+        try:
+            status = path.stat()
+        except OSError:  # a link that leads nowhere is no code
+            continue
+        if status.st_mode & stat.S_ISVTX and path.is_dir():
+            continue  # as /tmp: what others own there they cannot put in our place
+        if status.st_uid not in (0, os.geteuid()):
+            return path, _user(status.st_uid)
+        if status.st_mode & 0o002:
+            return path, "everybody"
+        if status.st_mode & 0o020 and (group := _shared_group(status)):
+            return path, f"the group {group}"
+    return None
+
+
+def _what_decides(folder: Path) -> Iterator[Path]:
+    """A folder, those above it, all below it, and likewise what links there lead to."""
+    found, seen = [folder], set[Path]()
+    while found:
+        path = found.pop()
+        real = Path(os.path.realpath(path))
+        if real in seen:
+            continue
+        seen.add(real)
+        if path != real or path == folder:
+            yield from reversed(real.parents)
+        yield path
+        if real.is_dir():
+            with contextlib.suppress(PermissionError):  # what we cannot read we cannot run
+                found += sorted(path / each for each in os.listdir(real))
+
+
+def _shared_group(status: os.stat_result) -> str | None:
+    """The group of a file, unless its owner is alone in it."""
+    try:
+        group = grp.getgrgid(status.st_gid)
+    except KeyError:
+        return str(status.st_gid)
+    own = status.st_gid == 0 or group.gr_name == _user(status.st_uid)
+    return None if own and set(group.gr_mem) <= {_user(status.st_uid)} else group.gr_name
 
 
 def _may(path: Path, mode: int) -> bool:

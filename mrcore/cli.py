@@ -320,6 +320,7 @@ def cat(job: str, head: int | None) -> None:
 @click.option("--reduce", "reduce_name", metavar="NAME", help="The reduce function; without it, what map gives.")
 @click.option("--combine", metavar="NAME", help="A reduce function applied before the sort.")
 @click.option("--aux", "auxiliary", type=click.Path(path_type=Path), help="JSON for auxiliary_data.")
+@click.option("--as-root", is_flag=True, help="As root, run also code that others may change.")
 def try_project(
     project: str,
     inputs: tuple[str, ...],
@@ -327,6 +328,7 @@ def try_project(
     reduce_name: str | None,
     combine: str | None,
     auxiliary: Path | None,
+    as_root: bool,
 ) -> None:
     """Run a project's functions over files in this one process, without a cluster: to develop them."""
     from mrcore import environments, trial
@@ -336,6 +338,7 @@ def try_project(
         folder = Path(project).absolute()
     if not folder.is_dir():
         raise UsageError(f"there is no project {project!r}: no folder of projects_dir, no folder here")
+    _say_whose_code(folder, as_root)
     asked = {"map_name": map_name, "reduce_name": reduce_name, "inputs": inputs, "combine": combine}
     asked |= {"project_dir": str(folder), "auxiliary_file": str(auxiliary) if auxiliary else None}
     if packages := environments.install_for_trial(folder):
@@ -343,6 +346,21 @@ def try_project(
         asked["packages"] = str(packages)
         os.execv(sys.executable, [sys.executable, "-P", "-m", "mrcore.trial", json.dumps(asked)])
     trial.print_trial(asked)
+
+
+def _say_whose_code(folder: Path, as_root: bool) -> None:
+    """Say so when others decide what a trial does with the caller's rights. Raises UsageError when these are root's."""
+    from mrcore import access
+
+    if (found := access.foreign_code(folder)) is None:
+        return
+    path, who = found
+    if os.geteuid() == 0 and not as_root:
+        raise UsageError(
+            f"{who} may change {path}, and `mrcore try` would run that code as root: try it as another user "
+            "(`runuser -u USER -- mrcore try …`), or say --as-root"
+        )
+    click.echo(f"mrcore: runs code of {folder} with your rights; {who} may change {path}", err=True)
 
 
 for each in (*cli_cluster.COMMANDS, *cli_admin.COMMANDS, *cli_files.COMMANDS):

@@ -11,7 +11,8 @@ import click
 
 from mrcore.cli_common import JSON, cluster_in_force, print_json, print_table, settings_in_force
 from mrcore.errors import ClusterFault, UsageError
-from mrcore.text import one_line
+from mrcore.logs import last_lines
+from mrcore.text import clean, one_line
 
 if TYPE_CHECKING:
     from mrcore.config import Settings
@@ -109,14 +110,18 @@ def attach(server: str) -> None:
 @click.command()
 @click.argument("name", required=False, metavar="[SERVER|agent@NODE|JOB]")
 @click.option("--lines", type=click.IntRange(1), default=100, show_default=True, help="Last lines of each file.")
-def logs(name: str | None, lines: int) -> None:
-    """Print the end of a server's, an agent's or a job's log; without a name, list the logs."""
+@click.option("--raw", is_flag=True, help="Print the bytes as they are, control characters included.")
+def logs(name: str | None, lines: int, raw: bool) -> None:
+    """Print the end of a server's, an agent's or a job's log; without a name, list the logs.
+
+    What a terminal would obey is shown as \\x1b and the like, since anybody's data may be in a log.
+    """
     settings = settings_in_force()
     if name is not None and (daemon := _daemon(settings, name)):
         if not settings.local:
             from mrcore.launchers import ssh
 
-            return click.echo(ssh.read_log(settings, *daemon, lines), nl=False)
+            return _print_log(ssh.read_log(settings, *daemon, lines).encode(errors="surrogateescape"), raw)
         node = next(node for node in settings.nodes if node.name == daemon[0])
         chosen = [file for file in [node.layout.logs_dir / f"{daemon[1]}.log"] if file.is_file()]
     folders = [node.layout.logs_dir for node in settings.nodes if settings.local] + [settings.logs_dir]
@@ -128,22 +133,24 @@ def logs(name: str | None, lines: int) -> None:
         of_script = [file for file in (settings.logs_dir / "scripts" / name).glob("*.log") if file.stem.isdecimal()]
         chosen += sorted(of_script, key=lambda file: int(file.stem))[-1:]  # of its newest run
     if not chosen:
-        names = {file.parent.name if file.stem.isdecimal() else file.stem for file in files}
+        names = {file.parent.name if file.stem.isdecimal() else file.stem for file in files if file.suffix == ".log"}
         names |= set() if settings.local else {"agent@NODE", *(server.name for server in settings.servers())}
         known = ", ".join(sorted(names)) or "none yet: `mrcore cluster start` makes them"
         raise UsageError(f"there is no log of {name!r}; known: {known}")
     for file in chosen:
         if len(chosen) > 1:
             click.echo(f"==> {one_line(file)} <==")
-        with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - lines * 4096))
-            last = b"".join(stream.read().splitlines(keepends=True)[-lines:])
-            if sys.stdout.isatty():  # which would obey what the data and user code have printed
-                click.echo(last.decode(errors="backslashreplace"), nl=False)
-            else:
-                sys.stdout.flush()
-                sys.stdout.buffer.write(last)
+        _print_log(last_lines(file, lines), raw)
     return None
+
+
+def _print_log(content: bytes, raw: bool) -> None:
+    """Print the end of a log as it is, or so that no terminal obeys it; long lines are shortened then."""
+    if not raw:
+        lines = content.decode(errors="backslashreplace").replace("\r\n", "\n").split("\n")
+        content = "\n".join(clean(line) for line in lines).encode()
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
 
 
 def _daemon(settings: Settings, name: str) -> tuple[str, str] | None:

@@ -1,9 +1,9 @@
 """A cluster server: takes one order at a time from the master, has it carried out by a task process, tells its events.
 
 `python -m mrcore.cluster_server SPEC.json` runs the supervisor, which forks what `serve` describes. The spec has
-name, node, address, port, cluster (id or name), compute_dir, pki_dir, members_file (`watched`), and memory_bytes: the
-budget of task, supervisor and server together, counted as anonymous memory; null: this server's share of the machine
-that it runs on, of which it is one of `servers`.
+name, node, address, port, cluster (id or name), compute_dir, pki_dir, members_file (`watched`), log_bytes (`logs`), and
+memory_bytes: the budget of task, supervisor and server together, counted as anonymous memory; null: this server's share
+of the machine that it runs on, of which it is one of `servers`.
 
 Events are numbered per incarnation, one life of the server child; a master that sees the incarnation change knows
 that task and events are gone. They are kept until a poll with `after` at or past their number acknowledges them.
@@ -30,14 +30,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mrcore import VERSIONS, procfs
+from mrcore import VERSIONS, logs, procfs
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import Layout, write_atomic
 from mrcore.rpc.data import DataClient
 from mrcore.rpc.service import Method, Server
 from mrcore.rpc.tls import LIMITS, Pki
 from mrcore.supervisor import Json, Supervisor
-from mrcore.terminal import log_to_stderr
+from mrcore.terminal import log_to
 from mrcore.watched import watch_membership
 
 MAX_EVENTS = 10_000  # held for a silent master; then tasks wait
@@ -271,7 +271,7 @@ def run_process(spec: Json, order: Json, connection: socket.socket) -> None:
 
 def main(spec_file: str, run_task: Callable[[Json, Json, socket.socket], None] = run_process) -> int:
     """Run the cluster server that a spec file describes, until SIGTERM; gives the exit status."""
-    log_to_stderr()
+    log_to()
     spec: Json = json.loads(Path(spec_file).read_text())
     if run_task is run_process:
         import mrcore.process  # noqa: F401  once for all tasks, which share its memory
@@ -283,7 +283,8 @@ def main(spec_file: str, run_task: Callable[[Json, Json, socket.socket], None] =
     ours, known = layout.pids_dir / f"{name}.json", {"pid": os.getpid(), "start_ticks": procfs.start_ticks(os.getpid())}
     write_atomic(ours, json.dumps(known).encode())  # systemd leaves none for the node's agent
     parts = functools.partial(serve, spec), functools.partial(run_task, spec)
-    status = Supervisor(name, *parts, layout.pids_dir / f"{name}.server.json").run()
+    log_bytes = spec.get("log_bytes", logs.LOG_BYTES)
+    status = Supervisor(name, *parts, layout.pids_dir / f"{name}.server.json", log_bytes).run()
     ours.unlink(missing_ok=True)
     return status
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mrcore.errors import UsageError
+from mrcore.logs import LOG_BYTES, MIN_LOG_BYTES
 from mrcore.paths import Layout
 from mrcore.procfs import budget_bytes
 from mrcore.text import unfit
@@ -85,6 +86,7 @@ class Settings(BaseModel):
     max_attempts: int = Field(3, ge=1, le=100)
     hold_backoff_first_seconds: float = Field(2, gt=0)
     hold_backoff_max_seconds: float = Field(300, gt=0)
+    log_bytes: int = Field(LOG_BYTES, ge=MIN_LOG_BYTES, description="for each log")
     history_keep_runs: int = Field(10_000, ge=1)
     on_success: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
     on_failure: list[str] | None = Field(None, min_length=1, description="a command and its arguments")

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrcore import VERSIONS, environments, faults, inputs, ledger, procfs, runs, usercode
+from mrcore import VERSIONS, environments, faults, inputs, ledger, logs, procfs, runs, usercode
 from mrcore.agent_moves import MoveMethods
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
@@ -32,7 +32,7 @@ from mrcore.rpc.data import DataHandler, Range, Upload
 from mrcore.rpc.service import Method, Server
 from mrcore.rpc.tls import Identity, Pki
 from mrcore.staging import flush
-from mrcore.terminal import log_to_stderr
+from mrcore.terminal import log_to
 from mrcore.watched import watch_membership
 
 FILES_A_PAGE = 5_000
@@ -364,8 +364,8 @@ def unpack(archive: Path, folder: Path) -> None:
 
 def main(spec_file: str) -> int:
     """Run the agent that a spec file describes until SIGTERM; gives the exit status."""
-    log_to_stderr()
     spec: Json = json.loads(Path(spec_file).read_text())
+    log_to(logs.TextLog(logs.take_over(spec.get("log_bytes", logs.LOG_BYTES))))
     agent = NodeAgent(spec)
     pki = Pki(Path(spec["pki_dir"]), "node")
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -377,8 +377,11 @@ def main(spec_file: str) -> int:
     )  # fmt: skip
     server.start()
     procfs.announce_ready()
-    signal.sigwait(stop)
+    # Python gives an empty answer when SIGSTOP has outlasted the time: hence the number.
+    while not (got := signal.sigtimedwait(stop, logs.WINDOW_SECONDS)) or got.si_signo not in stop:
+        ours.settle()
     server.close()
+    ours.settle()
     return 0
 
 

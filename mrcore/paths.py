@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from mrcore import faults
 
 PARTIAL = ".partial"
+HOME_FOLDERS = ("state", "logs", "pki", "nodes")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,25 @@ class Layout:
         own = (self.base_dir, self.auxiliary_dir, self.working_dir, self.incoming_dir, self.projects_dir)
         for folder in (*own, self.venvs_dir, self.logs_dir):
             folder.mkdir(parents=True, exist_ok=True)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that its owner alone may enter, missing ones above it likewise; one of ours that is open is closed.
+
+    A home folder of an account, and one that is everybody's (/tmp), stay as they are: they hold more than ours.
+    """
+    for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        each.mkdir(mode=0o700, exist_ok=True)
+    status = folder.stat()
+    shared = status.st_mode & stat.S_ISVTX or folder == Path.home()
+    if status.st_mode & 0o077 and status.st_uid == os.geteuid() and not shared:
+        folder.chmod(stat.S_IMODE(status.st_mode) & ~0o077)
+
+
+def close_home(home: Path) -> None:
+    """Make the home of a local cluster, and what lies in it already, its owner's alone."""
+    for folder in (home, *(each for name in HOME_FOLDERS if (each := home / name).is_dir())):
+        make_private(folder)
 
 
 def fsync_dir(path: Path) -> None:

@@ -23,6 +23,7 @@ from mrcore import backup, delegate, manifest, scripts
 from mrcore.config import Settings, load_settings
 from mrcore.errors import ClusterFault, InternalError, JobFault, MrcoreError, unforeseen
 from mrcore.hooks import Hooks
+from mrcore.paths import close_home
 from mrcore.store import Store, sole_runner
 from mrcore.text import one_line, type_name
 
@@ -121,6 +122,8 @@ class Runner:
     ) -> None:  # fmt: skip
         self.settings = delegate.insist(settings or load_settings())
         self._fresh, self._unfit = fresh or (lambda: self.settings), self.settings
+        if self.settings.local:
+            close_home(self.settings.home)
         self.store = Store(self.settings.state_dir)
         self._listener = report
         self.executors: dict[str, Callable[[Execution], dict[str, Any]]] = {

@@ -15,6 +15,7 @@ from mrcore import delegate, ledger
 from mrcore import job as jobs
 from mrcore.config import Settings, load_settings
 from mrcore.errors import UsageError
+from mrcore.paths import close_home
 from mrcore.runner import QUEUED, Doorbell, Runner, order
 from mrcore.store import Store
 from mrcore.text import listed, one_line
@@ -35,6 +36,8 @@ class Scheduler:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = delegate.insist(settings or load_settings())
+        if self.settings.local:
+            close_home(self.settings.home)
         self.store = Store(self.settings.state_dir)
         self._doorbell = Doorbell(self.settings.state_dir)
 

@@ -1,10 +1,12 @@
 """Script jobs: a Python script on the master, with a guard that ends whatever it started.
 
-    Runner ── pipe ── guard (`python -m mrcore.scripts MARK COMMAND…`; subreaper) ── script, and whatever it forked
+    Runner ── pipe ── guard (`python -m mrcore.scripts LOG BYTES MARK COMMAND…`; subreaper) ── script, and its children
 
 The guard holds one end of a pipe on which nothing is ever written. Its end of file is the order to end the script: the
 Runner closes its end to cancel, and the kernel does so when the Runner dies. A parent-death signal would not do: it
 would kill the guard as well, and what had detached itself from the script would live on.
+
+The guard reads what the script prints and writes it to the run's log: its first and its last part, when it is much.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mrcore import procfs
+from mrcore import logs, procfs
 from mrcore.errors import JobFault, MrcoreError
 from mrcore.supervisor import describe, sweep
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 3.0  # from SIGTERM to SIGKILL
 KILL_SECONDS = 5.0
 TAIL_LINES, TAIL_BYTES = 20, 8192  # of its output, in the history of a script that failed
+LOGS_OF_A_JOB = 4  # times `log_bytes`: what the logs of all runs of a job may take
 MARK = "MRCORE_SCRIPT"
 
 
@@ -40,8 +43,8 @@ def run(
 ) -> dict[str, Any]:
     """Run a script job to its end and give its counts; setting `stop` ends the script and all it started.
 
-    What it prints goes to `log_of` as it comes. Raises JobFault when the script cannot be run or does not succeed,
-    with the last lines that it printed; MrcoreError when it was stopped.
+    What it prints goes to `log_of` as it comes, `log_bytes` of it at most. Raises JobFault when the script cannot be
+    run or does not succeed, with the last lines that it printed; MrcoreError when it was stopped.
     """
     script, name = Path(job["script_location"]), job["job_name"]
     if not script.is_file():
@@ -49,11 +52,12 @@ def run(
     mark = f"{settings.state_dir} {name} {run}"
     command = [interpreter(job, settings), str(script), *map(str, job["script_arguments"])]
     log_file = log_of(settings, name, run)
-    log_file.parent.mkdir(parents=True, exist_ok=True)
+    log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_room(settings, name)
     progress("SCRIPT")
     with log_file.open("ab") as log:
         guard = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mrcore.scripts", mark, *command],
+            [sys.executable, "-P", "-m", "mrcore.scripts", str(log_file), str(settings.log_bytes), mark, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -91,8 +95,23 @@ def log_of(settings: Settings, job_name: str, run: int) -> Path:
 
 def prune(settings: Settings, job_name: str, kept_runs: set[int]) -> None:
     """Forget what other runs of a script printed than these."""
-    for path in log_of(settings, job_name, 0).parent.glob("*.log"):
-        if path.stem.isdecimal() and int(path.stem) not in kept_runs:
+    for path in _logs(settings, job_name):
+        if int(path.stem) not in kept_runs:
+            path.unlink(missing_ok=True)
+
+
+def _logs(settings: Settings, job_name: str) -> list[Path]:
+    """What is kept of a job's runs, newest first."""
+    found = [path for path in log_of(settings, job_name, 0).parent.glob("*.log") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem), reverse=True)
+
+
+def _make_room(settings: Settings, job_name: str) -> None:
+    """Forget what the oldest runs of a script printed, until all take LOGS_OF_A_JOB logs together with the next."""
+    room = (LOGS_OF_A_JOB - 1) * settings.log_bytes
+    for path in _logs(settings, job_name):
+        room -= path.stat().st_size
+        if room < 0:
             path.unlink(missing_ok=True)
 
 
@@ -141,7 +160,8 @@ def _tail(file: Path) -> str:
 class _Guard:
     """The guard's own process: single-threaded, starts one command, ends it when asked, sweeps what it left."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: logs.BoundedLog) -> None:
+        self._log = log
         procfs.become_subreaper()
         self._wake, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -160,29 +180,46 @@ class _Guard:
                 Path("/proc/self/oom_score_adj").write_text("500")
 
         guard, environment = os.getpid(), os.environ | {MARK: mark}
+        printed, print_to = logs.open_pipe()
         try:
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=2, env=environment, start_new_session=True, preexec_fn=prepare
-            )
+                command, stdin=subprocess.DEVNULL, stdout=print_to, stderr=print_to, env=environment,
+                start_new_session=True, preexec_fn=prepare,
+            )  # fmt: skip
         except OSError as error:
             return {"message": f"cannot be started by {command[0]}: {error.strerror}"}
-        status: int | None = None
+        os.close(print_to)
+        child.returncode = status = self._wait(child.pid, printed)
+        sweep(set())
+        logs.drain(printed, self._log)
+        return describe(status)
+
+    def _wait(self, child: int, printed: int) -> int:
+        """Write what the script prints, end it when the pipe of the Runner does, and give its wait status."""
         deadline: float | None = None
-        while status is None:
-            seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
-            readable, _, _ = select.select([self._wake] if deadline else [self._wake, 0], [], [], seconds)
-            if 0 in readable:
-                os.killpg(child.pid, signal.SIGTERM)
-                deadline = time.monotonic() + GRACE_SECONDS
+        heard = {self._wake, 0, printed}
+        while True:
+            pause = logs.WINDOW_SECONDS if self._log.held else None
+            if deadline is not None:
+                pause = max(0.0, min(deadline - time.monotonic(), pause or KILL_SECONDS))
+            readable, _, _ = select.select(heard, [], [], pause)
+            if printed in readable:
+                data = os.read(printed, logs.READ_BYTES)
+                self._log.write(data)
+                heard -= set() if data else {printed}
             elif not readable:
-                os.killpg(child.pid, signal.SIGKILL)
+                self._log.settle()
+            if 0 in readable:
+                os.killpg(child, signal.SIGTERM)
+                heard -= {0}
+                deadline = time.monotonic() + GRACE_SECONDS
+            elif deadline is not None and time.monotonic() >= deadline:
+                os.killpg(child, signal.SIGKILL)
                 deadline = time.monotonic() + KILL_SECONDS
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake, 4096)
-            status = self._reap(child.pid)
-        child.returncode = status
-        sweep(set())
-        return describe(status)
+            if (status := self._reap(child)) is not None:
+                return status
 
     def _reap(self, wanted: int) -> int | None:
         """Reap what has ended, orphans too; gives the wait status of `wanted` once it has."""
@@ -194,6 +231,7 @@ class _Guard:
 
 
 if __name__ == "__main__":
-    result = _Guard().run(sys.argv[1], sys.argv[2:])
+    bounded = logs.BoundedLog(Path(sys.argv[1]), int(sys.argv[2]), keep_ends=True)
+    result = _Guard(bounded).run(sys.argv[3], sys.argv[4:])
     with contextlib.suppress(BrokenPipeError):
         os.write(1, json.dumps(result).encode())

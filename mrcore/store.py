@@ -19,6 +19,7 @@ from typing import Any
 
 from mrcore import faults, procfs
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
+from mrcore.paths import make_private
 from mrcore.text import one_line, plain
 
 SCHEMA_VERSION = 2
@@ -89,7 +90,7 @@ class Store:
         self._lock = threading.RLock()
         self._depth = 0
         try:
-            state_dir.mkdir(parents=True, exist_ok=True)
+            make_private(state_dir)
             # The switch to WAL does not wait for other openers as everything else does: hence a lock of our own.
             with (state_dir / "queue.lock").open("w") as gate:
                 fcntl.flock(gate, fcntl.LOCK_EX)

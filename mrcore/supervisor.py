@@ -11,6 +11,8 @@ Messages on the control socket (SOCK_SEQPACKET, one JSON object each; `serial` t
   server → supervisor  {"ready": port} · {"spawn": serial} with the task's end of its connection · {"kill": serial}
   supervisor → server  {"spawned": serial, "pid"} · {"ended": serial, "status"|"signal", "message"}
 A task gets its order as the first thing on its connection: 4 bytes of length (big-endian), then JSON.
+
+What server and task print comes by a pipe, and the supervisor writes it into its own log, which so stays bounded.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mrcore import procfs
+from mrcore import logs, procfs
 from mrcore.errors import interrupt
 
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 30.0
@@ -50,12 +52,16 @@ class Supervisor:
     `record` is the file that tells the server child's pid and start ticks; MRCORE_READY_FD gets word once it answers.
     """
 
-    def __init__(self, name: str, serve: Serve, run_task: RunTask, record: Path) -> None:
+    def __init__(
+        self, name: str, serve: Serve, run_task: RunTask, record: Path, log_bytes: int = logs.LOG_BYTES
+    ) -> None:
         self._name, self._serve, self._run_task, self._record = name, serve, run_task, record
         self._ready = self._stopping = False
         self._server = self._task = self._serial = 0
         self._starts: list[float] = []
         self._terminal = os.isatty(0)
+        self._log = logs.take_over(log_bytes)
+        self._printed, self._print_to = logs.open_pipe()
         self._wake, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         procfs.become_subreaper()
         for number in (*_STOP_SIGNALS, signal.SIGCHLD):
@@ -72,18 +78,24 @@ class Supervisor:
         gc.freeze()  # the collector would otherwise touch, and so copy, every page that the children share
         self._start_server()
         while self._server and not self._stopping:
-            readable, _, _ = select.select([self._wake, self._control.fileno()], [], [])
+            ours = [self._wake, self._control.fileno(), self._printed]
+            readable, _, _ = select.select(ours, [], [], logs.WINDOW_SECONDS if self._log.held else None)
+            if self._printed in readable:
+                self._log.write(os.read(self._printed, logs.READ_BYTES))
+            elif not readable:
+                self._log.settle()
             if self._wake in readable:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake, 4096)
                 self._reap()
-            else:
+            elif ours[1] in readable:
                 self._obey()
         self._end_task("the cluster server is stopped")
         for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, SWEEP_SECONDS)):
             if self._server:
                 os.kill(self._server, number)
                 self._server = self._server if reap(self._server, seconds) is None else 0
+        logs.drain(self._printed, self._log)
         self._record.unlink(missing_ok=True)
         return int(not self._stopping)
 
@@ -131,7 +143,7 @@ class Supervisor:
     # ---- the task
 
     def _fork(self, kept: socket.socket, life: Callable[[], None]) -> int:
-        """Fork a child that dies with us, holds no descriptor but `kept` and 0–2, lives `life` and ends."""
+        """Fork a child that dies with us, prints to our log, holds no other descriptor but `kept`, lives and ends."""
         parent = os.getpid()
         sys.stdout.flush()
         if pid := os.fork():
@@ -142,6 +154,8 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for number in (*_STOP_SIGNALS, signal.SIGCHLD, signal.SIGTTOU):
                 signal.signal(number, signal.SIG_DFL)
+            for standard in (1, 2):
+                os.dup2(self._print_to, standard)
             os.closerange(3, kept.fileno())
             os.closerange(kept.fileno() + 1, 1 << 20)  # the kernel's usual ceiling for any process
             life()
@@ -179,6 +193,7 @@ class Supervisor:
             signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             self._give_terminal(os.getpid())
             signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+            sys.breakpointhook = _break_on_terminal
         else:
             os.dup2(nothing := os.open(os.devnull, os.O_RDONLY), 0)
             os.close(nothing)
@@ -214,6 +229,7 @@ class Supervisor:
                     kill(pid, signal.SIGKILL)
             status = reap(pid, SWEEP_SECONDS)
         sweep({self._server})
+        logs.drain(self._printed, self._log)
         if pid:
             self._give_terminal(os.getpgrp())
             told = {"message": "does not end: stuck in the kernel"} if status is None else describe(status)
@@ -229,6 +245,15 @@ class Supervisor:
                 _, status = os.waitpid(ended.si_pid, 0)
                 if ended.si_pid == self._server:
                     self._restart_server(status)
+
+
+def _break_on_terminal(*_: Any, **__: Any) -> None:
+    """Debug in the window: from here on this task prints there alone, so that lines can be edited."""
+    import pdb
+
+    for number in (1, 2):
+        os.dup2(0, number)
+    pdb.Pdb().set_trace(sys._getframe(1))
 
 
 def reap(pid: int, seconds: float) -> int | None:

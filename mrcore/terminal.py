@@ -195,8 +195,8 @@ class LineFormatter(logging.Formatter):
         return line.replace("\n", "\n  ")
 
 
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """Have this process write its log to standard error."""
-    handler = logging.StreamHandler()
+def log_to(stream: Any = None, level: int = logging.INFO) -> None:
+    """Have this process write its log to a stream; None: standard error."""
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=level, handlers=[handler])

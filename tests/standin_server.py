@@ -118,6 +118,14 @@ def act(spec: dict[str, Any], order: dict[str, Any], connection: socket.socket) 
                     "kept": connection.fileno(),
                 },
             )
+        case "print":
+            print("the first line")
+            for _ in range(what["mebibytes"]):
+                os.write(1, (b"x" * 1023 + b"\n") * 1024)
+            print("the last line", file=sys.stderr)
+            if what.get("crash"):
+                os.kill(os.getpid(), signal.SIGSEGV)
+            say("done", result={})
         case "flood":
             for number in range(what["count"]):
                 say("progress" if what.get("progress") else "count", number=number)

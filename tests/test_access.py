@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from mrcore.access import blocked
+from mrcore import cli
+from mrcore.access import blocked, foreign_code
 from mrcore.errors import JobFault, UsageError
 from mrcore.job import validate
 from mrcore.staging import walk
@@ -121,3 +122,100 @@ def test_a_project_file_that_may_not_be_read_is_named(open_folder: Path, as_nobo
     path = make(open_folder, "helper.py", 0o200)
     with pytest.raises(JobFault, match=f"project file: user .* may not read {path} "):
         project_hash(open_folder)
+
+
+# ---- whose code `mrcore try` runs
+
+ANNA = 61002  # a user id that is nobody's here
+
+
+def project(folder: Path) -> Path:
+    made = folder / "count"
+    (made / "lib").mkdir(parents=True)
+    (made / "map_functions.py").write_text("def m(line, auxiliary_data):\n    return [(line, 1)]\n")
+    (made / "lib/helper.py").write_text("")
+    (folder / "in.txt").write_text("a\n")
+    return made
+
+
+def by_mode(folder: Path, made: Path) -> None:
+    made.chmod(0o777)
+
+
+def by_file_mode(folder: Path, made: Path) -> None:
+    (made / "lib/helper.py").chmod(0o646)
+
+
+def by_owner(folder: Path, made: Path) -> None:
+    os.chown(made / "lib/helper.py", ANNA, ANNA)
+
+
+def by_folder_above(folder: Path, made: Path) -> None:
+    os.chown(folder, ANNA, ANNA)
+
+
+def by_group(folder: Path, made: Path) -> None:
+    os.chown(made, -1, 61010)
+    made.chmod(0o2770)
+
+
+def by_link(folder: Path, made: Path) -> None:
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere/helper.py").write_text("")
+    os.chown(folder / "elsewhere", ANNA, ANNA)
+    (made / "lib/helper.py").unlink()
+    (made / "lib/helper.py").symlink_to(folder / "elsewhere/helper.py")
+
+
+def by_linked_folder(folder: Path, made: Path) -> None:
+    (folder / "more").mkdir()
+    (folder / "more/inner.py").write_text("")
+    os.chown(folder / "more/inner.py", ANNA, ANNA)
+    (made / "more").symlink_to(folder / "more")
+    (made / "round").symlink_to(made)
+
+
+WAYS = {
+    by_mode: "everybody", by_file_mode: "everybody", by_owner: str(ANNA), by_folder_above: str(ANNA),
+    by_group: "the group 61010", by_link: str(ANNA), by_linked_folder: str(ANNA),
+}  # fmt: skip
+
+
+def test_code_of_our_own_is_nobody_elses(tmp_path: Path) -> None:
+    made = project(tmp_path)
+    (made / "round").symlink_to(made)
+    (made / "nowhere").symlink_to("/nonexistent")
+    assert foreign_code(made) is None
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("way", WAYS)
+def test_root_does_not_try_what_others_may_change_unless_told_to(
+    tmp_path: Path, way: Callable[[Path, Path], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = project(tmp_path)
+    way(tmp_path, made)
+    call = ["try", str(made), str(tmp_path / "in.txt"), "--map", "m"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(call)
+    out, err = capfd.readouterr()
+    assert ended.value.code == 2 and out == ""
+    assert re.match(rf"mrcore: {WAYS[way]} may change {tmp_path}.*as root.*--as-root\n$", err), err
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*call, "--as-root"])
+    out, err = capfd.readouterr()
+    assert ended.value.code == 0 and out == '["a\\n", 1]\n'
+    assert f"runs code of {made} with your rights; {WAYS[way]} may change" in err
+
+
+@pytest.mark.needs_root
+def test_another_user_is_told_whose_code_runs(open_folder: Path, as_nobody: None) -> None:
+    os.seteuid(0)
+    made = project(open_folder)
+    open_folder.chmod(0o755)
+    os.seteuid(65534)
+    assert foreign_code(made) is None, "root may do everything anyway"
+    os.seteuid(0)
+    os.chown(made / "map_functions.py", ANNA, ANNA)
+    os.seteuid(65534)
+    assert foreign_code(made) == (made / "map_functions.py", str(ANNA))

@@ -30,6 +30,7 @@ def module(path: str) -> ModuleType:
 
 
 plugin = module("ansible/filter_plugins/mrcore.py")
+of_machines = module("ansible/filter_plugins/machines.py")
 wheelhouse = module("scripts/wheelhouse.py")
 
 
@@ -64,7 +65,7 @@ def machines(
     **changes: dict[str, Any],
 ) -> dict[str, Any]:
     results = {name: probe(configured=name == "m1") for name in GOOD} | changes
-    answer: dict[str, Any] = plugin.mrcore_machines(results, cluster(), authority, release, removed)
+    answer: dict[str, Any] = of_machines.mrcore_machines(results, cluster(), authority, release, removed)
     return answer
 
 
@@ -182,7 +183,7 @@ def test_fit_machines_and_what_wheels_they_need() -> None:
         (probe(disk_free_bytes=100 << 20), r"Host w2 has 100 MiB free for .* \(at least 1,024 MiB\): make room"),
         (probe(address_is_here=False), "Host w2 has no interface with 10.0.0.22: correct"),
         (probe(ports_taken=[45678]), "Port 45678 of w2 is in use by another program"),
-        (probe(machine="../../../etc/x"), "Host w2 tells of no CPU"),
+        (probe(machine="../../../etc/x"), "Host w2 gave an answer that cannot be .machine: "),
         (probe(unknown_users=["anna"]), "mrcore_users names anna, who has no account on w2"),
         (probe(release="1.0.0-bbbbbbbb"), "w2 runs release 1.0.0-bbbbbbbb, this checkout is 1.0.0-aaaaaaaa: `make upg"),
     ],

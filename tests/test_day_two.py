@@ -45,7 +45,7 @@ def healthy(**changed: Any) -> dict[str, Any]:
         "release": {"current": "1-a", "there": ["1-a"], "works": True}, "disks": {"/opt": room},
         "units": {name: dict(ACTIVE, Result="success") for name in names}, "failed_units": [],
         "listening": ["10.0.0.21:23456", "10.0.0.21:45678"], "table": True, "windows": {"S_2": True},
-        "certificates": [certificate], "logrotate": True, "ssh": [], "newest_backup": None,
+        "certificates": [certificate], "ssh": [], "newest_backup": None,
     }  # fmt: skip
     return facts | changed
 
@@ -93,7 +93,6 @@ def judged(facts: dict[str, Any]) -> list[str]:
         ({"servers": {}}, ["0 servers are set up here"]),
         ({"table": False}, ["table is not loaded"]),
         ({"windows": {"S_2": False}}, ["server S_2 has no screen window"]),
-        ({"logrotate": False}, ["logs are not rotated"]),
         ({"is_master": True}, ["there is no backup yet"]),
         ({"is_master": True, "newest_backup": NOW - 3600 * 49}, ["the newest backup is 49 hours old"]),
         ({"is_master": True, "newest_backup": NOW - 3600}, []),

@@ -129,14 +129,16 @@ def test_a_hook_that_hangs_is_ended_with_its_children_and_holds_up_no_job(
     assert sum("took longer than 1 s and was ended" in text for text in texts) >= 2
 
 
-def test_the_log_of_hooks_is_bounded(
-    home: Path, scheduler: Scheduler, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hooks, "MAX_LOG_BYTES", 100)
-    for number in range(4):
+def test_the_log_of_hooks_is_bounded_over_many_runs(home: Path, scheduler: Scheduler, settings: Settings) -> None:
+    settings = settings.model_copy(update={"log_bytes": 1 << 20})
+    code = "import sys, json; told = json.load(sys.stdin); print('x' * 200_000, told['job_name'])"
+    for number in range(8):
         scheduler.submit_job(job(f"j{number}"))
-        once(settings.model_copy(update={"on_success": [sys.executable, "-c", "print('x' * 80)"]}))
-    assert (settings.logs_dir / "hooks.log").stat().st_size <= 200
+        once(settings.model_copy(update={"on_success": [sys.executable, "-c", code]}))
+    files = sorted(settings.logs_dir.glob("hooks.log*"))
+    assert [file.name for file in files] == ["hooks.log", "hooks.log.1"]
+    assert sum(file.stat().st_size for file in files) <= 1 << 20
+    assert files[0].read_text().endswith(" j7\n")
 
 
 @pytest.mark.parametrize("value", ["command", [], [1], {"a": 1}])

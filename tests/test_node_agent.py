@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from conftest import wait_until
 from daemons import Daemon, living
 
-from mrcore import WIRE_VERSION, usercode
+from mrcore import WIRE_VERSION, logs, usercode
 from mrcore.errors import ClusterFault, MrcoreError, Refused, Unreachable
 from mrcore.job import template
 from mrcore.paths import Layout
@@ -343,3 +344,12 @@ def test_what_an_earlier_life_left_half_done_is_removed(tmp_path: Path) -> None:
         wait_until(lambda: not leftover.exists())
     finally:
         agent.close()
+
+
+def test_an_agent_that_was_frozen_for_longer_than_it_waits_goes_on(agent: Agent) -> None:
+    """Python's sigtimedwait then gives an answer without a signal."""
+    begun = time.monotonic()
+    os.kill(agent.process.pid, signal.SIGSTOP)
+    wait_until(lambda: time.monotonic() - begun > 1.5 * logs.WINDOW_SECONDS)
+    os.kill(agent.process.pid, signal.SIGCONT)
+    assert agent.client().call("health")["name"] == "n1" and agent.process.poll() is None

@@ -178,6 +178,17 @@ def test_pages_have_the_form_of_a_runbook(path: Path) -> None:
     runbook.read_runbook(path)
 
 
+def test_after_an_intrusion_the_machine_that_is_cut_off_leaves_before_the_rotation() -> None:
+    """No rotation goes past a node that does not answer: in the other order the page would end there."""
+    typed = [each.file or each.text for each in runbook.read_runbook(FOLDER / "suspected-intrusion.md").steps]
+    order = ["make remove-node INVENTORY=prod NODE=w3 DATA=abandon", "inventory/prod/hosts.yml", "make rotate-certs"]
+    places = [next(number for number, text in enumerate(typed) if wanted in text) for wanted in order]
+    assert (
+        places == sorted(places)
+        and "w3" not in runbook.read_runbook(FOLDER / "suspected-intrusion.md").steps[places[1]].text
+    )
+
+
 def test_every_verb_has_its_page_and_the_index_lists_all() -> None:
     assert {f"{verb}.md" for verb in VERBS} <= {path.name for path in PAGES}
     listed = re.findall(r"\]\(([a-z-]+\.md)\)", (FOLDER / "README.md").read_text(encoding="utf-8"))

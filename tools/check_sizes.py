@@ -25,6 +25,8 @@ FLOORS = [
         "errors",
         "text",
         "terminal",
+        "logs",
+        "limited_log",
         "config",
         "validation",
         "access",

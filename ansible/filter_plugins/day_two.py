@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 KEEP_RELEASES = 2  # the one that runs and the one to go back to
@@ -48,6 +48,14 @@ def said(result: dict[str, Any]) -> str:
     return "no reason given"
 
 
+def why_nothing_came(host: Mapping[str, Any]) -> str:
+    """Why a host (its variables) sent no archive of its logs; empty: it did not answer, or it sent one."""
+    gathered, fetched = host.get("__collect_archive") or {}, host.get("__collect_fetched") or {}
+    if gathered.get("unreachable") or fetched.get("unreachable") or "checksum" in fetched:
+        return ""
+    return said(gathered if gathered.get("rc") or fetched.get("skipped") else fetched)
+
+
 class FilterModule:
     """What playbooks may call."""
 
@@ -58,4 +66,5 @@ class FilterModule:
             "mrcore_superfluous": superfluous,
             "mrcore_holdings": holdings,
             "mrcore_said": said,
+            "mrcore_why_nothing_came": why_nothing_came,
         }

@@ -128,10 +128,7 @@ def windows(facts: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str
 
 
 def housekeeping(facts: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Logs are rotated, backups are made."""
-    if not facts["logrotate"]:
-        means = "logs grow until the disk is full"
-        yield "logs are not rotated", means, f"apt-get install logrotate; {verb(wanted, 'deploy')}"
+    """Backups are made."""
     if not facts["is_master"]:
         return
     newest = facts["newest_backup"]
@@ -173,9 +170,10 @@ def findings(cluster: dict[str, Any], results: dict[str, dict[str, Any]], invent
     by machine; without `facts`, the machine did not answer. `inventory`: its name, for the commands.
     """
     master = results.get(cluster["master"], {}).get("facts")
+    running = master.get("release") if isinstance(master, dict) else None
     wanted = {
         "inventory": inventory,
-        "release": master["release"]["current"] if master else None,
+        "release": running.get("current") if isinstance(running, dict) else None,
         "renew_days": cluster["certificate_renew_days"],
         "skew_seconds": cluster["max_clock_skew_seconds"],
         "silent": [name for name, result in results.items() if "facts" not in result],
@@ -190,9 +188,21 @@ def findings(cluster: dict[str, Any], results: dict[str, dict[str, Any]], invent
             found.append({"where": name, "what": what, "means": means, "do": do})
             continue
         for judge in JUDGES:
-            told = judge(facts, wanted | cluster["hosts"][name])
+            told = judged(judge, facts, wanted | cluster["hosts"][name])
             found += [{"where": name, "what": what, "means": means, "do": do} for what, means, do in told]
     return found
+
+
+def judged(judge: Judge, facts: Any, wanted: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What one judge finds; an answer that it cannot judge is a finding, and the other judges and machines go on."""
+    try:
+        return list(judge(facts, wanted))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+        what = (
+            f"gave no answer about {judge.__name__} that can be judged ({type(error).__name__}: {str(error)[:100]!r})"
+        )
+        means = "the machine is damaged, or somebody answers in its place"
+        return [(what, means, "look at the machine itself; docs/runbooks/suspected-intrusion.md")]
 
 
 def ssh_hosts(cluster: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import json
 import os
 import pwd
 import re
-import shutil
 import ssl
 import stat
 import subprocess
@@ -218,7 +217,6 @@ def inspect(given: dict[str, Any]) -> dict[str, Any]:
     if is_master:
         units += ["mrcore-runner.service", "mrcore-backup.timer"]
         certificates.append("/etc/mrcore/pki/master")
-    rotated = ["mrcore"] * is_node + ["mrcore-master"] * is_master
     with ThreadPoolExecutor(16) as pool:  # a dead node costs seconds
         reached = list(pool.map(lambda host: ssh(host, user), given["hosts"]))
     return {
@@ -235,8 +233,6 @@ def inspect(given: dict[str, Any]) -> dict[str, Any]:
         "table": run("nft", "list", "table", "inet", "mrcore")[0] == 0,
         "windows": {name: window(name, user) for name in there},
         "certificates": [certificate(path) for path in certificates],
-        "logrotate": shutil.which("logrotate", path="/usr/sbin:/usr/bin") is not None
-        and all(os.path.exists(f"/etc/logrotate.d/{name}") for name in rotated),
         "ssh": reached,
         "newest_backup": newest("/var/lib/mrcore/backups") if is_master else None,
     }

@@ -30,7 +30,7 @@ from mrcore import procfs
 from mrcore.config import LOCAL_SHAPE, NodeSettings, Settings, load_settings, server_memory_bytes
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers import leftovers
-from mrcore.paths import remove_tree, write_atomic
+from mrcore.paths import close_home, make_private, remove_tree, write_atomic
 
 READY_SECONDS = 60.0  # for all together: 96 servers on two cores took 4
 STOP_SECONDS, KILL_SECONDS = 10.0, 30.0
@@ -182,7 +182,7 @@ def _running(home: Path) -> dict[Path, Json]:
 
 @contextlib.contextmanager
 def _locked(home: Path, patience_seconds: float = LOCK_SECONDS, needed: bool = True) -> Iterator[None]:
-    home.mkdir(parents=True, exist_ok=True)
+    close_home(home)
     deadline = time.monotonic() + patience_seconds
     with (home / "cluster.lock").open("w") as lock:
         while True:
@@ -244,12 +244,14 @@ def _write_members(settings: Settings) -> None:
 def _launch(settings: Settings, daemon: _Daemon) -> int:
     """Write the daemon's spec into its own node's folder, start and record it; gives where it will say "ready"."""
     node, layout = daemon.node, daemon.node.layout
+    make_private(node.compute_dir.parent)
     layout.make()
     layout.pids_dir.mkdir(exist_ok=True)
     spec = {"name": daemon.name, "node": node.name, "address": node.address, "port": daemon.port}
     spec |= {"cluster": cluster_id(settings.home), "members_file": str(_members_file(node)), "servers": node.servers}
     spec |= {"compute_dir": str(node.compute_dir), "pki_dir": str(layout.pki_dir)}
     spec |= {"sibling_dirs": str(node.compute_dir.parent), "memory_bytes": server_memory_bytes(settings, node)}
+    spec |= {"log_bytes": settings.log_bytes}
     file = node.compute_dir / f"{daemon.name}.json"
     write_atomic(file, json.dumps(spec, indent=1).encode())
     ready, theirs = os.pipe()
@@ -268,6 +270,7 @@ def _launch(settings: Settings, daemon: _Daemon) -> int:
             cwd=node.compute_dir,
             env=environment,
             pass_fds=[theirs],
+            umask=0o077,
             start_new_session=True,
         )
     os.close(theirs)

@@ -25,6 +25,7 @@ import paramiko
 from fabric import Config, Connection
 from invoke.exceptions import CommandTimedOut
 
+from mrcore import logs
 from mrcore.config import NodeSettings, Settings
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
 from mrcore.launchers import health, leftovers
@@ -104,10 +105,12 @@ def list_logs(settings: Settings) -> tuple[list[tuple[str, str, int]], dict[str,
 
 
 def read_log(settings: Settings, node_name: str, name: str, lines: int) -> str:
-    """The last lines of a daemon's log on a node. Raises ClusterFault, UsageError (no such node)."""
+    """The last lines of a daemon's log on a node, as `logs.last_lines`. Raises ClusterFault, UsageError (no node)."""
     node = settings.node(node_name)
     file = shlex.quote(str(node.layout.logs_dir / f"{name}.log"))
-    return run_on_node(settings, node_name, f"tail -n {lines:d} -- {file}")
+    both = f"{{ cat -- {file}.1 2>/dev/null; cat -- {file}; }}"
+    ends = f"tail -n {lines:d} | tail -c {lines * logs.LINE_BYTES:d}"
+    return run_on_node(settings, node_name, f"test -r {file} || exec cat -- {file}; {both} | {ends}")
 
 
 def run_on_node(settings: Settings, node_name: str, command: str, seconds: float = COMMAND_SECONDS) -> str:

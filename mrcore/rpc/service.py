@@ -23,6 +23,7 @@ from rpyc import VoidService
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, InternalError, MrcoreError, Refused, Unreachable, unforeseen
+from mrcore.limited_log import INTERVAL_SECONDS, LimitedLog
 from mrcore.rpc import tls
 from mrcore.rpc.channel import Connection, Stream
 from mrcore.rpc.data import DataHandler
@@ -75,11 +76,13 @@ class Server:
         self._peers: dict[Stream, Identity | None] = {}  # oldest first; None until the handshake is done
         self._threads: dict[Stream, threading.Thread] = {}
         self._closing = threading.Event()
+        self._limited = LimitedLog(log)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             self._listener = socket.create_server((address, port), family=family, backlog=BACKLOG)
         except OSError as error:
             raise ClusterFault(f"cannot listen on {address}:{port}: {error}") from error
+        self._listener.settimeout(INTERVAL_SECONDS)
         self.address, self.port = address, int(self._listener.getsockname()[1])
         self._acceptor = threading.Thread(target=self._accept, name=f"accept:{self.port}", daemon=True)
 
@@ -101,14 +104,18 @@ class Server:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - monotonic()))
         self._listener.close()
+        self._limited.flush()
 
     def _accept(self) -> None:
         while not self._closing.is_set():
             try:
                 raw, peer = self._listener.accept()
+            except TimeoutError:
+                self._limited.tick()
+                continue
             except OSError as error:
                 if not self._closing.is_set():
-                    log.warning("accept on %s:%d: %s", self.address, self.port, error)
+                    self._limited.say(logging.WARNING, f"accept on {self.address}:{self.port}", error)
                     self._closing.wait(FULL_PAUSE_SECONDS)
                 continue
             try:
@@ -117,7 +124,7 @@ class Server:
                 sock = self._context().wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
                 self._admit(Stream(sock, self._limits, f"{peer[0]}:{peer[1]}"), trusted)
             except (OSError, ValueError, RuntimeError) as error:  # it left; RuntimeError: the limit of threads
-                log.info("dropped a connection from %s: %s", peer[0], error)
+                self._limited.say(logging.INFO, peer[0], f"dropped: {error}")
                 raw.close()
 
     def _admit(self, stream: Stream, trusted: frozenset[str]) -> None:
@@ -140,14 +147,15 @@ class Server:
         stream.close()
 
     def _run(self, stream: Stream, trusted: frozenset[str]) -> None:
+        host = stream.peer.rpartition(":")[0]
         try:
             self._converse(stream, trusted)
         except Unreachable as error:
             log.debug("%s", error)
         except (OSError, MrcoreError) as error:
-            log.info("dropped %s: %s", stream.peer, error)
-        except Exception:
-            log.exception("dropped %s", stream.peer)
+            self._limited.say(logging.INFO, host, f"dropped: {str(error).replace(stream.peer, host)}")
+        except Exception as error:  # noqa: BLE001  logged; the server goes on
+            self._limited.say(logging.ERROR, host, f"dropped: {type(error).__name__}", exc_info=True)
         finally:
             stream.close()
             with self._changed:
@@ -220,8 +228,8 @@ class Server:
             return text
         except MrcoreError as error:
             plain = error.to_dict()
-        except Exception as error:
-            log.exception("%s called by %s failed", method, identity)
+        except Exception as error:  # noqa: BLE001  logged; the server goes on
+            self._limited.say(logging.ERROR, identity.name, f"{method} failed: {type(error).__name__}", exc_info=True)
             fault = unforeseen(error, f"{method} failed at {self.address}:{self.port}")
             plain = type(fault)(f"{fault.message}; its log has the traceback").to_dict()
         return json.dumps({"error": plain})

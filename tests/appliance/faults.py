@@ -13,11 +13,12 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import runbook
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from harness import ADDRESSES, Person, wait_until
 from keyboard import Cluster, create
-from lab import podman
+from lab import PROJECT, podman
 
 DISK_LEFT_BYTES = 100 << 20
 
@@ -145,22 +146,31 @@ def expired(cluster: Cluster) -> None:
     wait_until(lambda: not cluster.well(), 60, "the expired certificate is refused")
 
 
-def joined(cluster: Cluster) -> None:
+def joined(cluster: Cluster, folder: str = "more") -> None:
     """w3 is a node that holds data."""
     assert "w3" in cluster.type("anna@m1", "mrcore cluster status"), "the page add-node comes first"
     # New names: files that a node has already stay there when they are uploaded again.
-    texts = "mkdir -p /var/tmp/more && for n in $(seq 40); do echo text $n >/var/tmp/more/$n.txt; done"
-    cluster.type("anna@m1", f"{texts} && mrcore upload /var/tmp/more more")
+    texts = f"mkdir -p /var/tmp/{folder} && for n in $(seq 40); do echo text $n >/var/tmp/{folder}/$n.txt; done"
+    cluster.type("anna@m1", f"{texts} && mrcore upload /var/tmp/{folder} {folder}")
     assert cluster.places["anna@m1"].run("mrcore drain w3 --list")[0] == 1, "input lies on w3 too"
 
 
-def certificate_copied(cluster: Cluster) -> None:
-    """Somebody has copied the master's certificate and key to w2, whence they reach all ports of w1."""
+def machine_cut_off(cluster: Cluster) -> None:
+    """Somebody was on w3, a node, and has the master's certificate and key there and on w2; w3 was cut off.
+
+    From w2 all ports of w1 are reached.
+    """
+    page = runbook.read_runbook(PROJECT / "docs/runbooks/add-node.md")
+    cluster.execute(*(block for block in page.blocks if block.section == "What to type"))
+    joined(cluster, "even-more")
     for name in ("ca.crt", "master.crt", "master.key"):
         text = cluster.machine("m1").read(f"/etc/mrcore/pki/{name}")
-        cluster.machine("w2").write(f"/root/stolen/{name}", text, "0600")
+        for thief in ("w2", "w3"):
+            cluster.machine(thief).write(f"/root/stolen/{name}", text, "0600")
     cluster.type("root@m1", "cp /etc/mrcore/pki/master.crt suspected.crt")
     assert "version" in cluster.type("root@w2", use_of_stolen_key(cluster))
+    cluster.machine("w3").run("ip link set eth0 down")
+    wait_until(lambda: not cluster.well("w3"), 60, "w3 is cut off")
 
 
 def use_of_stolen_key(cluster: Cluster) -> str:
@@ -177,11 +187,18 @@ def use_of_stolen_key(cluster: Cluster) -> str:
 
 
 def stolen_key_is_worthless(cluster: Cluster) -> None:
-    """Also for a thief who has the new authority's certificate, which is no secret."""
+    """Also for a thief who has the new authority's certificate, which is no secret, and when w3 comes back as it is."""
     cluster.machine("w2").run("cp /etc/mrcore/pki/ca.crt /root/stolen/ca.crt")
     status, output = cluster.places["root@w2"].run(use_of_stolen_key(cluster))
     assert status and "version" not in output, output
     assert re.search("alert|refuse|unknown ca", output, re.IGNORECASE), output
+    w3 = cluster.machine("w3")
+    w3.run("ip link set eth0 up")
+    wait_until(lambda: w3.reaches(cluster.machine("w1").address, 22), 60, "w3 is on the network again")
+    status, output = cluster.places["root@w3"].run(use_of_stolen_key(cluster))
+    assert status and "version" not in output, output
+    assert "w3" not in cluster.type("anna@m1", "mrcore cluster status")
+    cluster.type("root@w3", "/opt/mrcore/bin/units stop")
 
 
 AFTERWARDS: dict[str, Callable[[Cluster], None]] = {"suspected-intrusion": stolen_key_is_worthless}
@@ -203,7 +220,7 @@ FAULTS: dict[str, Callable[[Cluster], None]] = {
     "certificate-expired": expired,
     "rotate-certs": soon_expired,
     "ca-or-controller-lost": authority_gone,
-    "suspected-intrusion": certificate_copied,
+    "suspected-intrusion": machine_cut_off,
     "upgrade": other_program,
     "backup-and-restore": queue_damaged,
     "master-lost": master_wiped,

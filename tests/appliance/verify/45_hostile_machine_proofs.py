@@ -55,3 +55,26 @@ def test_collected_logs_hold_nothing_that_their_owner_may_not_read(operator: Ope
     assert any(name.endswith("w1/logs/var/lib/mrcore/compute/logs/trap\n/root/secret") for name in texts), sorted(texts)
     assert [name for name, text in texts.items() if b"known to root only" in text] == []
     assert "mrcore-collect" not in w1.text("ls /var/tmp"), "nothing is left there"
+
+
+CLIMBING = """#!/bin/sh
+exec /usr/bin/tar --absolute-names --transform 's,^[.]/,../../,' "$@"
+"""
+
+
+def test_a_bad_archive_of_one_machine_leaves_the_others_theirs(operator: Operator, w1: Machine) -> None:
+    """The program that packs the logs on w1 is another one: its names lead out of the archive."""
+    before = set(operator.project.glob("mrcore-logs-*"))
+    w1.write("/usr/sbin/tar", CLIMBING, "0755")
+    try:
+        said = " ".join(operator.make("collect-logs", status=2).output.split())
+    finally:
+        w1.run("rm /usr/sbin/tar")
+    assert "not in it, w1: its archive was left out, the name ../" in said, said
+    (archive,) = set(operator.project.glob("mrcore-logs-*")) - before
+    with tarfile.open(archive) as tar:
+        names = tar.getnames()
+    archive.unlink()
+    assert any("/m1/mrcore.txt" in name for name in names) and any("/w2/system.txt" in name for name in names), names
+    assert [name for name in names if "/w1/" in name] == [name for name in names if name.endswith("/w1/missing.txt")]
+    assert "mrcore-collect" not in w1.text("ls /var/tmp"), "nothing is left there"
