@@ -12,7 +12,7 @@ from mrcore.errors import JobFault
 from mrcore.inputs import Reader, cut_lines
 from mrcore.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_item, is_plain_tuple
 from mrcore.shuffler import DirectOutput, Shuffle
-from mrcore.usercode import Function, describe_text, is_disk_full, raised_by_user, user_fault
+from mrcore.usercode import NOTHING, Function, describe_text, is_disk_full, is_iterable, raised_by_user, user_fault
 
 LINES_PER_LOOK = 512  # at the memory
 SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers that frames must be sized
@@ -114,12 +114,11 @@ class Map:
         function, auxiliary = self._function, self._auxiliary
         sorter, watch, limit = self._sink.sorter, self._sink.watch, self._sink.max_items
         groups, held, spilled = sorter.groups, self._held, 0
-        line, item, inside = "", None, None
+        line, item, items = "", None, NOTHING
         try:
             for line in stream:
-                item = inside = None
+                item, items = None, NOTHING
                 items = function(line, auxiliary)
-                inside = True
                 for item in items:
                     if item.__class__ is tuple:
                         key, value = item
@@ -138,24 +137,23 @@ class Map:
         except JobFault:
             raise
         except (Exception, SystemExit) as error:
-            raise self._fault(error, line, item, bool(inside)) from error
+            raise self._fault(error, line, item, items) from error
         self.items += spilled + held - self._held
         self._held = held
 
     def _to_parts(self, stream: Iterator[str]) -> None:
         """Every item checked and written straight away: jobs without a reduce function, and `_name_the_line`."""
         add = self._check_only if isinstance(self._sink, Shuffle) else self._sink.add
-        line, item, inside = "", None, None
+        line, item, items = "", None, NOTHING
         try:
             for line in stream:
-                item = inside = None
+                item, items = None, NOTHING
                 items = self._function(line, self._auxiliary)
-                inside = True
                 for item in items:
                     add(item)
                     self.items += 1
         except (Exception, SystemExit) as error:
-            raise self._fault(error, line, item, bool(inside)) from error
+            raise self._fault(error, line, item, items) from error
 
     def _check_only(self, item: Any) -> None:
         check_item(item, self._snapshot)
@@ -176,7 +174,7 @@ class Map:
                 return named
         return JobFault(f"map function {self._name}: {error}", function=self._name)
 
-    def _fault(self, error: BaseException, line: str, item: Any, inside: bool) -> JobFault:
+    def _fault(self, error: BaseException, line: str, item: Any, items: Any) -> JobFault:
         """Say what went wrong at a line: the function raised, or gave what is no item."""
         if is_disk_full(error):
             raise error
@@ -187,17 +185,21 @@ class Map:
             "line": describe_text(line, 500),
         }
         place = f"{where['file']}, byte {where['offset']}: {describe_text(line.rstrip(chr(10)), 120)!r}"
+        theirs = raised_by_user(error)
+        if isinstance(error, OSError) and not theirs:
+            raise error
+        # What was raised before it had returned is its own as well: a function in C has no frame.
+        if theirs or items is NOTHING or isinstance(error, MemoryError | RecursionError):
+            return user_fault(error, f"map function {self._name} failed at {place}", **where)
         if isinstance(error, BadItem):
             return JobFault(f"map function {self._name} emitted a bad item: {error}; at {place}", **where)
-        if raised_by_user(error) or isinstance(error, MemoryError | RecursionError):
-            return user_fault(error, f"map function {self._name} failed at {place}", **where)
-        if not inside:  # calling it failed: wrong number of parameters
-            return JobFault(f"map function {self._name} cannot be called as f(line, auxiliary_data): {error}", **where)
         try:
             if item is not None:
                 check_item(item, self._snapshot)
         except BadItem as bad:
             return JobFault(f"map function {self._name} emitted a bad item: {bad}; at {place}", **where)
+        if is_iterable(items):  # of what is in C, such as `map`
+            return user_fault(error, f"map function {self._name} failed at {place}", **where)
         return JobFault(
             f"map function {self._name} returned no iterable of (key, value) pairs: {error}; at {place}", **where
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from mrcore.memory import MemoryWatch
 from mrcore.output import PartWriter
 from mrcore.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe, nodes_of
 from mrcore.shuffler import BATCH_ITEMS, BATCH_NODES
-from mrcore.usercode import Function, is_disk_full, raised_by_user, user_fault
+from mrcore.usercode import NOTHING, Function, is_disk_full, is_iterable, raised_by_user, user_fault
 
 _UNCHECKED = object()  # stands for the value of an item that is not simply (this key, something)
 PAIR_BYTES = 72  # a (key, value) tuple and its place in the group's list
@@ -76,10 +75,9 @@ class Reduce:
 
     def _reduce_group(self, key: Key, group: Any) -> None:
         auxiliary = (DiskList(self._folder), self._auxiliary) if self._disk_based_output else self._auxiliary
-        item, inside, key_nodes = None, False, nodes_of(key)
+        item, items, key_nodes = None, NOTHING, nodes_of(key)
         try:
-            items: Iterable[Any] = self._function(group, auxiliary)
-            inside = True
+            items = self._function(group, auxiliary)
             for item in items:
                 value = item[1] if item.__class__ is tuple and len(item) == 2 and item[0] is key else _UNCHECKED
                 if value.__class__ in NUMBERISH:  # what cannot be written is found when it is encoded
@@ -98,7 +96,7 @@ class Reduce:
         except JobFault:
             raise
         except (Exception, SystemExit) as error:
-            raise self._fault(error, key, item, inside) from error
+            raise self._fault(error, key, item, items) from error
 
     def _flush(self, key: Key | None) -> None:
         try:
@@ -108,22 +106,24 @@ class Reduce:
                 try:
                     check_item(item, self._snapshot)
                 except BadItem as bad:
-                    raise self._fault(bad, item[0], item, True) from error
+                    raise self._fault(bad, item[0], item, self._batch) from error
             raise
         self.items += len(self._batch)
         self._batch, self._large = [], 0
 
-    def _fault(self, error: BaseException, key: Key, item: Any, inside: bool) -> JobFault:
+    def _fault(self, error: BaseException, key: Key, item: Any, items: Any) -> JobFault:
         where = {"function": self._name, "key": describe(key)}
         place = f"on the group of key {where['key']}"
         if is_disk_full(error):
             raise error
+        theirs = raised_by_user(error)
+        if isinstance(error, OSError) and not theirs:
+            raise error
+        # What was raised before it had returned is its own as well: a function in C has no frame.
+        if theirs or items is NOTHING or isinstance(error, MemoryError | RecursionError):
+            return user_fault(error, f"reduce function {self._name} failed {place}", **where)
         if isinstance(error, BadItem):
             return JobFault(f"reduce function {self._name} returned a bad item {place}: {error}", **where)
-        if raised_by_user(error) or isinstance(error, MemoryError | RecursionError):
+        if is_iterable(items):  # of what is in C, such as `map`
             return user_fault(error, f"reduce function {self._name} failed {place}", **where)
-        if isinstance(error, OSError):
-            raise error
-        if not inside:
-            return JobFault(f"reduce function {self._name} cannot be called as f(group, auxiliary): {error}", **where)
         return JobFault(f"reduce function {self._name} returned no iterable of pairs {place}: {error}", **where)

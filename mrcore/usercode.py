@@ -6,10 +6,12 @@ import difflib
 import errno
 import hashlib
 import importlib
+import inspect
 import io
 import os
 import site
 import sys
+import sysconfig
 import tarfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,8 +24,15 @@ from mrcore.records import BadItem, Key, Snapshot, Value, check_item, describe, 
 
 Function = Callable[[Any, Any], Any]
 COMBINE_VALUES = 4096
+NOTHING = object()  # stands for what a function returns, until it has returned
 _IGNORED = {"__pycache__", "wheels"}  # compiled files differ by interpreter; wheels travel apart
 _OURS = str(Path(__file__).parent) + os.sep
+# Frames in these, below a frame of ours, are what we called; a user's packages lie elsewhere.
+_LIBRARIES = (
+    "<frozen",
+    *(sysconfig.get_paths()[kind] + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
+_PARAMETERS = {"map": "(line, auxiliary_data)", "reduce": "(group, auxiliary)"}
 
 
 def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -102,6 +111,18 @@ def load_function(project_dir: Path, kind: str, name: str) -> Function:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise JobFault(f"{file.name} of project {project_dir.name} has no function {name!r}{hint}")
     found: Function = function
+    try:
+        parameters = inspect.signature(found, follow_wrapped=False)  # what a decorator returns is what is called
+    except (ValueError, TypeError):  # of a function in C, which does not tell
+        return found
+    try:
+        parameters.bind(None, None)
+    except TypeError as error:
+        raise JobFault(
+            f"{kind} function {name} of {file.name} cannot be called as f{_PARAMETERS[kind]}: its parameters are "
+            f"{parameters} ({error})",
+            function=name,
+        ) from None
     return found
 
 
@@ -139,10 +160,27 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_iterable(thing: Any) -> bool:
+    """Tell whether a for loop takes `thing`."""
+    try:
+        iter(thing)
+    except TypeError:
+        return False
+    return True
+
+
 def raised_by_user(error: BaseException) -> bool:
-    """Tell whether the exception came from the user's frames rather than from ours."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and not frames[-1].filename.startswith(_OURS)
+    """Tell whether the exception, caught where user code is called, came out of user code.
+
+    It did, wherever it was raised, if the first thing that we called is not ours (a DiskList that refuses an item is
+    called by the user's function), or if the user's code was called further down (the `items` of a dict of theirs).
+    The exception: trouble with a file of ours, such as a DiskList's, is the machine's.
+    """
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
+    own = [file for file in files if file.startswith(_OURS) or not file.startswith(_LIBRARIES)]
+    if isinstance(error, OSError) and own and own[-1].startswith(_OURS):
+        return False
+    return not all(file.startswith(_OURS) for file in (*files[:1], *own))
 
 
 def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Key, list[Value]], list[Value]]:
@@ -163,9 +201,9 @@ def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Ke
             if item.__class__ is tuple and len(item) == 2 and item[0] is key and item[1].__class__ is int:
                 return [item[1]]  # the usual combiner adds up: no need to look closer
             items = [check_item(item, snapshot) for item in found]
-        except BadItem as error:
-            raise JobFault(f"combiner {name} on key {describe(key)}: {error}", function=name) from error
         except (Exception, SystemExit) as error:
+            if isinstance(error, BadItem) and not raised_by_user(error):
+                raise JobFault(f"combiner {name} on key {describe(key)}: {error}", function=name) from error
             raise user_fault(error, f"combiner {name} failed on key {describe(key)}", function=name) from error
         for new_key, _ in items:
             if new_key != key:
