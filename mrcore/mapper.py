@@ -87,10 +87,14 @@ class Map:
                 stream = io.StringIO(text, newline="\n") if lines > 1 else iter((text,))  # StringIO takes 4 bytes/char
                 task.set_offset(_line_offset(offset, text, stream))
                 for _ in range(0, lines, LINES_PER_LOOK):
+                    self._note()
                     emit(islice(stream, LINES_PER_LOOK))
                     self._sink.watch.look()  # its own thread may be kept waiting on a busy machine
                 self.lines += lines
         task.set_offset(None)
+
+    def _note(self) -> None:
+        task.in_hand(f"map function {self._name}, the lines from byte {task.offset} of {task.input_file} on")
 
     def _decode(self, path: str, offset: int, block: bytes) -> Iterator[tuple[int, str]]:
         try:
@@ -164,6 +168,7 @@ class Map:
             self._sink.spill()
         except (ValueError, OverflowError, TypeError) as error:
             raise self._name_the_line(error) from error
+        self._note()  # a combiner had others
         del self._since_spill[:-1]  # the piece that is being read may go on
 
     def _name_the_line(self, error: Exception) -> JobFault:

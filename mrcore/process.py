@@ -110,6 +110,7 @@ class Process:
         return TaskDied(f"task {self._task_name} on {self._server}: {error}")
 
     def _user_code(self, watch: MemoryWatch) -> tuple[Path, Any]:
+        task.in_hand(f"the import of project {self._job['project_name']}")
         project = self._layout.projects_dir / self._order["project"]
         if environment := self._order.get("environment"):
             use_packages(self._layout.venvs_dir / environment)
@@ -213,6 +214,7 @@ class Process:
         )
         gc.collect()
         gc.freeze()
+        task.in_hand(f"the runs of partition {order['partition']}, to be fetched and merged")
         fetched = self._fetch_runs(sorter)
         merged = self._add_earlier_output(sorter)
         reducer = Reduce(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mrcore import task
 from mrcore.disk_list import DiskList
 from mrcore.disk_sort import DiskSort, group_too_large
 from mrcore.errors import JobFault
@@ -15,6 +16,8 @@ from mrcore.shuffler import BATCH_ITEMS, BATCH_NODES
 from mrcore.usercode import NOTHING, Function, is_disk_full, is_iterable, raised_by_user, user_fault
 
 _UNCHECKED = object()  # stands for the value of an item that is not simply (this key, something)
+GROUPS_PER_NOTE = 256
+LARGE_GROUP = 4096  # values: it is looked whether they fit, and noted
 PAIR_BYTES = 72  # a (key, value) tuple and its place in the group's list
 
 
@@ -54,10 +57,13 @@ class Reduce:
     def reduce(self) -> list[dict[str, Any]]:
         """Reduce all groups and give the finished parts. Raises JobFault naming function and key."""
         for key, values in self._sorter.groups(self._disk_based_input):
+            if self.groups % GROUPS_PER_NOTE == 0 or len(values) > LARGE_GROUP:
+                what = f"the groups from key {describe(key)} on of partition {task.partition}"
+                task.in_hand(f"reduce function {self._name}, {what}")
             self.groups += 1
             self.values += len(values)
             if isinstance(values, list):
-                if len(values) > 4096:
+                if len(values) > LARGE_GROUP:
                     self._check_fits(key, len(values))
                 group: Any = [(key, value) for value in values]
             else:

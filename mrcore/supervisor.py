@@ -9,16 +9,18 @@ handlers; and orphans of a task (setsid, daemons) are only sure to be found by a
 
 Messages on the control socket (SOCK_SEQPACKET, one JSON object each; `serial` tells tasks of one server apart):
   server → supervisor  {"ready": port} · {"spawn": serial} with the task's end of its connection · {"kill": serial}
-  supervisor → server  {"spawned": serial, "pid"} · {"ended": serial, "status"|"signal", "message"}
+  supervisor → server  {"spawned": serial, "pid"} · {"ended": serial, "status"|"signal", "message", "in_hand"}
 A task gets its order as the first thing on its connection: 4 bytes of length (big-endian), then JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import json
 import logging
+import mmap
 import os
 import select
 import signal
@@ -30,11 +32,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mrcore import procfs
+from mrcore import procfs, task
+from mrcore.text import one_line
 
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 30.0
 SWEEP_SECONDS = 5.0  # SIGKILL acts at once, except on a process stuck in the kernel (a dead NFS server)
 GRACE_SECONDS = 3.0
+MAX_NOTE = 1000  # characters of what a task had in hand are told
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Json = dict[str, Any]
@@ -55,6 +59,7 @@ class Supervisor:
         self._server = self._task = self._serial = 0
         self._starts: list[float] = []
         self._terminal = os.isatty(0)
+        self._note = mmap.mmap(-1, task.NOTE_BYTES)  # shared with the tasks: what the one that runs has in hand
         self._wake, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         procfs.become_subreaper()
         for number in (*_STOP_SIGNALS, signal.SIGCHLD):
@@ -159,6 +164,7 @@ class Supervisor:
 
     def _spawn(self, serial: int, connection: socket.socket) -> None:
         self._serial = serial
+        self._note[:1] = b"\0"
         try:
             self._task = pid = self._fork(connection, lambda: self._be_task(connection))
         except OSError as error:
@@ -183,6 +189,8 @@ class Supervisor:
             os.close(nothing)
             sys.breakpointhook = self._no_breakpoint
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        faulthandler.enable(2)  # a crash in C leaves the Python stack in the log
+        task.set_note(self._note)
         with contextlib.suppress(OSError):  # short of memory, the kernel is to choose user code, not its guard
             Path("/proc/self/oom_score_adj").write_text("500")
         if hasattr(sys.stdout, "reconfigure"):
@@ -216,7 +224,9 @@ class Supervisor:
         if pid:
             self._give_terminal(os.getpgrp())
             told = {"message": "does not end: stuck in the kernel"} if status is None else describe(status)
-            self._tell(ended=self._serial, **(told | {"message": reason or told["message"]}))
+            note = self._note[:].partition(b"\0")[0].decode("utf-8", "surrogateescape")  # written by user's process
+            told |= {"message": reason or told["message"], "in_hand": one_line(note, MAX_NOTE)}
+            self._tell(ended=self._serial, **told)
 
     def _reap(self) -> None:
         """Handle every child that has ended, orphans of tasks too."""

@@ -214,4 +214,5 @@ def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Ke
                 )
         return [value for _, value in items]
 
+    combine.__name__ = name
     return combine
