@@ -27,15 +27,18 @@ from test_docs import PROJECT, commands, text_of
 from test_supervisor import Server as TaskServer
 from test_wire import make_certificates
 
+from mrcore import backup, pki
 from mrcore.cli import cli, main
-from mrcore.errors import JobFault, Refused
+from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused
 from mrcore.launchers import local
 from mrcore.manage_cluster import ManageCluster
 from mrcore.paths import Layout
 from mrcore.process import Process
+from mrcore.rpc.client import Client
 from mrcore.rpc.service import Server
 from mrcore.rpc.tls import RPC_PROTOCOL, client_context
-from mrcore.scheduler import Scheduler
+from mrcore.runs import RunWriter, select
+from mrcore.scheduler import Runner, Scheduler
 from mrcore.usercode import project_files, project_hash
 
 TEXT = "b a\nc a\n"
@@ -82,6 +85,25 @@ def test_tls_1_2_is_refused(tmp_path: Path) -> None:
         server.close()
 
 
+@pytest.mark.parametrize("holder", ["server", "client"])
+def test_an_expired_certificate_is_a_fault_of_the_cluster(
+    tmp_path: Path, holder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the queue waits and no job fails, whichever side has it."""
+    certificates = make_certificates(tmp_path)
+    name, role = ("a", "node") if holder == "server" else ("master", "master")
+    with monkeypatch.context() as patched:
+        patched.setattr(pki, "VALID_DAYS", -0.5)
+        pki.issue(tmp_path / "own", tmp_path / name, name, name, role, ["127.0.0.1"])  # type: ignore[arg-type]
+    server = Server("127.0.0.1", 0, certificates.pki("a"), {"a"}, {})
+    server.start()
+    try:
+        with pytest.raises(ClusterFault, match="(?i)expired"):
+            Client("127.0.0.1", server.port, certificates.pki("master"), "a").call("anything")
+    finally:
+        server.close()
+
+
 def listening(pid: int) -> set[str]:
     """The local addresses, as the kernel writes them, that a process listens on."""
     inodes = set()
@@ -119,6 +141,23 @@ def test_a_backup_is_readable_by_its_owner_only(home: Path) -> None:
     assert Path("made.backup").stat().st_mode & 0o777 == 0o600
 
 
+def test_what_is_stopped_on_a_node_stays_so_after_a_reboot(tmp_path: Path) -> None:
+    """The helper that the master calls, with a systemctl that notes what it is asked."""
+    program = (PROJECT / "roles/mrcore_node/files/units").read_text()
+    for name in ("bin", "daemons"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "daemons/S_3.json").touch()
+    (tmp_path / "bin/systemctl").write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/asked\n')
+    (tmp_path / "bin/systemctl").chmod(0o755)
+    played = program.replace("PATH=/usr/sbin", f"PATH={tmp_path}/bin:/usr/sbin").replace("/etc/mrcore", str(tmp_path))
+    for verb, first in (("stop", "disable"), ("kill", "disable"), ("start", "enable")):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        subprocess.run(["sh", "-c", played, "units", verb], check=True, timeout=60)
+        asked = (tmp_path / "asked").read_text().splitlines()
+        assert asked[0] == f"{first} --quiet mrcore-agent.service mrcore-server@S_3.service"
+        assert any(re.match(f"{'start' if verb == 'start' else 'stop'} mrcore-agent", line) for line in asked)
+
+
 # --- Jobs ------------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +181,13 @@ def test_no_more_ranges_are_asked_for_at_a_time_than_the_job_says(tmp_path: Path
         assert (tmp_path / "fetched-n").read_bytes() == b"x" * sum(range(10))
     ours.close()
     theirs.close()
+
+
+def test_what_the_system_fills_is_ignored_when_it_is_given(cluster: TestCluster) -> None:
+    functions(cluster, **COUNT)
+    keys = ("start_time", "end_time", "exception", "current_phase")
+    job = cluster.job(**dict.fromkeys(keys, "of the run before"))
+    assert {job[key] for key in keys} == {None}
 
 
 def test_what_is_part_of_a_project(tmp_path: Path) -> None:
@@ -217,6 +263,42 @@ def test_the_same_files_on_every_machine_are_refused_until_it_is_said_what_they_
     with expected:
         ManageCluster._check_inputs(manager, job, [listing, listing])
     ManageCluster._check_inputs(manager, job, [listing, listing | {"fingerprint": "other"}])
+
+
+def test_output_that_a_restored_history_does_not_know_is_said_and_the_next_run_mends_it(
+    cluster: TestCluster, tmp_path: Path
+) -> None:
+    functions(cluster, **COUNT)
+    scheduler = Scheduler(cluster.settings)
+    try:
+        for _ in range(2):
+            scheduler.submit_job(cluster.job(job_name="restored"))
+            assert Runner(cluster.settings).run(once=True) == {"succeeded": 1}
+            if not (tmp_path / "first").exists():
+                backup.backup(cluster.settings, tmp_path / "first")
+        backup.restore(cluster.settings, tmp_path / "first", force=True)
+        with pytest.raises(MrcoreError, match=r"part-\d+"):
+            cluster.manager.cat("restored", io.BytesIO())
+        scheduler.submit_job(cluster.job(job_name="restored"))
+        assert Runner(cluster.settings).run(once=True) == {"succeeded": 1}
+        assert cluster.items("restored") == [["a", 2], ["b", 1], ["c", 1]]
+    finally:
+        scheduler.store.close()
+
+
+def test_a_run_exists_when_its_index_does(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path, "run", 1000)
+    writer.write(0, ["a", "b"], {"a": [1], "b": [2]}, False)
+    assert not list(tmp_path.glob("*.index*"))
+    with pytest.raises(FileNotFoundError):
+        select(tmp_path, "run", {"partition": 0})
+    replaced: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        real = os.replace
+        patched.setattr("mrcore.runs.os.replace", lambda old, new: (replaced.append(Path(new).name), real(old, new)))
+        told = writer.close()
+    assert replaced == ["run.data", "run.index"]
+    assert select(tmp_path, "run", {"partition": 0}) == [(0, told["bytes"])]
 
 
 def test_cat_refuses_a_damaged_part(cluster: TestCluster) -> None:
