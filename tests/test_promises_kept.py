@@ -98,7 +98,7 @@ def test_an_expired_certificate_is_a_fault_of_the_cluster(
     server = Server("127.0.0.1", 0, certificates.pki("a"), {"a"}, {})
     server.start()
     try:
-        with pytest.raises(ClusterFault, match="(?i)expired"):
+        with pytest.raises(ClusterFault, match=r"(?i)expired"):
             Client("127.0.0.1", server.port, certificates.pki("master"), "a").call("anything")
     finally:
         server.close()
