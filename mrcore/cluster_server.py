@@ -46,6 +46,8 @@ MAX_LINE_BYTES = 24 << 20  # one message of a task; must fit a frame of the wire
 MAX_POLL_SECONDS = 30.0
 TASK_DEADLINE_SECONDS = 8.0  # to start or to end one: beyond the supervisor's own, below the callers'
 SEND_SECONDS = 5
+MAX_CONTROL_BYTES = 16 << 10  # one message of the supervisor, with what a task had in hand
+STACK_SIGNALS = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # of faulthandler
 
 log = logging.getLogger(__name__)
 
@@ -218,14 +220,20 @@ class ClusterServer:
                 self._kill(task)  # it hung up without a result: nothing more can come of it
             self._changed.wait_for(lambda: task.end)
         if not task.finished and task.end:
-            text = f"the task process {task.end['message']} without a result; see the log of {self._name}"
+            note, stack = task.end.pop("in_hand", ""), task.end.get("signal") in STACK_SIGNALS
+            text = (
+                f"the task process {task.end['message']} without a result"
+                + (f"; it had in hand: {note}" if note else "")
+                + f"; {'the Python stack at its end is in' if stack else 'see'} the log of {self._name}: "
+                f"mrcore logs {self._name}"
+            )
             told = {"event": "died", "signal": None, "status": None} | task.end | {"message": text}
             self._add(task, told, len(text))
         task.connection.close()
 
     def hear_supervisor(self) -> None:
         """Take the supervisor's reports until it closes the control socket."""
-        while data := self._control.recv(4096):
+        while data := self._control.recv(MAX_CONTROL_BYTES):
             message = json.loads(data)
             with self._changed:
                 if "spawned" in message:

@@ -208,6 +208,11 @@ def _local_values(home: Path, values: dict[str, Any], source: str) -> dict[str, 
         raise UsageError(f"settings of {source} refused: address: no IPv4 address, got {shape['address']!r}") from None
     if not addresses:
         raise UsageError(f"settings of {source} refused: nodes: a local cluster has 1 to 250, got {count}")
+    if outside := [address for address in addresses if not ipaddress.IPv4Address(address).is_loopback]:
+        raise UsageError(
+            f"settings of {source} refused: address: {outside[0]} is no loopback address (127.0.0.0/8), and a local "
+            "cluster listens on no other"
+        )
     nodes = [
         {"name": f"node-{index}", "address": address, "compute_dir": home / "nodes" / address, **ports}
         for index, address in enumerate(addresses)

@@ -16,7 +16,7 @@ from mrcore.errors import JobFault
 from mrcore.memory import MemoryWatch
 from mrcore.records import Key, Value, canonical_key, describe, order_key, sort_keys, sort_values
 from mrcore.runs import Parts, RunWriter, Segment, frame_bytes_for, read_frames, size_of
-from mrcore.sorter import Combine, SpillSorter
+from mrcore.sorter import Combine, SpillSorter, note_combiner
 
 MAX_FAN_IN = 256  # also the number of files that a merge holds open
 MERGE_SHARE = 0.5  # of the budget may be taken by the frames of one merge
@@ -203,7 +203,8 @@ class DiskSort:
 
         def flush() -> None:
             nonlocal held
-            if self._combine is not None:
+            if self._combine is not None and batch:
+                note_combiner(self._combine, list(batch))
                 for key, values in batch.items():
                     batch[key] = self._combine(key, values) if len(values) > 1 else values
             writer.write(0, list(batch), batch, held > frame_bytes)

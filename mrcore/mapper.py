@@ -13,7 +13,7 @@ from mrcore.inputs import Reader, cut_lines
 from mrcore.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_item, is_plain_tuple
 from mrcore.shuffler import DirectOutput, Shuffle
 from mrcore.text import clean
-from mrcore.usercode import Function, is_ours, raised_by_user, user_fault
+from mrcore.usercode import NOTHING, Function, is_iterable, is_ours, raised_by_user, user_fault
 
 LINES_PER_LOOK = 512  # at the memory
 SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers that frames must be sized
@@ -88,10 +88,14 @@ class Map:
                 stream = io.StringIO(text, newline="\n") if lines > 1 else iter((text,))  # StringIO takes 4 bytes/char
                 task.set_offset(_line_offset(offset, text, stream))
                 for _ in range(0, lines, LINES_PER_LOOK):
+                    self._note()
                     emit(islice(stream, LINES_PER_LOOK))
                     self._sink.watch.look()  # its own thread may be kept waiting on a busy machine
                 self.lines += lines
         task.set_offset(None)
+
+    def _note(self) -> None:
+        task.in_hand(f"map function {self._name}, the lines from byte {task.offset} of {task.input_file} on")
 
     def _decode(self, path: str, offset: int, block: bytes) -> Iterator[tuple[int, str]]:
         try:
@@ -115,12 +119,11 @@ class Map:
         function, auxiliary = self._function, self._auxiliary
         sorter, watch, limit = self._sink.sorter, self._sink.watch, self._sink.max_items
         groups, held, spilled = sorter.groups, self._held, 0
-        line, item, inside = "", None, None
+        line, item, items = "", None, NOTHING
         try:
             for line in stream:
-                item = inside = None
+                item, items = None, NOTHING
                 items = function(line, auxiliary)
-                inside = True
                 for item in items:
                     if item.__class__ is tuple:
                         key, value = item
@@ -137,24 +140,23 @@ class Map:
                         self._spill()
                         spilled, held = spilled + held, 0
         except BaseException as error:
-            raise self._fault(error, line, item, bool(inside)) from error
+            raise self._fault(error, line, item, items) from error
         self.items += spilled + held - self._held
         self._held = held
 
     def _to_parts(self, stream: Iterator[str]) -> None:
         """Every item checked and written straight away: jobs without a reduce function, and `_name_the_line`."""
         add = self._check_only if isinstance(self._sink, Shuffle) else self._sink.add
-        line, item, inside = "", None, None
+        line, item, items = "", None, NOTHING
         try:
             for line in stream:
-                item = inside = None
+                item, items = None, NOTHING
                 items = self._function(line, self._auxiliary)
-                inside = True
                 for item in items:
                     add(item)
                     self.items += 1
         except BaseException as error:
-            raise self._fault(error, line, item, bool(inside)) from error
+            raise self._fault(error, line, item, items) from error
 
     def _check_only(self, item: Any) -> None:
         check_item(item, self._snapshot)
@@ -165,6 +167,7 @@ class Map:
             self._sink.spill()
         except (ValueError, OverflowError, TypeError) as error:
             raise self._name_the_line(error) from error
+        self._note()  # a combiner had others
         del self._since_spill[:-1]  # the piece that is being read may go on
 
     def _name_the_line(self, error: Exception) -> JobFault:
@@ -175,7 +178,7 @@ class Map:
                 return named
         return JobFault(f"map function {self._name}: {error}", function=self._name)
 
-    def _fault(self, error: BaseException, line: str, item: Any, inside: bool) -> JobFault:
+    def _fault(self, error: BaseException, line: str, item: Any, items: Any) -> JobFault:
         """Say what went wrong at a line: the function raised, or gave what is no item."""
         where: dict[str, Any] = {"function": self._name, "file": task.input_file, "offset": task.offset}
         where["line"] = clean(line, 500)
@@ -183,17 +186,16 @@ class Map:
         what = f"map function {self._name}"
         if is_ours(error):
             raise error
-        if raised_by_user(error):
+        # What was raised before it had returned is its own as well: a function in C has no frame.
+        if raised_by_user(error) or items is NOTHING:
             return user_fault(error, f"{what} failed at {place}", **where)
         if issubclass(type(error), BadItem):
             return JobFault(f"{what} emitted a bad item: {error}; at {place}", **where)
-        if not inside and issubclass(type(error), TypeError):  # calling it failed: wrong number of parameters
-            return JobFault(f"{what} cannot be called as f(line, auxiliary_data): {error}", **where)
         try:
             if item is not None:
                 check_item(item, self._snapshot)
         except BadItem as bad:
             return JobFault(f"{what} emitted a bad item: {bad}; at {place}", **where)
-        if item is None and issubclass(type(error), TypeError):
-            return JobFault(f"{what} returned no iterable of (key, value) pairs: {error}; at {place}", **where)
-        return user_fault(error, f"{what} failed at {place}", **where)  # in what it left to be worked out
+        if is_iterable(items):  # of what is in C, such as `map`
+            return user_fault(error, f"{what} failed at {place}", **where)
+        return JobFault(f"{what} returned no iterable of (key, value) pairs: {error}; at {place}", **where)

@@ -365,7 +365,8 @@ def unpack(archive: Path, folder: Path) -> None:
 def main(spec_file: str) -> int:
     """Run the agent that a spec file describes until SIGTERM; gives the exit status."""
     spec: Json = json.loads(Path(spec_file).read_text())
-    log_to(logs.TextLog(logs.take_over(spec.get("log_bytes", logs.LOG_BYTES))))
+    ours = logs.TextLog(logs.take_over(spec.get("log_bytes", logs.LOG_BYTES)))
+    log_to(ours)
     agent = NodeAgent(spec)
     pki = Pki(Path(spec["pki_dir"]), "node")
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -116,6 +116,7 @@ class Process:
         return unforeseen(error, where)
 
     def _user_code(self, watch: MemoryWatch) -> tuple[Path, Any]:
+        task.in_hand(f"the import of project {self._job['project_name']}")
         project = self._layout.projects_dir / self._order["project"]
         if environment := self._order.get("environment"):
             use_packages(self._layout.venvs_dir / environment)
@@ -219,6 +220,7 @@ class Process:
         )
         gc.collect()
         gc.freeze()
+        task.in_hand(f"the runs of partition {order['partition']}, to be fetched and merged")
         fetched = self._fetch_runs(sorter)
         merged = self._add_earlier_output(sorter)
         reducer = Reduce(

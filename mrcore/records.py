@@ -2,15 +2,16 @@
 
 Nothing here knows how the engine moves data, so another engine can keep the same meaning.
 
-Keys: None, bool, int, finite float, str, tuples and lists of these. Keys that Python calls equal are one key and
+Keys: None, bool, int, float but NaN, str, tuples and lists of these. Keys that Python calls equal are one key and
 are written in one form (`canonical_key`). Order: None < numbers < str < tuples, tuples element by element.
-Values: the scalars above, lists, tuples and dicts of them, with the meaning of a JSON round trip.
+Values: the scalars above, NaN, lists, tuples and dicts of them, with the meaning of a JSON round trip by Python's json.
+Subclasses (Counter, IntEnum, a named tuple) are taken as what json writes for them: the plain dict, int, list.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
+import json
 import operator
 import struct
 import sys
@@ -26,6 +27,15 @@ Key = Any  # None | bool | int | float | str | tuple[Key, ...]
 Value = Any
 
 SCALARS = frozenset((str, int, float, bool, type(None)))
+# How json reads objects of subclasses: scalars by the C functions of the base type, containers by their own methods.
+_PLAIN: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+    (list, list),
+    (tuple, tuple),
+    (dict, lambda mapping: dict(mapping.items())),
+)
 NUMBERISH = frozenset((int, float, bool, type(None)))
 MAX_DEPTH = 100  # of nested keys and values; ujson itself gives up at 1,024
 LARGE = 1024  # a str of so many characters or a value of so many nodes is sized before it is encoded
@@ -38,8 +48,11 @@ class BadItem(ValueError):
 
 
 def dumps(value: Any) -> str:
-    """Encode as compact JSON text. Raises ValueError, OverflowError or TypeError on what JSON cannot hold."""
-    text: str = ujson.dumps(value, ensure_ascii=False, escape_forward_slashes=False, allow_nan=False)
+    """Encode as compact JSON text, `NaN` and `Infinity` as Python's json writes them.
+
+    Raises ValueError, OverflowError or TypeError on what JSON cannot hold.
+    """
+    text: str = ujson.dumps(value, ensure_ascii=False, escape_forward_slashes=False)
     return text
 
 
@@ -57,8 +70,6 @@ def describe(value: Any) -> str:
 
 def _check_scalar(value: Any, what: str) -> None:
     kind = value.__class__
-    if kind is float and not math.isfinite(value):
-        raise BadItem(f"{what} is {value!r}, and only finite numbers can be written as JSON")
     if kind is int and not -_MAX_INT < value < _MAX_INT:
         raise BadItem(f"{what} is an integer of more than 4,300 digits, which could not be read back")
     if kind is str and not value.isascii():
@@ -68,10 +79,20 @@ def _check_scalar(value: Any, what: str) -> None:
             raise BadItem(f"{what} {describe(value)} holds a lone surrogate (half a character): {error}") from None
 
 
-def canonical_key(key: Any, depth: int = 0) -> Key:
-    """Give the one form in which all keys equal to `key` are kept (True → 1, 2.0 → 2, list → tuple).
+def as_plain(thing: Any) -> Any:
+    """Return an object of a subclass as its plain base type, as json.dumps sees it; any other object as it is."""
+    kind = type(thing)
+    if kind not in SCALARS:  # bool is a subclass of int, and plain
+        for base, take in _PLAIN:
+            if issubclass(kind, base) and kind is not base:
+                return take(thing)
+    return thing
 
-    Raises BadItem for a type that is no key, NaN, infinity, a lone surrogate or an int over 4,300 digits.
+
+def canonical_key(key: Any, depth: int = 0) -> Key:
+    """Give the one form in which all keys equal to `key` are kept (True → 1, 2.0 → 2, list → tuple, IntEnum → int).
+
+    Raises BadItem for a type that is no key, NaN, a lone surrogate or an int over 4,300 digits.
     """
     kind = key.__class__
     if kind is str or key is None:
@@ -81,12 +102,16 @@ def canonical_key(key: Any, depth: int = 0) -> Key:
         return int(key)
     if kind is int or kind is float:
         _check_scalar(key, "the key")
+        if key != key:
+            raise BadItem("the key is nan, which is equal to no key, itself included: nothing can be grouped by it")
         return int(key) if kind is float and key.is_integer() else key
     if kind is tuple or kind is list:
         if depth >= MAX_DEPTH:
             raise BadItem(f"the key is nested more than {MAX_DEPTH} deep")
         copy = tuple([canonical_key(element, depth + 1) for element in key])
         return key if kind is tuple and all(map(operator.is_, copy, key)) else copy  # a copy per key would add up
+    if (plain := as_plain(key)) is not key and plain.__class__ is not dict:
+        return canonical_key(plain, depth)
     allowed = "None, bool, numbers, str, and tuples and lists of these"
     raise BadItem(f"the key {describe(key)} is of type {kind.__name__}; allowed are {allowed}")
 
@@ -128,23 +153,24 @@ class Snapshot:
             return list(value)
         if kind is dict:
             return {self._dict_key(name): self._copy(element, depth + 1) for name, element in value.items()}
+        if (plain := as_plain(value)) is not value:
+            return self._copy(plain, depth)
         raise BadItem(
             f"the value {describe(value)} is of type {kind.__name__}; "
             "allowed are None, bool, numbers, str, and lists, tuples and dicts of these"
         )
 
     def _dict_key(self, name: Any) -> str:
-        kind = name.__class__
-        if kind is str:
-            _check_scalar(name, "the dict key")
-            self.nodes += len(name)
-            return str(name)
-        if kind is bool or name is None:
-            return {True: "true", False: "false", None: "null"}[name]
-        if kind is int:
-            _check_scalar(name, "the dict key")
-            return str(name)
-        raise BadItem(f"the dict key {describe(name)} is of type {kind.__name__}; allowed are str, int, bool and None")
+        name = as_plain(name)
+        if name.__class__ not in SCALARS:
+            raise BadItem(
+                f"the dict key {describe(name)} is of type {type(name).__name__}; "
+                "allowed are None, bool, numbers and str, which all become str"
+            )
+        _check_scalar(name, "the dict key")
+        text = name if name.__class__ is str else json.dumps(name)
+        self.nodes += len(text)
+        return text
 
 
 def nodes_of(key: Key) -> int:
@@ -156,7 +182,7 @@ def nodes_of(key: Key) -> int:
 
 def check_item(item: Any, snapshot: Snapshot) -> tuple[Key, Value]:
     """Give the canonical key and the copied value of one item. Raises BadItem saying what is wrong with it."""
-    if (item.__class__ is not tuple and item.__class__ is not list) or len(item) != 2:
+    if (item.__class__ is not tuple and not isinstance(item, tuple | list)) or len(item) != 2:
         raise BadItem(f"{describe(item)} is no (key, value) pair")
     return canonical_key(item[0]), snapshot.take(item[1])
 
@@ -187,7 +213,7 @@ def _sort_by(order: Callable[[Any], Any], things: list[Any]) -> list[Any]:
 
 
 def value_order_key(value: Value) -> tuple[Any, ...]:
-    """Give a sort key for `sort_values`: None < numbers < str < lists < dicts (by canonical JSON)."""
+    """Give a sort key for `sort_values`: None < numbers < NaN < str < lists < dicts (by canonical JSON)."""
     kind = value.__class__
     if kind is str:
         return (2, value)
@@ -195,13 +221,16 @@ def value_order_key(value: Value) -> tuple[Any, ...]:
         return (3, tuple([value_order_key(element) for element in value]))
     if kind is dict:
         return (4, ujson.dumps(value, ensure_ascii=False, sort_keys=True))
-    return (0,) if value is None else (1, value)
+    if value is None:
+        return (0,)
+    return (1, value) if value == value else (1.5,)  # NaN is below nothing and above nothing: it needs a place
 
 
 def sort_values(values: list[Value]) -> None:
     """Sort one group's values in place by `value_order_key`, taking the short way for plain scalars."""
     kinds = set(map(type, values))
-    if kinds <= {str} or kinds <= {int, float, bool}:
+    plain = kinds <= {str} or kinds <= {int, float, bool}
+    if plain and not (float in kinds and any(map(operator.ne, values, values))):  # no NaN, which differs from itself
         values.sort()
     else:
         values[:] = _sort_by(value_order_key, values)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mrcore import task
 from mrcore.disk_list import DiskList
 from mrcore.disk_sort import DiskSort, group_too_large
 from mrcore.errors import JobFault
@@ -13,9 +13,11 @@ from mrcore.memory import MemoryWatch
 from mrcore.output import PartWriter
 from mrcore.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe, nodes_of
 from mrcore.shuffler import BATCH_ITEMS, BATCH_NODES
-from mrcore.usercode import Function, is_ours, raised_by_user, user_fault
+from mrcore.usercode import NOTHING, Function, is_iterable, is_ours, raised_by_user, user_fault
 
 _UNCHECKED = object()  # stands for the value of an item that is not simply (this key, something)
+GROUPS_PER_NOTE = 256
+LARGE_GROUP = 4096  # values: it is looked whether they fit, and noted
 PAIR_BYTES = 72  # a (key, value) tuple and its place in the group's list
 
 
@@ -55,10 +57,13 @@ class Reduce:
     def reduce(self) -> list[dict[str, Any]]:
         """Reduce all groups and give the finished parts. Raises JobFault naming function and key."""
         for key, values in self._sorter.groups(self._disk_based_input):
+            if self.groups % GROUPS_PER_NOTE == 0 or len(values) > LARGE_GROUP:
+                what = f"the groups from key {describe(key)} on of partition {task.partition}"
+                task.in_hand(f"reduce function {self._name}, {what}")
             self.groups += 1
             self.values += len(values)
             if isinstance(values, list):
-                if len(values) > 4096:
+                if len(values) > LARGE_GROUP:
                     self._check_fits(key, len(values))
                 group: Any = [(key, value) for value in values]
             else:
@@ -76,10 +81,9 @@ class Reduce:
 
     def _reduce_group(self, key: Key, group: Any) -> None:
         auxiliary = (DiskList(self._folder), self._auxiliary) if self._disk_based_output else self._auxiliary
-        item, inside, key_nodes = None, False, nodes_of(key)
+        item, items, key_nodes = None, NOTHING, nodes_of(key)
         try:
-            items: Iterable[Any] = self._function(group, auxiliary)
-            inside = True
+            items = self._function(group, auxiliary)
             for item in items:
                 value = item[1] if item.__class__ is tuple and len(item) == 2 and item[0] is key else _UNCHECKED
                 if value.__class__ in NUMBERISH:  # what cannot be written is found when it is encoded
@@ -96,7 +100,7 @@ class Reduce:
                 if len(self._batch) >= BATCH_ITEMS or self._large > BATCH_NODES:
                     self._flush(key)
         except BaseException as error:
-            raise self._fault(error, key, item, inside) from error
+            raise self._fault(error, key, item, items) from error
 
     def _flush(self, key: Key | None) -> None:
         try:
@@ -106,22 +110,21 @@ class Reduce:
                 try:
                     check_item(item, self._snapshot)
                 except BadItem as bad:
-                    raise self._fault(bad, item[0], item, True) from error
+                    raise self._fault(bad, item[0], item, self._batch) from error
             raise
         self.items += len(self._batch)
         self._batch, self._large = [], 0
 
-    def _fault(self, error: BaseException, key: Key, item: Any, inside: bool) -> JobFault:
+    def _fault(self, error: BaseException, key: Key, item: Any, items: Any) -> JobFault:
         where = {"function": self._name, "key": describe(key)}
         place, what = f"on the group of key {where['key']}", f"reduce function {self._name}"
         if is_ours(error):
             raise error
-        if raised_by_user(error):
+        # What was raised before it had returned is its own as well: a function in C has no frame.
+        if raised_by_user(error) or items is NOTHING:
             return user_fault(error, f"{what} failed {place}", **where)
         if issubclass(type(error), BadItem):
             return JobFault(f"{what} returned a bad item {place}: {error}", **where)
-        if not inside and issubclass(type(error), TypeError):
-            return JobFault(f"{what} cannot be called as f(group, auxiliary): {error}", **where)
-        if item is None and issubclass(type(error), TypeError):
-            return JobFault(f"{what} returned no iterable of pairs {place}: {error}", **where)
-        return user_fault(error, f"{what} failed {place}", **where)  # in what it left to be worked out
+        if is_iterable(items):  # of what is in C, such as `map`
+            return user_fault(error, f"{what} failed {place}", **where)
+        return JobFault(f"{what} returned no iterable of pairs {place}: {error}", **where)

@@ -8,10 +8,11 @@ different key (`BadItem`); whoever needs to know the input line then looks for i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mrcore import task
 from mrcore.errors import JobFault
 from mrcore.memory import MemoryWatch
 from mrcore.records import (
@@ -21,6 +22,7 @@ from mrcore.records import (
     Value,
     canonical_key,
     check_item,
+    describe,
     dumps,
     loads,
     partition_keys,
@@ -29,7 +31,14 @@ from mrcore.records import (
 from mrcore.runs import RunWriter, frame_bytes_for
 
 Combine = Callable[[Key, list[Value]], list[Value]]
+KEYS_PER_NOTE = 256
 _ALREADY_CANONICAL = {str, int, type(None)}
+
+
+def note_combiner(combine: Combine, keys: Sequence[Key]) -> None:
+    """Note that a combiner gets groups of these keys next (see `task.in_hand`)."""
+    name = getattr(combine, "__name__", "")
+    task.in_hand(f"combiner {name}, {len(keys)} groups, the first of key {describe(keys[0])}")
 
 
 class SpillSorter:
@@ -107,10 +116,13 @@ class SpillSorter:
 
     def _combine_all(self, combine: Combine, keys: list[Key]) -> None:
         groups = self.groups
-        for key in keys:
-            values = groups[key]
-            if len(values) > 1:
-                groups[key] = combine(key, values)
+        for start in range(0, len(keys), KEYS_PER_NOTE):
+            some = keys[start : start + KEYS_PER_NOTE]
+            note_combiner(combine, some)
+            for key in some:
+                values = groups[key]
+                if len(values) > 1:
+                    groups[key] = combine(key, values)
 
     def _check_all(self) -> None:
         """Find the item that could not be written. Raises BadItem when there is one."""

@@ -9,7 +9,7 @@ handlers; and orphans of a task (setsid, daemons) are only sure to be found by a
 
 Messages on the control socket (SOCK_SEQPACKET, one JSON object each; `serial` tells tasks of one server apart):
   server → supervisor  {"ready": port} · {"spawn": serial} with the task's end of its connection · {"kill": serial}
-  supervisor → server  {"spawned": serial, "pid"} · {"ended": serial, "status"|"signal", "message"}
+  supervisor → server  {"spawned": serial, "pid"} · {"ended": serial, "status"|"signal", "message", "in_hand"}
 A task gets its order as the first thing on its connection: 4 bytes of length (big-endian), then JSON.
 
 What server and task print comes by a pipe, and the supervisor writes it into its own log, which so stays bounded.
@@ -18,9 +18,11 @@ What server and task print comes by a pipe, and the supervisor writes it into it
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import json
 import logging
+import mmap
 import os
 import select
 import signal
@@ -32,12 +34,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mrcore import logs, procfs
+from mrcore import logs, procfs, task
 from mrcore.errors import interrupt
+from mrcore.text import one_line
 
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 30.0
 SWEEP_SECONDS = 5.0  # SIGKILL acts at once, except on a process stuck in the kernel (a dead NFS server)
 GRACE_SECONDS = 3.0
+MAX_NOTE = 1000  # characters of what a task had in hand are told
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Json = dict[str, Any]
@@ -62,6 +66,7 @@ class Supervisor:
         self._terminal = os.isatty(0)
         self._log = logs.take_over(log_bytes)
         self._printed, self._print_to = logs.open_pipe()
+        self._note = mmap.mmap(-1, task.NOTE_BYTES)  # shared with the tasks: what the one that runs has in hand
         self._wake, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         procfs.become_subreaper()
         for number in (*_STOP_SIGNALS, signal.SIGCHLD):
@@ -174,6 +179,7 @@ class Supervisor:
 
     def _spawn(self, serial: int, connection: socket.socket) -> None:
         self._serial = serial
+        self._note[:1] = b"\0"
         try:
             self._task = pid = self._fork(connection, lambda: self._be_task(connection))
         except OSError as error:
@@ -199,6 +205,8 @@ class Supervisor:
             os.close(nothing)
             sys.breakpointhook = self._no_breakpoint
         signal.signal(signal.SIGINT, interrupt)
+        faulthandler.enable(2)  # a crash in C leaves the Python stack in the log
+        task.set_note(self._note)
         with contextlib.suppress(OSError):  # short of memory, the kernel is to choose user code, not its guard
             Path("/proc/self/oom_score_adj").write_text("500")
         if hasattr(sys.stdout, "reconfigure"):
@@ -233,7 +241,9 @@ class Supervisor:
         if pid:
             self._give_terminal(os.getpgrp())
             told = {"message": "does not end: stuck in the kernel"} if status is None else describe(status)
-            self._tell(ended=self._serial, **(told | {"message": reason or told["message"]}))
+            note = self._note[:].partition(b"\0")[0].decode("utf-8", "surrogateescape")  # written by user's process
+            told |= {"message": reason or told["message"], "in_hand": one_line(note, MAX_NOTE)}
+            self._tell(ended=self._serial, **told)
 
     def _reap(self) -> None:
         """Handle every child that has ended, orphans of tasks too."""

@@ -12,6 +12,7 @@ Outside a job every name is None, so modules that import it can be tested by the
 from __future__ import annotations
 
 from collections.abc import Callable
+from mmap import mmap
 from typing import Any
 
 job: str | None = None
@@ -23,7 +24,9 @@ node: str | None = None
 partition: int | None = None
 input_file: str | None = None
 
+NOTE_BYTES = 4096
 _offset: Callable[[], int] | None = None
+_note: mmap | None = None  # memory that the supervisor shares with this process
 
 
 def __getattr__(name: str) -> Any:
@@ -41,3 +44,15 @@ def set_surroundings(**facts: Any) -> None:
 def set_offset(source: Callable[[], int] | None) -> None:
     """Set the function that works out the current line's byte offset."""
     globals()["_offset"] = source
+
+
+def set_note(shared: mmap) -> None:
+    """Share `NOTE_BYTES` of memory with the supervisor, which reads there what the task had in hand when it died."""
+    globals()["_note"] = shared
+
+
+def in_hand(what: str) -> None:
+    """Note what user code gets next. Called for every few hundred lines or groups: a signal leaves no other word."""
+    if _note is not None:
+        text = what.encode("utf-8", "surrogateescape")[: NOTE_BYTES - 1] + b"\0"
+        _note[: len(text)] = text

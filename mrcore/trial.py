@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import gc
 import json
 import signal
@@ -29,6 +31,8 @@ from mrcore.usercode import load_function, make_combiner, use_packages
 
 def print_trial(asked: dict[str, Any]) -> None:
     """Run a trial as the command line asks for it and print its items, one as JSON per line. Raises UsageError."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # a stderr that is closed, or no file
+        faulthandler.enable()
     name = asked["auxiliary_file"]
     signal.signal(signal.SIGINT, interrupt)
     try:

@@ -6,10 +6,12 @@ import difflib
 import errno
 import hashlib
 import importlib
+import inspect
 import io
 import os
 import site
 import sys
+import sysconfig
 import tarfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,8 +29,15 @@ COMBINE_VALUES = 4096
 MAX_FRAMES, MAX_STORIES = 100, 20  # of each exception, and exceptions, that a traceback shows
 _CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
 _WHILE_HANDLING = "\nDuring handling of the above exception, another exception occurred:\n\n"
+NOTHING = object()  # stands for what a function returns, until it has returned
 _IGNORED = {"__pycache__", "wheels"}  # compiled files differ by interpreter; wheels travel apart
 _OURS = str(Path(__file__).parent) + os.sep
+# Frames in these, below a frame of ours, are what we called; a user's packages lie elsewhere.
+_LIBRARIES = (
+    "<frozen",
+    *(sysconfig.get_paths()[kind] + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
+_PARAMETERS = {"map": "(line, auxiliary_data)", "reduce": "(group, auxiliary)"}
 
 
 def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -111,6 +120,18 @@ def load_function(project_dir: Path, kind: str, name: str) -> Function:
             raise JobFault(f"{error.filename}, line {error.lineno}: syntax error: {error.msg}") from error  # type: ignore[attr-defined]
         raise user_fault(error, f"loading {name} from {file.name} failed") from error
     found: Function = function
+    try:
+        parameters = inspect.signature(found, follow_wrapped=False)  # what a decorator returns is what is called
+    except (ValueError, TypeError):  # of a function in C, which does not tell
+        return found
+    try:
+        parameters.bind(None, None)
+    except TypeError as error:
+        raise JobFault(
+            f"{kind} function {name} of {file.name} cannot be called as f{_PARAMETERS[kind]}: its parameters are "
+            f"{parameters} ({error})",
+            function=name,
+        ) from None
     return found
 
 
@@ -181,11 +202,12 @@ def _story(error: BaseException, left: list[int]) -> str:
 def is_ours(error: BaseException) -> bool:
     """Tell whether an error is of our own making, which user code had no part in: it is passed on as it is.
 
-    An OSError right where we ask user code for the next item came out of an iterator without frames (`map(open, …)`).
+    Trouble with a file of ours, such as a DiskList's, is the machine's, though user code may have called us.
     """
-    if not issubclass(type(error), (MrcoreError, OSError)) or user_frames(error):
-        return False
-    return issubclass(type(error), MrcoreError) or len(list(traceback.walk_tb(_of(error, "__traceback__")))) > 1
+    if issubclass(type(error), MrcoreError):
+        return not user_frames(error)
+    own = _files_below(error)[1]
+    return issubclass(type(error), OSError) and bool(own) and own[-1].startswith(_OURS)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -193,9 +215,33 @@ def is_disk_full(error: BaseException) -> bool:
     return issubclass(type(error), OSError) and OSError.__dict__["errno"].__get__(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_iterable(thing: Any) -> bool:
+    """Tell whether a for loop takes `thing`."""
+    try:
+        iter(thing)
+    except TypeError:
+        return False
+    except BaseException:  # noqa: BLE001  of its own `__iter__`
+        return True
+    return True
+
+
 def raised_by_user(error: BaseException) -> bool:
-    """Tell whether the exception came out of the user's code, also where that had called ours."""
-    return issubclass(type(error), MemoryError | RecursionError) or bool(user_frames(error))
+    """Tell whether the exception, caught where user code is called, came out of user code.
+
+    It did, wherever it was raised, if the first thing that we called is not ours (a DiskList that refuses an item is
+    called by the user's function), or if the user's code was called further down (the `items` of a dict of theirs).
+    """
+    files, own = _files_below(error)
+    theirs = issubclass(type(error), MemoryError | RecursionError)
+    return theirs or not all(file.startswith(_OURS) for file in (*files[:1], *own))
+
+
+def _files_below(error: BaseException) -> tuple[list[str], list[str]]:
+    """Return the files of the frames below the one that caught it; and those of ours and the user's among them."""
+    steps = traceback.walk_tb(_of(error, "__traceback__"))
+    files = [frame.f_code.co_filename for frame, _ in steps][1:]
+    return files, [file for file in files if file.startswith(_OURS) or not file.startswith(_LIBRARIES)]
 
 
 def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Key, list[Value]], list[Value]]:
@@ -216,9 +262,9 @@ def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Ke
             if item.__class__ is tuple and len(item) == 2 and item[0] is key and item[1].__class__ is int:
                 return [item[1]]  # the usual combiner adds up: no need to look closer
             items = [check_item(item, snapshot) for item in found]
-        except BadItem as error:
-            raise JobFault(f"combiner {name} on key {describe(key)}: {error}", function=name) from error
         except BaseException as error:
+            if issubclass(type(error), BadItem) and not raised_by_user(error):
+                raise JobFault(f"combiner {name} on key {describe(key)}: {error}", function=name) from error
             raise user_fault(error, f"combiner {name} failed on key {describe(key)}", function=name) from error
         for new_key, _ in items:
             if new_key != key:
@@ -229,4 +275,5 @@ def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Ke
                 )
         return [value for _, value in items]
 
+    combine.__name__ = name
     return combine

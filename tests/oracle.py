@@ -25,7 +25,7 @@ def one_form(key: Any) -> Any:
     """The form in which keys are written: bool and whole floats as int, lists as tuples."""
     if isinstance(key, list | tuple):
         return tuple(one_form(each) for each in key)
-    return int(key) if isinstance(key, bool) or (isinstance(key, float) and key == int(key)) else key
+    return int(key) if isinstance(key, bool) or (isinstance(key, float) and key.is_integer()) else key
 
 
 def rank(key: Any) -> Any:

@@ -279,7 +279,7 @@ def _no_pair(cluster: TestCluster) -> dict[str, Any]:
 
 def _bad_value(cluster: TestCluster) -> dict[str, Any]:
     file = cluster.settings.projects_dir / "gated/map_functions.py"
-    file.write_text("def count_words(line, auxiliary_data):\n    return [('k', float('nan'))]\n")
+    file.write_text("def count_words(line, auxiliary_data):\n    return [('k', {1})]\n")
     return {}
 
 
@@ -301,7 +301,7 @@ def _no_auxiliary(cluster: TestCluster) -> dict[str, Any]:
         (_truncated, ["x.gz", "damaged or cut off", "upload it again"]),
         (_raising, ["count_words", "ZeroDivisionError", "byte 0", "map_functions.py, line 2"]),
         (_no_pair, ["count_words", "no (key, value) pair", "byte 0"]),
-        (_bad_value, ["count_words", "nan", "byte 0"]),
+        (_bad_value, ["count_words", "type set", "byte 0"]),
         (_bad_reduce, ["add_up", "KeyError", "no such thing", "key"]),
         (_no_auxiliary, ["stop_words", "upload"]),
     ],

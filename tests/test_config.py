@@ -79,6 +79,9 @@ def test_all_faults_at_once(tmp_path: Path, home: Path) -> None:
     [
         ("nodes: 0", "1 to 250"),
         ("nodes: 2\naddress: localhost", "no IPv4 address"),
+        ("address: 10.0.0.5", "10.0.0.5 is no loopback address"),
+        ("address: 0.0.0.0", "0.0.0.0 is no loopback address"),
+        ("nodes: 2\naddress: 127.255.255.255", "128.0.0.0 is no loopback address"),
         ("- a", "one mapping"),
         ("a: [", "neither YAML nor JSON"),
         ("[" * 100_000, "nested more than"),

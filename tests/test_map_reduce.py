@@ -181,7 +181,6 @@ def emitting(*bad: Any) -> Function:
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        (emitting(("k", NAN)), "the value is nan"),
         (emitting((NAN, 1)), "the key is nan"),
         (emitting((("a", NAN), 1)), "the key is nan"),
         (emitting(("k", "\ud800")), "the value .*lone surrogate"),
@@ -190,7 +189,7 @@ def emitting(*bad: Any) -> Function:
         (emitting((10**4300, 1)), "the key is an integer of more than 4,300 digits"),
         (emitting(("k", b"x")), "the value b'x' is of type bytes"),
         (emitting(({}, 1)), "the key {} is of type dict"),
-        (emitting(("k", {1.5: 1})), "the dict key 1.5 is of type float"),
+        (emitting(("k", {(1,): 1})), r"the dict key \(1,\) is of type tuple"),
         (emitting(("k",)), r"\('k',\) is no \(key, value\) pair"),
         (emitting(("k", 1, 2)), r"\('k', 1, 2\) is no \(key, value\) pair"),
         (emitting("kv"), r"'kv' is no \(key, value\) pair"),
@@ -217,7 +216,7 @@ def test_a_bad_item_is_named_with_its_line(
 
 def test_a_bad_item_of_an_earlier_line_does_not_blame_a_later_one(tmp_path: Path) -> None:
     def function(line: str, auxiliary: Any) -> Any:
-        return {"nan": [("k", NAN)], "none": None}[line.strip()]
+        return {"nan": [(NAN, 1)], "none": None}[line.strip()]
 
     with pytest.raises(JobFault, match="no iterable") as caught:
         mapped(tmp_path, b"nan\nnone\n", function)
@@ -256,11 +255,10 @@ def test_a_map_only_task_gives_back_memory_and_batches_by_size(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        (lambda group, auxiliary: [("k", NAN)], "bad item on the group of key 'b'.*nan"),
-        (lambda group, auxiliary: [(group[0][0], NAN)], "bad item on the group of key 'b'.*nan"),
+        (lambda group, auxiliary: [(NAN, 1)], "bad item on the group of key 'b'.*nan"),
+        (lambda group, auxiliary: [(group[0][0], "\ud800")], "bad item on the group of key 'b'.*surrogate"),
         (lambda group, auxiliary: [("k", {1})], "bad item on the group of key 'b'.*type set"),
         (lambda group, auxiliary: None, "no iterable of pairs on the group of key 'b'"),
-        (lambda group: group, r"cannot be called as f\(group, auxiliary\)"),
         (lambda group, auxiliary: 1 / 0, "failed on the group of key 'b': ZeroDivisionError"),
     ],
 )
@@ -368,7 +366,21 @@ def test_try_with_combiner_sorted_values_and_auxiliary_data(tmp_path: Path) -> N
             REDUCE,
             "loading m from .* KeyError: 'm'.*line 2",
         ),
-        ("def m(line): return []\n", REDUCE, r"cannot be called as f\(line, auxiliary_data\)"),
+        (
+            "def m(line): return []\n",
+            REDUCE,
+            r"map function m of map_functions.py cannot be called as f\(line, auxiliary_data\): .*\(line\).*too many",
+        ),
+        ("def m(line, auxiliary, third): return []\n", REDUCE, r"cannot be called as f\(line, .*'third'"),
+        ("def m(*, line, auxiliary): return []\n", REDUCE, r"cannot be called as f\(line, "),
+        (
+            "class MapFunctions:\n    def __init__(s, n): pass\n    def get_map_function(s): return s.m\n"
+            "    def m(line, auxiliary): return []\n",
+            REDUCE,
+            r"cannot be called as f\(line, auxiliary_data\): its parameters are \(auxiliary\)",
+        ),
+        (MAP, "def r(group): return group\n", r"reduce function r of .* cannot be called as f\(group, auxiliary\)"),
+        (MAP, "class r:\n    def __init__(self, group): pass\n", r"cannot be called as f\(group, auxiliary\)"),
         (MAP, "x = 1\n", "reduce_functions.py of project p has no function 'r'"),
         (MAP, "def r(:\n", "reduce_functions.py, line 1: syntax error"),
     ],
@@ -376,6 +388,106 @@ def test_try_with_combiner_sorted_values_and_auxiliary_data(tmp_path: Path) -> N
 def test_try_names_what_is_wrong_with_the_project(tmp_path: Path, map_code: str, reduce_code: str, says: str) -> None:
     with pytest.raises(JobFault, match=says):
         trial(tmp_path, map_code, reduce_code)
+
+
+@pytest.mark.parametrize(
+    "map_code",
+    [
+        "def m(line, *others): return [('k', 1)]\n",
+        "def m(line, auxiliary=None, more=7): return [('k', 1)]\n",
+        "class m(list):\n    def __init__(self, line, auxiliary): super().__init__([('k', 1)])\n",
+        "import functools\ndef three(a, line, auxiliary): return [('k', a)]\nm = functools.partial(three, 1)\n",
+        "import functools\ndef one_more(f):\n    @functools.wraps(f)\n    def call(line, auxiliary):\n"
+        "        return f(1, line, auxiliary)\n    return call\n"
+        "@one_more\ndef m(a, line, auxiliary): return [('k', a)]\n",
+        "class Maker:\n    def __call__(self, line, auxiliary): return [('k', 1)]\nm = Maker()\n",
+    ],
+)
+def test_whatever_can_be_called_with_two_arguments_is_a_function(tmp_path: Path, map_code: str) -> None:
+    assert trial(tmp_path, map_code, content=b"x\n") == [("k", 1)]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return undefined(group)", r"NameError: .*undefined.* \(reduce_functions.py, line 4\)"),
+        ("return two(1)", r"TypeError: two\(\) missing 1 required .* \(reduce_functions.py, line 4\)"),
+        ("return [(two(1), 1)]", r"TypeError: two\(\) missing .* \(reduce_functions.py, line 4\)"),
+        ("return len(5)", r"TypeError: object of type 'int' has no len\(\) \(reduce_functions.py, line 4\)"),
+        ("return (two(each) for each in group)", r"TypeError: two\(\) missing .* \(reduce_functions.py, line 4\)"),
+        ("disk.append(b'x'); return disk", r"BadItem: b'x' is no \(key, value\) pair \(reduce_functions.py, line 4\)"),
+        (
+            "disk.append(('k', {1})); return disk",
+            r"BadItem: the value \{1\} .* set; .* \(reduce_functions.py, line 4\)",
+        ),
+        ("disk.append(); return disk", r"TypeError: DiskList.append\(\) missing .* \(reduce_functions.py, line 4\)"),
+        ("disk.extend(two(n) for n in group)", r"TypeError: two\(\) missing .* \(reduce_functions.py, line 4\)"),
+        ("disk.extend(5); return disk", r"TypeError: 'int' object is not iterable \(reduce_functions.py, line 4\)"),
+        ("return [disk[7]]", r"IndexError: list index out of range \(reduce_functions.py, line 4\)"),
+        ("return group['a']", r"TypeError: .* \(reduce_functions.py, line 4\)"),
+        ("group.append((1, NotImplemented))", r"BadItem: the value NotImplemented .* \(reduce_functions.py, line 4\)"),
+        ("raise BadItem('of mine')", r"BadItem: of mine \(reduce_functions.py, line 4\)"),
+        ("return [('b', Odd(a=1))]", r"ZeroDivisionError: division by zero \(reduce_functions.py, line 6\)"),
+        ("raise OSError(5, 'of mine')", r"OSError: \[Errno 5\] of mine \(reduce_functions.py, line 4\)"),
+    ],
+)
+def test_errors_in_a_reduce_function_with_disk_lists_name_its_line(tmp_path: Path, body: str, says: str) -> None:
+    code = (
+        "from mrcore.records import BadItem\n"
+        "def r(group, auxiliary):\n"
+        "    disk, auxiliary = auxiliary\n"
+        f"    {body}\n"
+        "class Odd(dict):\n"
+        "    def items(self): 1 / 0\n"
+        "def two(a, b): pass\n"
+    )
+    with pytest.raises(JobFault, match=f"^reduce function r failed on the group of key 'a': {says}") as caught:
+        trial(tmp_path, MAP, code, disk_based_input=True, disk_based_output=True)
+    assert caught.value.details["function"] == "r" and caught.value.details["key"] == "'a'"
+    assert "reduce_functions.py" in caught.value.details["traceback"]
+    assert "disk_list.py" not in caught.value.details["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return two(1)", r"two\(\) missing 1 required .* \(map_functions.py, line 2\)"),
+        ("yield 'k', two(1)", r"two\(\) missing 1 required .* \(map_functions.py, line 2\)"),
+        ("return 1 + 'a'", r"unsupported operand .* \(map_functions.py, line 2\)"),
+        ("return map(two, line)", r"two\(\) missing 1 required"),
+        ("return zip(line, map(two, line))", r"two\(\) missing 1 required"),
+    ],
+)
+@pytest.mark.parametrize("reduce_code", [REDUCE, None])
+def test_a_type_error_in_a_map_function_is_its_own(tmp_path: Path, body: str, says: str, reduce_code: Any) -> None:
+    code = f"def m(line, auxiliary):\n    {body}\ndef two(a, b): pass\n"
+    with pytest.raises(JobFault, match=f"^map function m failed at .*in.txt, byte 0: 'b a': TypeError: {says}"):
+        trial(tmp_path, code, reduce_code)
+
+
+def test_a_function_in_c_that_refuses_its_arguments_has_failed(tmp_path: Path) -> None:
+    with pytest.raises(JobFault, match=r"^map function m failed at .*byte 0: 'b a': TypeError"):
+        trial(tmp_path, "m = vars\n")  # no signature, one argument
+
+
+def test_a_combiner_that_raises_is_named_with_its_line(tmp_path: Path) -> None:
+    code = "def r(group, auxiliary):\n    return sum(group)\n"
+    with pytest.raises(JobFault, match=r"^combiner r failed on key 'b': TypeError: .* \(reduce_functions.py, line 2\)"):
+        trial(tmp_path, MAP, code, combine="r")
+
+
+def test_a_combiner_that_cannot_be_called_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(JobFault, match=r"^reduce function c of .* cannot be called as f\(group, auxiliary\)"):
+        trial(tmp_path, MAP, REDUCE + "def c(group): return group\n", combine="c")
+
+
+def test_trouble_with_the_file_of_a_disk_list_is_not_the_users(tmp_path: Path) -> None:
+    code = (
+        "import os\ndef r(group, auxiliary):\n    disk = auxiliary[0]\n    disk._chunks._folder /= 'gone'\n"
+        "    for n in range(5000): disk.append((1, n))\n    return disk\n"
+    )
+    with pytest.raises(FileNotFoundError):
+        trial(tmp_path, MAP, code, disk_based_output=True)
 
 
 def test_a_traceback_holds_only_frames_of_the_user(tmp_path: Path) -> None:

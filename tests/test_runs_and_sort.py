@@ -307,8 +307,15 @@ def test_a_group_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.
         list(sorter.groups())
 
 
-@pytest.mark.parametrize("bad", [float("nan"), "\ud800", 10**4300, b""], ids=["nan", "surrogate", "int", "bytes"])
-@pytest.mark.parametrize("place", ["key", "value"])
+@pytest.mark.parametrize(
+    ("place", "bad"),
+    [
+        ("key", float("nan")),
+        ("key", ("a", float("nan"))),
+        *((place, bad) for place in ("key", "value") for bad in ("\ud800", 10**4300, b"")),
+    ],
+    ids=type,
+)
 @pytest.mark.parametrize("partitions", [1, 3])
 def test_what_got_in_unchecked_is_found_at_the_spill(tmp_path: Path, bad: Any, place: str, partitions: int) -> None:
     sorter = SpillSorter(tmp_path, "s", StubWatch(1), partitions=partitions)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -321,3 +322,21 @@ def test_no_package_index_is_named() -> None:
 @pytest.mark.parametrize("name", ["scripts/setup.sh", ".ci/run"])
 def test_scripts_may_be_executed(name: str) -> None:
     assert os.access(PROJECT / name, os.X_OK)
+
+
+@pytest.mark.parametrize("asked", ["script", "-c", "project"])
+def test_a_folder_called_mrcore_beside_the_users_code_does_not_hide_the_package(tmp_path: Path, asked: str) -> None:
+    """Such as a clone of this project, whose folder has no __init__.py, but the package one floor further down."""
+    (tmp_path / "mrcore").symlink_to(PROJECT)
+    code = "import mrcore\nfrom mrcore import __version__, task, scheduler\nprint(mrcore.__file__)\n"
+    (tmp_path / "use.py").write_text(code)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/map_functions.py").write_text(code + "def m(line, auxiliary_data):\n    return []\n")
+    command = [sys.executable, "use.py"]
+    if asked == "-c":
+        command = [sys.executable, "-c", code]
+    elif asked == "project":
+        command = [str(Path(sys.executable).with_name("mrcore")), "try", "project", "--map", "m", "use.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(done.stdout.strip()).resolve() == PROJECT / "mrcore/__init__.py"
