@@ -42,6 +42,10 @@ class Refused(ClusterFault):
     """A daemon answered and said no: wrong role, wrong version, stale or unknown order."""
 
 
+class Malformed(ClusterFault):
+    """A daemon answered with what cannot be an answer: it is broken, or in other hands. Nothing of it is believed."""
+
+
 class TaskDied(MrcoreError):
     """A task process ended without a result (killed, crashed): its task is tried again."""
 
@@ -52,7 +56,8 @@ class UsageError(MrcoreError):
     """What the caller asked cannot be done as asked; nothing was changed."""
 
 
-_CLASSES = {c.__name__: c for c in (MrcoreError, JobFault, ClusterFault, Unreachable, Refused, TaskDied, UsageError)}
+_OURS = (MrcoreError, JobFault, ClusterFault, Unreachable, Refused, Malformed, TaskDied, UsageError)
+_CLASSES = {c.__name__: c for c in _OURS}
 
 
 def from_dict(plain: dict[str, Any]) -> MrcoreError:

@@ -24,6 +24,8 @@ FLOORS = [
     {
         "errors",
         "text",
+        "ratelimit",
+        "answers",
         "config",
         "validation",
         "access",
