@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mrcore import VERSIONS, logs, procfs
+from mrcore.answers import LARGE_BYTES
 from mrcore.errors import ClusterFault, Refused
 from mrcore.paths import Layout, write_atomic
 from mrcore.rpc.data import DataClient
@@ -80,8 +81,9 @@ class ClusterServer:
 
     def methods(self) -> dict[str, Method]:
         """The RPC methods, all for the master only."""
-        ours = (self.hello, self.order, self.give, self.poll, self.cancel, self.status)
-        return {function.__name__: Method(function, "master") for function in ours}
+        small, large = (self.hello, self.poll, self.cancel, self.status), (self.order, self.give)
+        methods = {each.__name__: Method(each, "master") for each in small}
+        return methods | {each.__name__: Method(each, "master", LARGE_BYTES) for each in large}
 
     def hello(self, caller: Any) -> Json:
         """Who this is: name, incarnation, versions, pid, anonymous_bytes (of server and supervisor)."""
@@ -250,13 +252,10 @@ def serve(spec: Json, control: socket.socket) -> None:
     """The life of the server child: answer on the spec's port until SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a screen window is meant for the task
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    ours, pki = ClusterServer(spec, control), Pki(Path(spec["pki_dir"]), "node")
+    ours, members = ClusterServer(spec, control), Path(spec["members_file"])
+    pki = Pki(Path(spec["pki_dir"]), "node", members)
     limits = replace(LIMITS, close_seconds=0.2)  # waiting polls need not be waited for
-    who = watch_membership(Path(spec["members_file"]))
-    server = Server(
-        spec["address"], spec["port"], pki, lambda: who().members, ours.methods(),
-        denied=lambda: who().denied, limits=limits,
-    )  # fmt: skip
+    server = Server(spec["address"], spec["port"], pki, watch_membership(members), ours.methods(), limits=limits)
     server.start()
     control.send(json.dumps({"ready": server.port}).encode())
     try:
@@ -270,7 +269,7 @@ def run_process(spec: Json, order: Json, connection: socket.socket) -> None:
     from mrcore.process import Process  # loaded by `main`, before any fork
 
     def fetch(source: Json, requests: list[Json], sink: Callable[[int, memoryview], None]) -> None:
-        pki = Pki(Path(spec["pki_dir"]), "node")
+        pki = Pki(Path(spec["pki_dir"]), "node", Path(spec["members_file"]))
         with contextlib.closing(DataClient(source["address"], source["port"], pki, source["node"])) as client:
             client.get(requests, sink)
 

@@ -91,6 +91,11 @@ class Settings(BaseModel):
     on_success: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
     on_failure: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
 
+    @property
+    def members_file(self) -> Path:
+        """The allow list of the cluster's certificates (`watched`), by which the master knows whom it calls."""
+        return self.pki_dir.parent / "members.json"
+
     def node(self, name: str) -> NodeSettings:
         """The node of this name. Raises UsageError."""
         for node in self.nodes:

@@ -21,7 +21,7 @@ from mrcore.config import NodeSettings, Settings
 from mrcore.errors import MrcoreError
 from mrcore.launchers import local
 from mrcore.rpc.client import Client
-from mrcore.rpc.tls import Pki
+from mrcore.rpc.tls import master_pki
 from mrcore.scheduler import Scheduler
 from mrcore.text import one_line
 from mrcore.transfer_crew import every_file
@@ -79,7 +79,7 @@ def gather(settings: Settings, deep: bool = False) -> Json:
 
 
 def _ask_all(settings: Settings) -> dict[str, Json]:
-    keys = Pki(settings.pki_dir, "master")
+    keys = master_pki(settings)
     ports = {f"agent of {node.name}": (node, node.agent_port, "health") for node in settings.nodes}
     ports |= {server.name: (server.node, server.port, "hello") for server in settings.servers()}
 
@@ -101,7 +101,7 @@ def _ask_all(settings: Settings) -> dict[str, Json]:
 
 def _compare_outputs(settings: Settings, answers: dict[str, Json], running: Json | None, deep: bool) -> list[Json]:
     """Compare what manifests name with what the nodes that answer hold; all of a node that is no member is missing."""
-    keys, known = Pki(settings.pki_dir, "master"), outputs.named(settings)
+    keys, known = master_pki(settings), outputs.named(settings)
 
     def held(node: NodeSettings) -> dict[str, int] | str:
         with contextlib.closing(Client(node.address, node.agent_port, keys, node.name)) as client:

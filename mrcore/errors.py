@@ -49,6 +49,10 @@ class Refused(ClusterFault):
     """A daemon answered and said no: wrong role, wrong version, stale or unknown order."""
 
 
+class Malformed(ClusterFault):
+    """A daemon answered with what cannot be an answer: it is broken, or in other hands. Nothing of it is believed."""
+
+
 class TaskDied(MrcoreError):
     """A task process ended without a result (killed, crashed): its task is tried again."""
 
@@ -77,7 +81,7 @@ def interrupt(number: int, frame: object) -> NoReturn:
     raise Interrupted
 
 
-_KINDS = (MrcoreError, JobFault, ClusterFault, Unreachable, Refused, TaskDied, InternalError, UsageError)
+_KINDS = (MrcoreError, JobFault, ClusterFault, Unreachable, Refused, Malformed, TaskDied, InternalError, UsageError)
 _CLASSES = {kind.__name__: kind for kind in _KINDS}
 
 

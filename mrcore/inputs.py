@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from xopen import xopen
 
+from mrcore.answers import MAX_INPUT_BYTES, MAX_INPUT_FILES, MAX_INPUT_NAMES
 from mrcore.errors import JobFault
 from mrcore.paths import PARTIAL, Layout
 
@@ -64,6 +65,13 @@ def list_inputs(job: Mapping[str, Any], layout: Layout, node_names: Sequence[str
             dealt = shared or (shared is None and sibling_dirs is not None and not _under(path, sibling_dirs))
             if not dealt or rendezvous(path, node_names) == node_name:
                 files[path] = found
+    total = sum(file[1] for file in files.values())
+    if len(files) > MAX_INPUT_FILES or total > MAX_INPUT_BYTES or sum(map(len, files)) > MAX_INPUT_NAMES:
+        faults.append(
+            f"{len(files):,} input files of {total:,} bytes on node {node_name} are more than it may read in one run "
+            f"({MAX_INPUT_FILES:,} files, {MAX_INPUT_BYTES >> 40} TiB): give the job fewer input_dirs, or fewer files"
+        )
+        files.clear()
     return {
         "files": list(files.values()),
         "matched": matched,

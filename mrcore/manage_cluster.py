@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mrcore import WIRE_VERSION, __version__, environments, faults, ledger, manifest, outputs
+from mrcore.answers import InputPages
 from mrcore.config import NodeSettings, Settings, load_settings
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, UsageError
-from mrcore.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW, plan_bundles
+from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, UsageError
+from mrcore.inputs import MAX_SPLIT_BYTES, SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW, plan_bundles
 from mrcore.links import Links
 from mrcore.phases import Attempt, EndServer, Give, Start, default_partitions
 from mrcore.rpc.client import Client
 from mrcore.rpc.data import DataClient
-from mrcore.rpc.tls import Pki
+from mrcore.rpc.tls import master_pki
 from mrcore.store import Store
-from mrcore.text import listed
+from mrcore.text import listed, one_line
 from mrcore.usercode import pack_project, project_hash
 
 MIN_FREE_DISK_BYTES = 256 << 20
@@ -35,6 +36,7 @@ TICK_SECONDS = 0.5
 CLEANUP_SECONDS = 5.0
 NODES_AT_ONCE = 16
 FILES_A_LOOK = 1000
+MAX_SPLITS = 2_000_000  # of all nodes in one run; the master holds half a kilobyte for each
 
 Json = dict[str, Any]
 Progress = Callable[..., None]
@@ -49,7 +51,7 @@ class ManageCluster:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or load_settings()
-        self._pki = Pki(self.settings.pki_dir, "master")
+        self._pki = master_pki(self.settings)
         self._agents: dict[str, Client] = {}
 
     # --- life of the cluster ---
@@ -164,6 +166,10 @@ class ManageCluster:
                 )
             files = plan["files"]
         total = sum(each[1] - sum(each[4:]) for found in files.values() for each in found)
+        if (splits := total // MAX_SPLIT_BYTES + sum(map(len, files.values()))) > MAX_SPLITS:
+            raise JobFault(
+                f"{splits:,} splits of input are more than one run can take ({MAX_SPLITS:,}): read less in one"
+            )
         bundles: dict[str, list[Json]] = {}
         for node in self.settings.nodes:
             count = sum(map(len, bundles.values()))
@@ -179,6 +185,8 @@ class ManageCluster:
         agent, found = self._agent(outputs.node_of(self.settings, node)), []
         for first in range(0, len(files), FILES_A_LOOK):
             found += agent.call("look_into", files=files[first : first + FILES_A_LOOK], timeout_seconds=600)
+        if wrong := [file[0] for file, (end, *_) in zip(files, found, strict=True) if end > file[1]]:
+            raise Malformed(f"node {node} gave no answer to look_into: {one_line(wrong[0], 200)} ends past its size")
         return found
 
     def _prepare_node(
@@ -207,11 +215,12 @@ class ManageCluster:
         if self.settings.local:
             asked["sibling_dirs"] = str(node.compute_dir.parent)
         names = [each.name for each in self.settings.nodes]
-        listing = page = agent.call("list_inputs", job=asked, node_names=names, timeout_seconds=600)
-        while page["next"]:
-            page = agent.call("list_inputs", job=asked, node_names=names, cursor=page["next"], timeout_seconds=600)
-            listing["files"] += page["files"]
-        return dict(listing)
+        pages, cursor = InputPages(node.name, job["input_dirs"]), None
+        while True:
+            page = agent.call("list_inputs", job=asked, node_names=names, cursor=cursor, timeout_seconds=600)
+            if (cursor := pages.add(page)) is None:
+                break
+        return pages.listing
 
     def _check_versions(self, node: NodeSettings, health: Json) -> None:
         ours = (__version__, WIRE_VERSION, platform.python_version_tuple()[:2])

@@ -26,7 +26,9 @@ from typing import Any
 
 from mrcore import VERSIONS, environments, faults, inputs, ledger, logs, procfs, runs, usercode
 from mrcore.agent_moves import MoveMethods
+from mrcore.answers import LARGE_BYTES
 from mrcore.errors import ClusterFault, Refused
+from mrcore.manifest import PART_NAME
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.rpc.data import DataHandler, Range, Upload
 from mrcore.rpc.service import Method, Server
@@ -37,12 +39,14 @@ from mrcore.watched import watch_membership
 
 FILES_A_PAGE = 5_000
 MAX_LISTINGS = 4  # begun and not read to their end
+LARGE_REQUESTS = (  # lists of names
+    "list_inputs look_into publish announce delete_files taken stage_moves publish_moves remove_moves"
+)
 KEPT_PROJECTS, KEPT_VENVS = 20, 5
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _HASH = re.compile(r"[0-9a-f]{32,64}")
-_PART = re.compile(r"part-(\d{1,12})-\d{1,9}-\d{1,9}\.data(\.gz)?")
 
 Json = dict[str, Any]
 log = logging.getLogger("mrcore.node_agent")
@@ -80,6 +84,7 @@ class NodeAgent(MoveMethods):
         names = "list_inputs look_into project_state environment_state install_environment auxiliary start_run publish"
         names += " end_run sweep end_server"
         masters = {name: Method(getattr(self, name), "master") for name in [*names.split(), *self.RPC.split()]}
+        masters |= {name: masters[name]._replace(request_bytes=LARGE_BYTES) for name in LARGE_REQUESTS.split()}
         return masters | {"health": Method(self.health, "member")}
 
     # ---- state of the node
@@ -192,7 +197,7 @@ class NodeAgent(MoveMethods):
         """
         source = self._layout.parts_dir(_named(_NAME, job), _number(run), _number(attempt))
         target = self._layout.reduce_dir(job)
-        names = {_named(_PART, part) for part in parts}
+        names = {_named(PART_NAME, part) for part in parts}
         if not names and not target.is_dir():
             return {"published": 0, "removed": 0}
         target.mkdir(parents=True, exist_ok=True)
@@ -212,7 +217,7 @@ class NodeAgent(MoveMethods):
             fsync_dir(folder)
         faults.point("parts published")
         others = (path for path in target.iterdir() if delete_job_data and path.name not in names)
-        old = [path for path in others if (found := _PART.fullmatch(path.name)) and int(found[1]) <= run]
+        old = [path for path in others if (found := PART_NAME.fullmatch(path.name)) and int(found[1]) <= run]
         for path in old:
             path.unlink(missing_ok=True)
             faults.point("old part removed")
@@ -267,15 +272,17 @@ class NodeAgent(MoveMethods):
         {"file": [listing, number, offset]}, the master: a listed file from a byte on. Raises Refused.
         """
         if isinstance(asked := request.get("run"), dict):
-            ids = _named(_NAME, asked["job"]), _number(asked["run"]), _number(asked["attempt"])
-            folder, name = self._layout.runs_dir(*ids), _named(_RUN_ID, asked["id"])
+            ids = _named(_NAME, asked.get("job")), _number(asked.get("run")), _number(asked.get("attempt"))
+            folder, name = self._layout.runs_dir(*ids), _named(_RUN_ID, asked.get("id"))
+            if "partition" in asked or not {"low", "high"} <= asked.keys():
+                _number(asked.get("partition"))
             try:
                 ranges = runs.select(folder, name, asked)
             except FileNotFoundError:
                 raise Refused(f"node {self._spec['node']} has no run {name} of {ids}") from None
             return [Range(folder / f"{name}.data", offset, length, "run") for offset, length in ranges]
         if isinstance(asked := request.get("part"), dict):
-            path = self._layout.reduce_dir(_named(_NAME, asked["job"])) / _named(_PART, asked["name"])
+            path = self._layout.reduce_dir(_named(_NAME, asked.get("job"))) / _named(PART_NAME, asked.get("name"))
             if not path.is_file():
                 raise Refused(f"node {self._spec['node']} has no part {path.name} of {asked['job']}")
             return [Range(path, 0, path.stat().st_size, "part")]
@@ -368,14 +375,11 @@ def main(spec_file: str) -> int:
     ours = logs.TextLog(logs.take_over(spec.get("log_bytes", logs.LOG_BYTES)))
     log_to(ours)
     agent = NodeAgent(spec)
-    pki = Pki(Path(spec["pki_dir"]), "node")
+    pki = Pki(Path(spec["pki_dir"]), "node", Path(spec["members_file"]))
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread, so that only the wait below takes them
     who = watch_membership(Path(spec["members_file"]))
-    server = Server(
-        spec["address"], spec["port"], pki, lambda: who().members, agent.methods(), agent.data,
-        denied=lambda: who().denied,
-    )  # fmt: skip
+    server = Server(spec["address"], spec["port"], pki, who, agent.methods(), agent.data)
     server.start()
     procfs.announce_ready()
     # Python gives an empty answer when SIGSTOP has outlasted the time: hence the number.

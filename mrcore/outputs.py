@@ -152,11 +152,15 @@ def read_part(
     """Fetch a part and write its text; raises Refused when it is not what was committed."""
     node = node_of(settings, part["node"])
     unzip = zlib.decompressobj(wbits=31) if part["name"].endswith(".gz") else None
-    checksum = 0
+    checksum = length = text_length = 0
 
     def sink(_: int, chunk: memoryview) -> None:
-        nonlocal checksum
-        text = unzip.decompress(chunk) if unzip else bytes(chunk)
+        nonlocal checksum, length, text_length
+        length += len(chunk)
+        text = unzip.decompress(chunk, part["text_bytes"] - text_length + 1) if unzip else bytes(chunk)
+        text_length += len(text)
+        if length > part["bytes"] or text_length > part["text_bytes"]:
+            raise Refused(f"part {part['name']} on {part['node']} is longer than what was committed")
         checksum = zlib.crc32(text, checksum)
         write(text)
 

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, from_dict
+from mrcore import answers
+from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
 from mrcore.records import Key, as_tuple, order_key
 
 Json = dict[str, Any]
@@ -176,7 +177,12 @@ class Attempt:
         """A server tells of its task. Stale events (another run, attempt, task or try) are ignored."""
         server = self.servers[name]
         task = server.task
-        if task is None or event.get("identity") != self._identity(task):
+        if task is None or event.get("identity") != (task_identity := self._identity(task)):
+            return
+        try:
+            event = answers.event(event, task_identity, self.partitions, server.node)
+        except Malformed as error:
+            self._fail(error)
             return
         what = event["event"]
         if what == "want":
@@ -190,7 +196,7 @@ class Attempt:
             task.move("done")
             self._take(server, task, event["result"])
         elif what == "failed":
-            self._task_failed(server, from_dict(event["error"]))
+            self._task_failed(server, answers.error(event["error"], server.node))
         elif what == "died":
             self._lose_task(server, event["message"], JobFault)
 
@@ -282,7 +288,8 @@ class Attempt:
             self.waiting.setdefault(server.node, deque()).extendleft(reversed(task.bundles))
             task.bundles = []
         if task.tries >= self.max_attempts:
-            text = f"a task was tried {task.tries} times (max_attempts) and ended each time: {because}"
+            who = f"at last by {server.name} on node {server.node}"
+            text = f"a task was tried {task.tries} times (max_attempts), {who}, and ended each time: {because}"
             self._fail(blame(text, **details))
 
     def _task_failed(self, server: Server, error: MrcoreError) -> None:
@@ -346,7 +353,14 @@ class Attempt:
         for node, runs in self.runs.items():
             mine = [run for run in runs if self.by_range or str(partition) in run["partitions"]]
             if mine:
-                brief = [{"id": run["id"], "max_decoded": run["max_decoded"]} for run in mine]
+                brief = [
+                    {
+                        "id": run["id"],
+                        "max_decoded": run["max_decoded"],
+                        "most_bytes": run["bytes"] if self.by_range else run["partitions"][str(partition)],
+                    }
+                    for run in mine
+                ]
                 found.append({"node": node, "runs": brief})
         return found
 

@@ -1,7 +1,7 @@
 """The cluster's own certificate authority: EC P-256, one certificate for the master and one for each node.
 
-The subject says who a peer is: O = cluster, OU = role ("master" may order, "node" may fetch), CN = name. Withdrawn by
-serial on the servers' deny list, hence the long life. No daemon imports this.
+The subject says who a peer is: O = cluster, OU = role ("master" may order, "node" may fetch), CN = name. Only those
+count that are on the cluster's allow list (`watched`), hence the long life. No daemon imports this.
 
 Also the key that signs backups, which has nothing to do with certificates.
 """
@@ -39,12 +39,13 @@ def make_authority(folder: Path, cluster_name: str) -> None:
 
 def issue(
     authority_folder: Path, target_folder: Path, file_stem: str,
-    name: str, role: Literal["master", "node"], addresses: Sequence[str],
+    name: str, role: Literal["master", "node"], addresses: Sequence[str], cluster: str | None = None,
 ) -> str:  # fmt: skip
     """Write STEM.crt, STEM.key (mode 0600) and a copy of ca.crt into `target_folder`.
 
-    `addresses`: the IP addresses and host names under which the holder serves. Gives the certificate's serial as the
-    deny list wants it (upper-case hexadecimal). Raises UsageError for a bad name or role, or without an authority.
+    `addresses`: the IP addresses and host names under which the holder serves; `cluster`: its O (None: the
+    authority's). Gives the certificate's serial as the members file wants it (upper-case hexadecimal). Raises
+    UsageError for a bad name or role, or without an authority.
     """
     if role not in ("master", "node"):
         raise UsageError(f"unknown role {role!r} for the certificate of {name}: master or node")
@@ -55,7 +56,7 @@ def issue(
         raise UsageError(f"no certificate authority in {authority_folder}: {error.strerror}; make one first") from error
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
     organization = authority.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
-    key, subject = ec.generate_private_key(ec.SECP256R1()), _subject(str(organization), role, name)
+    key, subject = ec.generate_private_key(ec.SECP256R1()), _subject(cluster or str(organization), role, name)
     usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # signatures only
     alternatives = x509.SubjectAlternativeName([_alternative(n) for n in dict.fromkeys([name, *addresses])])
     purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
@@ -114,8 +115,17 @@ def _loaded(file: Path, load: Callable[[bytes], object]) -> object:
 
 def ends(certificate: Path) -> float:
     """When a certificate in a PEM file ends, in seconds since 1970. Raises UsageError if it cannot be read."""
+    return _read(certificate).not_valid_after_utc.timestamp()
+
+
+def serial(certificate: Path) -> str:
+    """Return the serial of a certificate in a PEM file, as a members file wants it. Raises UsageError."""
+    return f"{_read(certificate).serial_number:X}"
+
+
+def _read(certificate: Path) -> x509.Certificate:
     try:
-        return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc.timestamp()
+        return x509.load_pem_x509_certificate(certificate.read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the certificate {certificate}: {error}") from None
 

@@ -23,6 +23,7 @@ from mrcore import task
 from mrcore.disk_sort import DiskSort
 from mrcore.errors import ClusterFault, Interrupted, JobFault, MrcoreError, Refused, TaskDied, unforeseen
 from mrcore.inputs import Reader, Sample
+from mrcore.manifest import PART_NAME
 from mrcore.mapper import Map
 from mrcore.memory import MemoryWatch
 from mrcore.output import PartWriter
@@ -269,7 +270,7 @@ class Process:
                         fetched[source["node"]] = fetched.get(source["node"], 0) + length
                 continue
             requests = [{"run": identity | {"id": run["id"]} | selector} for run in source["runs"]]
-            lengths = self._fetch_from(source, requests)
+            lengths = self._fetch_from(source, requests, [run["most_bytes"] for run in source["runs"]])
             offset = 0
             for run, length in zip(source["runs"], lengths, strict=True):
                 sorter.add_run(Segment(self._fetched_path(source), offset, length, run["max_decoded"]))
@@ -283,19 +284,29 @@ class Process:
         if not earlier:
             return {}
         job, parts = self._attempt[0], earlier["parts"]
+        for part in parts:  # names that become paths here, and were a node's to tell once
+            if not PART_NAME.fullmatch(part["name"]):
+                raise JobFault(
+                    f"the manifest of the earlier output names a part {part['name']!r:.100}, which is none: restore it "
+                    f"from a backup, or have all inputs read anew by `mrcore ledger forget {job}`"
+                )
         folders = {source["node"]: self._folder for source in earlier["sources"]}
         folders[self._order["node"]] = self._layout.reduce_dir(job)
         for source in earlier["sources"]:
             if source["node"] == self._order["node"]:
                 continue
-            names = [part["name"] for part in parts if part["node"] == source["node"]]
+            theirs = [part for part in parts if part["node"] == source["node"]]
+            got = [0] * len(theirs)
 
-            def sink(index: int, chunk: memoryview, names: list[str] = names) -> None:
-                with open(self._folder / names[index], "ab") as stream:
+            def sink(index: int, chunk: memoryview, theirs: list[Json] = theirs, got: list[int] = got) -> None:
+                got[index] += len(chunk)
+                if got[index] > theirs[index]["bytes"]:
+                    raise Refused(f"{theirs[index]['name']} on {theirs[index]['node']} is longer than when it was made")
+                with open(self._folder / theirs[index]["name"], "ab") as stream:
                     stream.write(chunk)
 
             try:
-                self._fetch(source, [{"part": {"job": job, "name": name}} for name in names], sink)
+                self._fetch(source, [{"part": {"job": job, "name": part["name"]}} for part in theirs], sink)
             except Refused as error:
                 raise JobFault(f"the earlier output is not to be had: {error.message}") from error
         sorter.add_run(Parts([folders[part["node"]] / part["name"] for part in parts], parts))
@@ -307,7 +318,7 @@ class Process:
     def _fetched_path(self, source: Json) -> Path:
         return self._folder / f"fetched-{source['node']}"
 
-    def _fetch_from(self, source: Json, requests: list[Json]) -> list[int]:
+    def _fetch_from(self, source: Json, requests: list[Json], most_bytes: list[int]) -> list[int]:
         """Append what the requests bring to one file, in their order, and give their lengths."""
         lengths = [0] * len(requests)
         at_once = self._job["simultaneous_files_in_redis"] or RANGES_PER_REQUEST
@@ -315,8 +326,10 @@ class Process:
             for first in range(0, len(requests), at_once):
 
                 def sink(index: int, chunk: memoryview, first: int = first) -> None:
-                    stream.write(chunk)
                     lengths[first + index] += len(chunk)
+                    if lengths[first + index] > most_bytes[first + index]:
+                        raise Refused(f"a spill run on {source['node']} is longer than it was said to be")
+                    stream.write(chunk)
 
                 self._fetch(source, requests[first : first + at_once], sink)
         return lengths

@@ -13,7 +13,7 @@ from mrcore.config import NodeSettings, Settings
 from mrcore.errors import MrcoreError, Refused
 from mrcore.rpc.client import Client
 from mrcore.rpc.data import DataClient
-from mrcore.rpc.tls import Pki
+from mrcore.rpc.tls import master_pki
 from mrcore.staging import File, checked_file
 
 TICK_SECONDS = 0.2
@@ -41,7 +41,7 @@ class Crew:
 
     def __init__(self, settings: Settings, progress: Progress, stop: threading.Event) -> None:
         self._settings, self._progress, self._stop = settings, progress, stop
-        self._pki = Pki(settings.pki_dir, "master")
+        self._pki = master_pki(settings)
         self._lock, self._local, self._ended = threading.Lock(), threading.local(), threading.Event()
         self._agents = {each.name: self._client(each) for each in settings.nodes}
         self._channels: list[DataClient] = []

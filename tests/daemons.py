@@ -19,6 +19,7 @@ from mrcore import pki, procfs
 from mrcore.rpc.client import Client
 from mrcore.rpc.data import DataClient
 from mrcore.rpc.tls import Pki
+from mrcore.watched import Membership, members_content
 
 _hosts = itertools.count(1)
 CLUSTER = f"test{os.getpid()}"
@@ -36,16 +37,23 @@ def free_port(address: str) -> int:
         return port
 
 
+def members(*names: str) -> Callable[[], Membership]:
+    """An allow list with these nodes, and the master, whatever their certificates."""
+    listed = Membership(dict.fromkeys(("node", name) for name in names))
+    return lambda: listed
+
+
 def living(pid: int) -> bool:
     return procfs.state(pid) is not None
 
 
 def make_pki(folder: Path, *nodes: tuple[str, str]) -> Path:
-    """An authority with a master's and the nodes' certificates: folder/master, folder/NODE."""
+    """An authority with a master's and the nodes' certificates: folder/master, folder/NODE; folder/members.json."""
     pki.make_authority(folder / "ca", CLUSTER)
-    pki.issue(folder / "ca", folder / "master", "master", "master", "master", [])
+    serials = {("master", "master"): [pki.issue(folder / "ca", folder / "master", "master", "master", "master", [])]}
     for name, address in nodes:
-        pki.issue(folder / "ca", folder / name, "node", name, "node", [address])
+        serials["node", name] = [pki.issue(folder / "ca", folder / name, "node", name, "node", [address])]
+    (folder / "members.json").write_bytes(members_content(CLUSTER, serials))
     return folder
 
 
@@ -65,12 +73,11 @@ class Daemon:
             "cluster": CLUSTER,
             "compute_dir": str(folder / "node"),
             "pki_dir": str(self.pki / "n1"),
-            "members_file": str(folder / "members.json"),
+            "members_file": str(self.pki / "members.json"),
             "memory_bytes": 256 << 20,
             "servers": 1,
         } | spec
         (folder / "node" / "pids").mkdir(parents=True, exist_ok=True)
-        (folder / "members.json").write_text(json.dumps({"members": ["n1"], "denied": []}))
         file = folder / "spec.json"
         file.write_text(json.dumps(self.spec))
         ready, theirs = os.pipe()
@@ -92,13 +99,13 @@ class Daemon:
         self.clients: list[Client | DataClient] = []
 
     def client(self) -> Client:
-        client = Client(self.address, self.port, Pki(self.pki / "master", "master"), "n1")
+        client = Client(self.address, self.port, Pki(self.pki / "master", "master", self.pki / "members.json"), "n1")
         self.clients.append(client)
         return client
 
     def data_client(self, holder: str = "master") -> DataClient:
         stem = "master" if holder == "master" else "node"
-        client = DataClient(self.address, self.port, Pki(self.pki / holder, stem), "n1")
+        client = DataClient(self.address, self.port, Pki(self.pki / holder, stem, self.pki / "members.json"), "n1")
         self.clients.append(client)
         return client
 

@@ -16,6 +16,7 @@ from daemons import free_port, own_address
 
 from mrcore import pki, procfs
 from mrcore.config import Settings, load_settings
+from mrcore.watched import members_content
 
 CLUSTER = f"ssh{os.getpid()}"
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -106,17 +107,20 @@ class DeployedCluster:
         self.nodes = [Node(folder / f"w{number}", f"w{number}", key) for number in range(1, count + 1)]
         self.write_known_hosts()
         pki.make_authority(folder / "ca", CLUSTER)
-        pki.issue(folder / "ca", self.home / "pki", "master", "master", "master", [])
+        master = pki.issue(folder / "ca", self.home / "pki", "master", "master", "master", [])
+        serials = {("master", "master"): [master]}
         self.config = folder / "cluster.yml"
         entries = []
         for number, node in enumerate(self.nodes):
-            pki.issue(folder / "ca", node.folder / "pki", "node", node.name, "node", [node.address])
+            serial = pki.issue(folder / "ca", node.folder / "pki", "node", node.name, "node", [node.address])
+            serials["node", node.name] = [serial]
             entries.append({"name": node.name, "address": node.address, "servers": servers, "first_server": 10 * number,
                             "agent_port": node.agent_port, "server_port": node.server_port, "ssh_port": node.ssh_port,
                             "compute_dir": str(node.compute_dir)})  # fmt: skip
         keys: dict[str, Any] = {"cluster_name": CLUSTER, "home": str(self.home), "nodes": entries}
         self.config.write_text(json.dumps(keys))
         self.settings: Settings = load_settings(self.config)
+        self.settings.members_file.write_bytes(members_content(CLUSTER, serials))
         for node in self.nodes:
             self._write_specs(node)
 
@@ -126,7 +130,7 @@ class DeployedCluster:
 
     def _write_specs(self, node: Node) -> None:
         members = node.folder / "members.json"
-        members.write_text(json.dumps({"members": [each.name for each in self.nodes]}))
+        members.write_bytes(self.settings.members_file.read_bytes())
         common = {
             "node": node.name,
             "address": node.address,

@@ -246,13 +246,6 @@ def test_another_authority_is_not_replaced_by_the_way() -> None:
         )
 
 
-def test_the_bundle_is_what_the_folder_holds(tmp_path: Path) -> None:
-    assert plugin.mrcore_authority(str(tmp_path)) == ""
-    (tmp_path / "ca-previous.crt").write_text("old\n")
-    (tmp_path / "ca.crt").write_text("new\n")
-    assert plugin.mrcore_authority(str(tmp_path)) == "new\nold\n"
-
-
 # ---- numbers
 
 
@@ -302,10 +295,6 @@ def test_rows_of_nodes_and_host_keys() -> None:
         "10.0.0.21,w1 ssh-rsa BBB",
         "[10.0.0.22]:2222,[w2]:2222 ssh-ed25519 CCC",
     ]
-
-
-def test_serials_are_told_as_the_daemons_compare_them() -> None:
-    assert plugin.mrcore_serial(0x0A1B) == "A1B"
 
 
 def test_files_of_a_project(tmp_path: Path) -> None:

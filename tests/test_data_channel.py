@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
+from daemons import members
 from test_wire import FAST, Certificates, descriptors, drain, fake_server, make_certificates, tls_socket
 
 from mrcore import WIRE_VERSION
@@ -88,7 +89,7 @@ def handler(store: Store) -> DataHandler:
 @pytest.fixture
 def server(certificates: Certificates, handler: DataHandler) -> Iterator[Server]:
     threads = set(threading.enumerate())
-    server = Server("127.0.0.1", 0, certificates.pki("a"), {"a", "b"}, {}, handler, limits=LIMITS_HERE)
+    server = Server("127.0.0.1", 0, certificates.pki("a"), members("a", "b"), {}, handler, limits=LIMITS_HERE)
     server.start()
     yield server
     server.close()
@@ -143,7 +144,7 @@ def test_a_descriptor_stays_open(store: Store, certificates: Certificates) -> No
     content = store.write("r", 5000)
     descriptor = os.open(store.folder / "r", os.O_RDONLY)
     handler = DataHandler(lambda identity, request: [Range(descriptor, 1000, 2000), Range(descriptor, 0, 5000)])
-    server = Server("127.0.0.1", 0, certificates.pki("a"), set(), {}, handler)
+    server = Server("127.0.0.1", 0, certificates.pki("a"), members(), {}, handler)
     server.start()
     with closing(DataClient("127.0.0.1", server.port, certificates.pki("master"))) as client:
         for _ in range(2):
@@ -267,13 +268,13 @@ def test_a_reader_that_stalls_is_dropped_and_leaves_nothing(
 
 
 def test_who_is_struck_off_gets_no_more_bytes(store: Store, certificates: Certificates, handler: DataHandler) -> None:
-    members = {"b"}
+    listed = [members("b")]
     store.write("r", 10)
-    server = Server("127.0.0.1", 0, certificates.pki("a"), lambda: members, {}, handler)
+    server = Server("127.0.0.1", 0, certificates.pki("a"), lambda: listed[0](), {}, handler)
     server.start()
     with closing(DataClient("127.0.0.1", server.port, certificates.pki("b"))) as client:
         collect(client, [["r", 0, 10]])
-        members.clear()
+        listed[0] = members()
         for _ in range(2):
             with pytest.raises(Refused, match="b is no member"):
                 collect(client, [["r", 0, 10]])
@@ -484,7 +485,7 @@ def test_an_upload_that_stalls_is_dropped(
 
 
 def test_puts_are_refused_where_nothing_is_received(certificates: Certificates) -> None:
-    server = Server("127.0.0.1", 0, certificates.pki("a"), set(), {}, DataHandler(lambda identity, request: []))
+    server = Server("127.0.0.1", 0, certificates.pki("a"), members(), {}, DataHandler(lambda identity, request: []))
     server.start()
     client = DataClient("127.0.0.1", server.port, certificates.pki("master"))
     with pytest.raises(Refused, match="no such data request here"):

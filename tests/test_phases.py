@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrcore.errors import ClusterFault, InternalError, JobFault, MrcoreError, TaskDied, Unreachable, UsageError
+from mrcore.output import part_name
 from mrcore.phases import Attempt, EndServer, Give, Start, default_partitions, range_cuts
 from mrcore.records import order_key
 
@@ -53,6 +54,7 @@ class Cluster:
         self.tasks: dict[str, dict[str, Any]] = {}  # by server
         self.stale: list[tuple[str, dict[str, Any]]] = []
         self.reduced: list[int] = []
+        self.mapped: dict[str, list[int]] = {}  # by run: the bundles that it is of
         self.now = 0.0
 
     def obey(self) -> None:
@@ -94,13 +96,16 @@ class Cluster:
                 task["mapped"].append(bundle["id"])
                 self.tell(server, event="bundle_done", id=bundle["id"])
             elif task["no_more"]:
-                run = {"id": f"{server}-{task['identity']['task']}", "mapped": task["mapped"], "bytes": 30}
+                run = {"id": f"map-{task['identity']['task']}-{task['identity']['try']}-0", "bytes": 30}
                 run |= {"partitions": {"0": 10, "1": 10, "2": 10}, "samples": [], "max_decoded": 1}
+                run |= {"groups": 1, "values": 1}
+                self.mapped[run["id"]] = task["mapped"]
                 self._done(server, {"runs": [run], "counters": {"lines": len(task["mapped"])}})
         else:
             self.tell(server, event="phase", phase="REDUCE")
             self.reduced.append(task["partition"])
-            part = {"name": f"part-{task['partition']}", "partition": task["partition"]}
+            part = {"name": part_name(3, task["partition"], 0, False), "partition": task["partition"], "crc32": 0}
+            part |= dict.fromkeys(("records", "bytes", "text_bytes", "batch_bytes", "max_decoded"), 1)
             self._done(server, {"parts": [part], "counters": {}, "fetched": {}, "keys_kept": True})
 
     def _done(self, server: str, result: dict[str, Any]) -> None:
@@ -168,7 +173,7 @@ def test_any_losses_leave_every_bundle_mapped_once_and_every_partition_reduced_o
         if busy:
             cluster.work(rng.choice(busy))
     assert attempt.finished and attempt.fault is None, (attempt.fault, attempt.phase)
-    mapped = [bundle for runs in attempt.runs.values() for run in runs for bundle in run["mapped"]]
+    mapped = [bundle for runs in attempt.runs.values() for run in runs for bundle in cluster.mapped[run["id"]]]
     assert sorted(mapped) == sorted(everything)
     assert attempt.counters.get("lines", 0) == len(everything)
     assert sorted(part["partition"] for part in attempt.parts) == ([0, 1, 2] if everything else [])

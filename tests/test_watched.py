@@ -50,7 +50,7 @@ def test_what_is_in_force_is_the_last_good_state(
 ) -> None:
     file = tmp_path / "members.json"
     write(file, members("a"))
-    watch, expected, faults, there = watch_membership(file), Membership(frozenset("a"), frozenset()), 0, True
+    watch, expected, faults, there = watch_membership(file), Membership({("node", "a"): None}), 0, True
     caplog.clear()
     for step in steps:
         if step is None:
@@ -61,7 +61,8 @@ def test_what_is_in_force_is_the_last_good_state(
             faults, there = faults + 1, True
         else:
             write(file, members(*step[0], denied=step[1]))
-            expected, there = Membership(frozenset(step[0]), frozenset(step[1])), True
+            holders = dict.fromkeys(("node", name) for name in step[0])
+            expected, there = Membership(holders, frozenset(step[1])), True
         assert [watch() for _ in range(3)] == [expected] * 3
         told = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert len(told) == faults and all(str(file) in record.getMessage() for record in told), "once for each fault"
@@ -182,12 +183,14 @@ def test_two_authorities_are_trusted_while_one_takes_the_others_place(agent: Age
     master._drop()
     assert master.call("health"), "a client shows its renewed certificate at its next connection"
 
-    for holder in holders:
-        write(agent.pki / holder / "ca.crt", new)
+    write(agent.pki / "n1" / "ca.crt", new)
     for client in (master, node):
         with pytest.raises(Unreachable):  # a connection from before is ended, whoever holds it
             client.call("health")
     assert master.call("health")
+    for holder in holders:
+        write(agent.pki / holder / "ca.crt", new)
+    assert master.call("health"), "its files have changed: it connects afresh before it asks"
     with pytest.raises(MrcoreError, match="refused TLS or this side's certificate"):
         node.call("health")
     renew(agent, "ca2", "n2", "node", "n2")

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import importlib.util
 import ipaddress
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 Json = dict[str, Any]
 
 MAX_NODES = 50
-AUTHORITY_FILES = ("ca.crt", "ca-next.crt", "ca-previous.crt")  # the first signs; the others are trusted as well
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 ACCOUNT = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -247,11 +245,6 @@ def mrcore_numbering(present: Json | None, cluster: Json) -> dict[str, int]:
 # ---- small things
 
 
-def mrcore_serial(number: int) -> str:
-    """A certificate's serial as the daemons compare it: upper-case hexadecimal."""
-    return f"{int(number):X}"
-
-
 def mrcore_known_hosts(nodes: list[Json], keys: list[str]) -> str:
     """known_hosts of the master for these nodes, whose public host keys come in the same order."""
     lines = []
@@ -281,12 +274,6 @@ def mrcore_places(cluster: Json) -> list[list[Any]]:
     return [[name, host["cluster_ip"], host["agent_port"]] for name, host in hosts]
 
 
-def mrcore_authority(folder: str) -> str:
-    """The CA certificates that the controller's folder holds: the one that signs, and during a rotation the other."""
-    files = [Path(folder) / name for name in AUTHORITY_FILES]
-    return "".join(file.read_text(encoding="ascii") for file in files if file.exists())
-
-
 def mrcore_files(folder: str) -> list[str]:
     """What a project consists of, without caches and hidden files, as sha256sum prints it in its folder."""
     root, found = Path(folder), []
@@ -295,12 +282,6 @@ def mrcore_files(folder: str) -> list[str]:
         if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
             found.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  ./{'/'.join(parts)}")
     return found
-
-
-def mrcore_list(folder: str, name: str) -> list[str]:
-    """A list that the controller keeps beside the authority: denied.json (serials), removed.json (nodes)."""
-    file = Path(folder) / name
-    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
 
 
 def mrcore_release(root: str) -> str:
@@ -318,6 +299,6 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
-        ours = (mrcore_cluster, mrcore_numbering, mrcore_serial, mrcore_known_hosts, mrcore_release)
-        ours += (mrcore_list, mrcore_nodes, mrcore_places, mrcore_authority, mrcore_files)
+        ours = (mrcore_cluster, mrcore_numbering, mrcore_known_hosts, mrcore_release)
+        ours += (mrcore_nodes, mrcore_places, mrcore_files)
         return {function.__name__: function for function in ours}

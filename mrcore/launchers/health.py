@@ -12,7 +12,7 @@ from mrcore import RELEASE, WIRE_VERSION
 from mrcore.config import NodeSettings, Settings
 from mrcore.errors import MrcoreError, Unreachable
 from mrcore.rpc.client import Client
-from mrcore.rpc.tls import Pki
+from mrcore.rpc.tls import Pki, master_pki
 
 NODES_AT_ONCE = 64  # they only wait
 RETRY_SECONDS = 0.2
@@ -30,7 +30,7 @@ def check(settings: Settings, nodes: Iterable[NodeSettings], wait_seconds: float
 
     Gives the faults by node's name. An answer that is wrong (another release, a refusal) is not waited for.
     """
-    deadline, pki, nodes = time.monotonic() + wait_seconds, Pki(settings.pki_dir, "master"), list(nodes)
+    deadline, pki, nodes = time.monotonic() + wait_seconds, master_pki(settings), list(nodes)
 
     def one(node: NodeSettings) -> list[Fault]:
         asked = [("agent", node.agent_port, "health", node.name)]

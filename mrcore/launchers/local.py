@@ -31,6 +31,7 @@ from mrcore.config import LOCAL_SHAPE, NodeSettings, Settings, load_settings, se
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers import leftovers
 from mrcore.paths import close_home, make_private, remove_tree, write_atomic
+from mrcore.watched import members_content, read_membership
 
 READY_SECONDS = 60.0  # for all together: 96 servers on two cores took 4
 STOP_SECONDS, KILL_SECONDS = 10.0, 30.0
@@ -104,8 +105,7 @@ def start_cluster(settings: Settings) -> list[Json]:
             _check_port(daemon)
         try:
             if missing:
-                _make_certificates(settings)
-                _write_members(settings)
+                _write_members(settings, _make_certificates(settings))
                 _await_ready({_launch(settings, daemon): daemon for daemon in missing})
         except BaseException:
             _kill(settings.home, owners)
@@ -211,34 +211,41 @@ def _check_port(daemon: _Daemon) -> None:
         raise UsageError(f"cannot start {daemon}: {os.strerror(error.errno or 0).lower()}; {hint}") from None
 
 
-def _make_certificates(settings: Settings) -> None:
-    """The CA and the master's certificate once; a node's when it is new, changed its name or address, or the CA did."""
+def _make_certificates(settings: Settings) -> dict[tuple[str, str], list[str]]:
+    """The CA once; a certificate when it is new, when its holder changed name or address, or the CA did.
+
+    O is this cluster's alone, also when another one has a copy of the CA. Gives the serials by (role, name).
+    """
     from mrcore import pki  # only here: cryptography takes longer to load than a server to start
 
-    authority = settings.pki_dir / "ca.crt"
+    authority, serials = settings.pki_dir / "ca.crt", dict[tuple[str, str], list[str]]()
     if not authority.exists():
         pki.make_authority(settings.pki_dir, settings.cluster_name)
-    if not (settings.pki_dir / "master.crt").exists():
-        pki.issue(settings.pki_dir, settings.pki_dir, "master", "master", "master", [])
-    for node in settings.nodes:
-        holder = node.layout.pki_dir / "holder.json"
-        wanted = json.dumps([node.name, node.address, authority.read_text()]).encode()
+    holders = [("master", "master", settings.pki_dir, "master", list[str]())]
+    holders += [("node", node.name, node.layout.pki_dir, "node", [node.address]) for node in settings.nodes]
+    for role, name, folder, stem, addresses in holders:
+        holder = folder / "holder.json"
+        wanted = json.dumps([name, *addresses, cluster_id(settings.home), authority.read_text()]).encode()
         if not holder.exists() or holder.read_bytes() != wanted:
-            pki.issue(settings.pki_dir, node.layout.pki_dir, "node", node.name, "node", [node.address])
+            cluster = cluster_id(settings.home)
+            pki.issue(settings.pki_dir, folder, stem, name, role, addresses, cluster)  # type: ignore[arg-type]
             write_atomic(holder, wanted)
+        serials[role, name] = [pki.serial(folder / f"{stem}.crt")]
+    return serials
+
+
+def _write_members(settings: Settings, serials: dict[tuple[str, str], list[str]]) -> None:
+    """The allow list, for the master and for each node. What was denied by hand stays denied."""
+    for file in (settings.members_file, *map(_members_file, settings.nodes)):
+        denied = read_membership(file).denied if file.exists() else ()
+        content = members_content(cluster_id(settings.home), serials, denied)
+        if not file.exists() or file.read_bytes() != content:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, content)
 
 
 def _members_file(node: NodeSettings) -> Path:
     return node.compute_dir / "members.json"
-
-
-def _write_members(settings: Settings) -> None:
-    content = json.dumps({"members": [node.name for node in settings.nodes], "denied": []}).encode()
-    for node in settings.nodes:
-        file = _members_file(node)
-        if not file.exists() or file.read_bytes() != content:
-            node.compute_dir.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, content)
 
 
 def _launch(settings: Settings, daemon: _Daemon) -> int:

@@ -13,6 +13,7 @@ make us call it back. Exceptions travel as text: RPyC's loader would let a peer 
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import ssl
@@ -29,14 +30,39 @@ from rpyc.core.protocol import Connection as RpycConnection
 from rpyc.core.stream import SocketStream
 
 from mrcore.errors import MrcoreError, Refused, Unreachable
+from mrcore.ratelimit import RateLimit
 from mrcore.rpc.tls import Limits
+from mrcore.text import one_line
 
 # Everything that RPyC can allow or include is off; calls are bounded by the stream, on a clock that nobody sets.
 _SWITCHES = ("allow_", "include_", "import_", "instantiate_", "propagate_", "log_", "bind_")
 HARDENED = {name: False for name in DEFAULT_CONFIG if name.startswith(_SWITCHES)} | {"sync_request_timeout": None}
 LENGTH = struct.Struct("!I")
 BUFFER_BYTES = 64 << 10
+PLAIN_FRAME_BYTES, AROUND_TEXT_BYTES = 4096, 512  # a larger frame is one text with so much around it
 ERROR_CHARACTERS = 500  # of an error of the RPC layer itself
+
+
+TRACEBACKS = RateLimit(per_second=0.2, burst=5)  # of what a peer's requests made this daemon log
+_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
+_L4 = struct.Struct("!L")
+
+
+def load_json(text: str, limits: Limits) -> Any:
+    """Decode a peer's JSON. Raises ValueError for what is none, or has more values than a message needs.
+
+    Decoded, a value takes up to a hundred bytes for its two in the text: 8 MiB of `[],` would become 200 MiB.
+    """
+    if _values(text) > limits.json_values and _values(_TEXT.sub("", text)) > limits.json_values:
+        raise ValueError(f"more than {limits.json_values:,} values")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _values(text: str) -> int:
+    return text.count(",") + text.count("[") + text.count("{")
 
 
 class Stream(SocketStream):  # type: ignore[misc]
@@ -159,8 +185,8 @@ class Stream(SocketStream):  # type: ignore[misc]
             if length > self.limits.request_bytes:
                 raise Refused(f"{self.peer} sent a frame of {length} bytes, limit {self.limits.request_bytes}")
             data = self.read(length)
-        with suppress(ValueError, RecursionError):
-            if type(value := json.loads(data)) is dict:
+        with suppress(ValueError):
+            if type(value := load_json(data.decode(), self.limits)) is dict:
                 return value
         raise Refused(f"{self.peer} sent a frame that is no JSON object")
 
@@ -181,22 +207,29 @@ class Stream(SocketStream):  # type: ignore[misc]
 
 
 class Channel(rpyc_channel.Channel):  # type: ignore[misc]
-    """RPyC's frames, uncompressed, bounded in bytes, each with one deadline from its first byte to its last."""
+    """RPyC's frames, uncompressed, bounded in bytes, each with one deadline from its first byte to its last.
 
-    def __init__(self, stream: Stream) -> None:
+    `most_bytes` bounds what is received: who may only ask for little is not listened to at length.
+    """
+
+    def __init__(self, stream: Stream, most_bytes: int | None = None) -> None:
         super().__init__(stream, compress=False)
-        self.limits = stream.limits
+        self.limits, self.most_bytes = stream.limits, most_bytes or stream.limits.frame_bytes
 
     def recv(self) -> bytes:
         """Give the next frame. Raises Refused for one that is compressed, too large or not ended properly."""
         with self.stream.within(self.limits.frame_seconds, "the rest of a frame"):
             length, compressed = self.FRAME_HEADER.unpack(self.stream.take(self.FRAME_HEADER.size))
-            if compressed or length > self.limits.frame_bytes:
-                raise Refused(f"refused a {'compressed ' if compressed else ''}frame of {length} bytes")
-            data: bytes = self.stream.read(length + 1)
-        if data[-1:] != self.FLUSHER:
+            if compressed or length > self.most_bytes:
+                what = "compressed " if compressed else ""
+                raise Refused(f"{self.stream.peer}: refused a {what}frame of {length} bytes, limit {self.most_bytes}")
+            data: bytes = self.stream.read(length)
+            end = bytes(self.stream.take(len(self.FLUSHER)))
+        if end != self.FLUSHER:
             raise Refused("refused a frame without its end mark")
-        return data[:-1]
+        if length > PLAIN_FRAME_BYTES and not _is_one_text(data):
+            raise Refused(f"refused a frame of {length} bytes that is not one text")
+        return data
 
     def send(self, data: bytes) -> None:
         """Send one frame. Raises Refused if it is larger than the peer would take."""
@@ -206,16 +239,23 @@ class Channel(rpyc_channel.Channel):  # type: ignore[misc]
             self.stream.write(self.FRAME_HEADER.pack(len(data), 0) + data + self.FLUSHER)
 
 
+def _is_one_text(data: bytes) -> bool:
+    """Whether nearly all of a frame is one text, as in every call and answer; others grow thirtyfold in brine."""
+    at = data.find(brine.TAG_UNICODE + brine.TAG_STR_L4, 0, AROUND_TEXT_BYTES) + 2
+    return at > 1 and 0 <= len(data) - at - _L4.size - _L4.unpack_from(data, at)[0] <= AROUND_TEXT_BYTES
+
+
 class Connection(RpycConnection):  # type: ignore[misc]
     """RPyC's request and reply engine, reduced to calls by value of the root's one method, `exposed_call`."""
 
     _closed: bool
 
-    def __init__(self, root: Any, stream: Stream) -> None:
-        super().__init__(root, Channel(stream), HARDENED)
+    def __init__(self, root: Any, stream: Stream, most_bytes: int | None = None) -> None:
+        super().__init__(root, Channel(stream, most_bytes), HARDENED)
 
-    def call(self, method: str, arguments: str) -> str:
-        """Call the peer's `exposed_call`. Raises Refused, or what Stream raises."""
+    def call(self, method: str, arguments: str, most_bytes: int) -> str:
+        """Call the peer's `exposed_call`; the answer has at most so many bytes. Raises Refused, what Stream raises."""
+        self._channel.most_bytes = most_bytes
         reply = self.sync_request(consts.HANDLE_CALLATTR, None, "call", (method, arguments))
         if type(reply) is not str:
             raise Refused(f"the peer answered with {type(reply).__name__} instead of text")
@@ -247,10 +287,12 @@ class Connection(RpycConnection):  # type: ignore[misc]
         return package[1]
 
     def _box_exc(self, typ: type[BaseException], val: BaseException, tb: Any) -> str:
-        return f"{typ.__name__}: {val}"[:ERROR_CHARACTERS].encode(errors="replace").decode()
+        return one_line(f"{typ.__name__}: {val}", ERROR_CHARACTERS)
 
     def _unbox_exc(self, raw: Any) -> Refused:
-        return Refused(f"the peer refused: {raw[:ERROR_CHARACTERS]}" if type(raw) is str else "the peer refused")
+        return Refused(
+            f"the peer refused: {one_line(raw, ERROR_CHARACTERS)}" if type(raw) is str else "the peer refused"
+        )
 
     def close(self) -> None:
         """Drop the connection at once. RPyC's own asks the peer first, and waits for a stopped one."""

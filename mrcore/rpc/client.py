@@ -15,11 +15,13 @@ from typing import Any
 
 from rpyc import VoidService
 
-from mrcore import WIRE_VERSION
-from mrcore.errors import MrcoreError, Refused, Unreachable, UsageError, from_dict
+from mrcore import WIRE_VERSION, answers
+from mrcore.errors import Malformed, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.rpc import tls
-from mrcore.rpc.channel import Connection, Stream
+from mrcore.rpc.channel import Connection, Stream, load_json
 from mrcore.rpc.tls import LIMITS, RPC_PROTOCOL, Limits, Pki
+from mrcore.text import one_line
+from mrcore.watched import watch_membership
 
 
 class Caller:
@@ -35,6 +37,9 @@ class Caller:
         self._name, self._connect_seconds = server_name or address, connect_timeout_seconds
         self._call_seconds = call_timeout_seconds
         self._context = tls.watch_files(pki, lambda: tls.client_context(pki, self.ALPN))
+        self._membership = watch_membership(pki.members) if pki.members is not None else None
+        self._meant = server_name  # whose certificate it must be; None: of any node at the address
+        self._made_with: ssl.SSLContext | None = None  # the context of the stream
         self._stream: Stream | None = None
         self._lock = threading.Lock()
 
@@ -42,6 +47,18 @@ class Caller:
         """When the certificate ends that the server showed on this connection, seconds since 1970; None: not asked."""
         shown = self._stream.sock.getpeercert() if self._stream is not None else None
         return ssl.cert_time_to_seconds(str(shown["notAfter"])) if shown else None
+
+    def _objection(self, stream: Stream) -> str | None:
+        """Return why the server of this stream is not to be trusted (any more), None: it is."""
+        server = tls.peer_identity(stream.sock)
+        if server.role != "node" or (self._meant is not None and server.name != self._meant):
+            return f"there answers {server.name}, a {server.role}, not the node {self._meant or self._name}"
+        who = self._membership() if self._membership is not None else None
+        return who.objection(server.role, server.name, server.serial, server.cluster) if who else None
+
+    def _is_good(self, stream: Stream) -> bool:
+        """Whether a kept stream may be used still: nothing unasked for (its end), both certificates as they are now."""
+        return not stream.readable() and self._context() is self._made_with and not self._objection(stream)
 
     def _connect(self) -> Stream:
         """Give a stream that the server has welcomed, all within the time to connect. Raises Unreachable, Refused."""
@@ -51,7 +68,8 @@ class Caller:
             raw = socket.create_connection((self.address, self.port), self._connect_seconds)
             try:
                 tls.tune(raw)
-                sock = self._context().wrap_socket(raw, server_hostname=self._name, do_handshake_on_connect=False)
+                self._made_with = self._context()
+                sock = self._made_with.wrap_socket(raw, server_hostname=self._name, do_handshake_on_connect=False)
             except BaseException:
                 raw.close()
                 raise
@@ -62,22 +80,16 @@ class Caller:
             with stream.within(deadline - monotonic(), doing):
                 stream.step(sock.do_handshake)
                 greeting = stream.receive_json(self._connect_seconds, doing)
+            if why := self._objection(stream):
+                raise Refused(f"{peer} is not trusted: {why}")
             if "error" in greeting:
-                raise received(greeting["error"])
+                raise answers.error(greeting["error"], self._name)
             if greeting.get("welcome") != WIRE_VERSION or sock.selected_alpn_protocol() != self.ALPN:
                 raise Refused(f"{peer} speaks wire version {greeting.get('welcome')}, this side {WIRE_VERSION}")
         except BaseException:
             stream.close()
             raise
         return stream
-
-
-def received(plain: Any) -> MrcoreError:
-    """Give the error that a peer sent."""
-    try:
-        return from_dict(plain)
-    except (AttributeError, TypeError, ValueError):
-        return Refused("the peer sent an error that is none")
 
 
 class Client(Caller):
@@ -110,22 +122,27 @@ class Client(Caller):
             if self._closed:  # looked at after the stream is where close() finds it
                 raise Unreachable(f"{self.address}:{self.port} was not asked: this client is closed")
             with stream.within(seconds, f"{method} within {seconds:g} s"):
-                answer = json.loads(connection.call(method, text))
+                most = min(answers.most_bytes(method), self.limits.frame_bytes)
+                answer = load_json(connection.call(method, text, most), self.limits)
+        except Refused as error:
+            self._drop()
+            raise Refused(f"node {self._name}: {error.message}", **error.details) from error
         except MrcoreError:
             self._drop()
             raise
         except BaseException as error:  # an answer may still be under way: never reuse the connection
             self._drop()
             if isinstance(error, Exception):
-                raise Refused(f"{self.address}:{self.port} garbled its answer to {method}: {error!r}") from error
+                what = f"{self.address}:{self.port} garbled its answer to {method}"
+                raise Malformed(f"node {self._name}: {what}: {one_line(repr(error), 300)}", node=self._name) from error
             raise
         finally:
             self._lock.release()
         if type(answer) is not dict or not answer.keys() & {"error", "result"}:
-            raise Refused(f"{self.address}:{self.port} answered {method} with something that is no answer")
+            raise Malformed(f"node {self._name} answered {method} with something that is no answer", node=self._name)
         if "error" in answer:
-            raise received(answer["error"])
-        return answer["result"]
+            raise answers.error(answer["error"], self._name, method)
+        return answers.checked(method, arguments, answer["result"], self._name)
 
     def close(self) -> None:
         """End for good, without waiting; a call that another thread has under way raises Unreachable."""
@@ -137,7 +154,7 @@ class Client(Caller):
             self._lock.release()
 
     def _ready(self) -> tuple[Stream, Connection]:
-        if self._stream is None or self._connection is None or self._stream.readable():  # unasked for: its end
+        if self._stream is None or self._connection is None or not self._is_good(self._stream):
             self._drop()
             self._stream = self._connect()
             self._connection = Connection(VoidService(), self._stream)

@@ -2,8 +2,9 @@
 
 Requests are JSON frames `[u32 length] + object`, answered in order by one JSON frame (`{"error": …}` ends the
 connection) and then by content. Content is pieces `[u8 kind][u32 bytes][u32 crc32] + bytes`, at most `piece_bytes`
-each: kind 0 more follows, 1 the last of this content, 2 a fault instead of it (bytes: an error as JSON). The crc32 runs
-over the content from the first byte sent up to this piece's end, so every piece is verified before it is handed on.
+each: kind 0 more follows, 1 the last of this content, 2 a fault instead of it (bytes: an error as JSON), which ends the
+answer. The crc32 runs over the content from the first byte sent up to this piece's end, so every piece is verified
+before it is handed on.
 
 GET  {"get": [request, …]}            → {"get": how many}, then each request's content, in order, without round trips
 PUT  {"put": request, "length": n}    → {"offset": k}: what the server has already (a resumed transfer), else 0
@@ -28,10 +29,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
+from mrcore import answers
 from mrcore.errors import ClusterFault, MrcoreError, Refused
-from mrcore.rpc.channel import Stream
-from mrcore.rpc.client import Caller, received
+from mrcore.rpc.channel import TRACEBACKS, Stream
+from mrcore.rpc.client import Caller
 from mrcore.rpc.tls import DATA_PROTOCOL, Identity
+from mrcore.text import one_line
 
 try:  # comes with xopen where it runs, and is ten times as fast: the crc would cost a third of the channel's speed
     from isal.isal_zlib import crc32
@@ -209,7 +212,7 @@ def _receive_piece(stream: Stream, crc: int) -> tuple[int, memoryview, int]:
         plain = None
         with suppress(ValueError, RecursionError):
             plain = json.loads(bytes(chunk))
-        raise received(plain)
+        raise answers.error(plain, stream.peer)
     return kind, chunk, crc
 
 
@@ -222,8 +225,10 @@ def _asked(function: Callable[..., Any], *arguments: Any) -> Any:
     except OSError as error:
         raise ClusterFault(f"cannot serve the bytes: {error}") from error
     except Exception as error:
-        log.exception("a data request failed")
-        raise ClusterFault(f"the request failed: {type(error).__name__}: {error}; the log has the traceback") from error
+        if TRACEBACKS.allow():
+            log.exception("a data request failed%s", TRACEBACKS.since())
+        what = one_line(f"{type(error).__name__}: {error}", 300)
+        raise ClusterFault(f"the request failed: {what}; the log has the traceback") from error
 
 
 class DataHandler:
@@ -260,6 +265,8 @@ class DataHandler:
                 raise
 
     def _get(self, stream: Stream, identity: Identity, requests: list[Any]) -> None:
+        if len(requests) > stream.limits.batch_requests:
+            raise Refused(f"{len(requests)} requests in one GET, limit {stream.limits.batch_requests}")
         stream.send_json({"get": len(requests)})
         with _Outbox(stream) as out:
             for request in requests:
@@ -274,6 +281,7 @@ class DataHandler:
                     if stream.closed:
                         raise
                     out.fault(error)
+                    break  # no client reads on, and one bad frame must not cost an error for each of its requests
             out.flush()
 
     def _put(self, stream: Stream, identity: Identity, frame: dict[str, Any], receive: Receive) -> None:
@@ -420,7 +428,7 @@ class DataClient(Caller):
     def _ask(self, frame: dict[str, Any]) -> tuple[Stream, dict[str, Any]]:
         """Send a request, on a fresh connection if the kept one may have idled out; give the answer's first frame."""
         stream, idle = self._stream, monotonic() - self._used_at
-        if stream is None or idle > self.limits.idle_data_seconds / 2 or stream.readable():
+        if stream is None or idle > self.limits.idle_data_seconds / 2 or not self._is_good(stream):
             self.close()
             stream = self._stream = self._connect()
         stream.send_json(frame)
@@ -429,5 +437,5 @@ class DataClient(Caller):
     def _answer(self, stream: Stream, seconds: float, doing: str) -> dict[str, Any]:
         answer = stream.receive_json(seconds, f"{doing} within {seconds:g} s")
         if "error" in answer:
-            raise received(answer["error"])
+            raise answers.error(answer["error"], self._name)
         return answer

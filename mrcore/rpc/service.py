@@ -14,7 +14,7 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Literal, NamedTuple
@@ -25,12 +25,14 @@ from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, InternalError, MrcoreError, Refused, Unreachable, unforeseen
 from mrcore.limited_log import INTERVAL_SECONDS, LimitedLog
 from mrcore.rpc import tls
-from mrcore.rpc.channel import Connection, Stream
+from mrcore.rpc.channel import Connection, Stream, load_json
 from mrcore.rpc.data import DataHandler
 from mrcore.rpc.tls import DATA_PROTOCOL, LIMITS, RPC_PROTOCOL, Identity, Limits, Pki
+from mrcore.text import one_line
+from mrcore.watched import Membership
 
 log = logging.getLogger(__name__)
-Names = Collection[str] | Callable[[], Collection[str]]
+REQUEST_BYTES = 64 << 10  # a call's arguments as JSON, unless its method says otherwise
 BACKLOG = 1024
 FULL_PAUSE_SECONDS = 0.1  # before the next accept when the process is out of descriptors
 DROP_SECONDS = 1.0  # for a dropped handshake's thread to end
@@ -39,11 +41,13 @@ DROP_SECONDS = 1.0  # for a dropped handshake's thread to end
 class Method(NamedTuple):
     """One callable of a daemon: `function(identity, **arguments)` gives something JSON-able.
 
-    `role` "master": only the master's certificate may call it; "member": the nodes' as well.
+    `role` "master": only the master's certificate may call it; "member": the nodes' as well. `request_bytes` bounds
+    the arguments.
     """
 
     function: Callable[..., Any]
     role: Literal["master", "member"]
+    request_bytes: int = REQUEST_BYTES
 
 
 class _Root(VoidService):  # type: ignore[misc]
@@ -59,18 +63,17 @@ class _Root(VoidService):  # type: ignore[misc]
 class Server:
     """Listens on `address`:`port` (0: a free one, see `.port`) and serves `methods`, and bytes by `data_handler`.
 
-    `members`: the names of the nodes that may connect (the master may by its role); `denied`: serials of withdrawn
-    certificates; each a collection or a callable that gives one. Raises UsageError (bad certificate files) and
+    `membership` is the allow list as it is now, asked at every call. Raises UsageError (bad certificate files) and
     ClusterFault (the port is taken).
     """
 
     def __init__(
-        self, address: str, port: int, pki: Pki, members: Names, methods: Mapping[str, Method],
-        data_handler: DataHandler | None = None, *, denied: Names = (), limits: Limits = LIMITS,
+        self, address: str, port: int, pki: Pki, membership: Callable[[], Membership], methods: Mapping[str, Method],
+        data_handler: DataHandler | None = None, *, limits: Limits = LIMITS,
     ) -> None:  # fmt: skip
         self._trusted = tls.watch_authorities(pki)
         self._context = tls.watch_files(pki, lambda: tls.server_context(pki))
-        self._members, self._denied, self._methods = members, denied, dict(methods)
+        self._membership, self._methods = membership, dict(methods)
         self._data_handler, self._limits = data_handler, limits
         self._changed = threading.Condition()
         self._peers: dict[Stream, Identity | None] = {}  # oldest first; None until the handshake is done
@@ -179,12 +182,14 @@ class Server:
         stream.send_json({"welcome": WIRE_VERSION})
         if protocol == DATA_PROTOCOL and data is not None:
             return data.serve(stream, identity, self.authorise)
-        with Connection(_Root(self._answer, identity), stream) as connection:
+        limits = self._limits
+        most = limits.frame_bytes if identity.role == "master" else limits.member_frame_bytes
+        with Connection(_Root(self._answer, identity), stream, most) as connection:
             while True:
                 connection.serve(None)
 
     def authorise(self, identity: Identity) -> None:
-        """Raise Refused unless the holder is the master or a member, with a certificate that was not withdrawn.
+        """Raise Refused unless the holder is on the allow list, with this very certificate.
 
         A connection from when another authority counted is ended instead: its holder comes again with a new
         certificate, or not at all.
@@ -194,10 +199,8 @@ class Server:
                 for stream in [stream for stream, other in self._peers.items() if other == identity]:
                     stream.abort()
             raise Refused(f"{identity.name} connected when another authority counted")
-        if identity.serial in _names(self._denied):
-            raise Refused(f"the certificate {identity.serial} of {identity.name} was withdrawn")
-        if identity.role != "master" and identity.name not in _names(self._members):
-            raise Refused(f"{identity.name} is no member of this cluster (asked at {self.address}:{self.port})")
+        if why := self._membership().objection(identity.role, identity.name, identity.serial, identity.cluster):
+            raise Refused(f"{why} (asked at {self.address}:{self.port})")
 
     def _enter(self, stream: Stream, identity: Identity) -> None:
         with self._changed:
@@ -219,8 +222,13 @@ class Server:
                 raise Refused(f"{self.address}:{self.port} has no method {method[:100]!r}")
             if entry.role != "member" and identity.role != "master":
                 raise Refused(f"{method} is the master's to call; {identity.name} is a {identity.role}")
-            given = _object(arguments)
-            if given is None:
+            if len(arguments) > entry.request_bytes:
+                raise Refused(f"{method}: arguments of {len(arguments)} bytes, limit {entry.request_bytes}")
+            try:
+                given = load_json(arguments, self._limits)
+            except ValueError as error:
+                raise Refused(f"{method}: the arguments are no JSON: {one_line(error, 200)}") from None
+            if type(given) is not dict:
                 raise Refused(f"{method}: the arguments must be a JSON object")
             text = json.dumps({"result": entry.function(identity, **given)})
             if len(text) >= self._limits.frame_bytes - self._limits.frame_room_bytes:
@@ -233,14 +241,3 @@ class Server:
             fault = unforeseen(error, f"{method} failed at {self.address}:{self.port}")
             plain = type(fault)(f"{fault.message}; its log has the traceback").to_dict()
         return json.dumps({"error": plain})
-
-
-def _object(arguments: str) -> dict[str, Any] | None:
-    with suppress(ValueError, RecursionError):
-        if type(value := json.loads(arguments)) is dict:
-            return value
-    return None
-
-
-def _names(source: Names) -> Collection[str]:
-    return source() if callable(source) else source

@@ -12,10 +12,14 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mrcore.errors import Refused, UsageError
+from mrcore.text import one_line
 from mrcore.watched import Watched
+
+if TYPE_CHECKING:  # no daemon loads it
+    from mrcore.config import Settings
 
 RPC_PROTOCOL, DATA_PROTOCOL = "mr-rpc/1", "mr-data/1"
 
@@ -31,7 +35,9 @@ class Limits:
     finish_seconds: float = 300  # the end of a PUT: flushing gigabytes to a slow disk, then the finish callback
     linger_seconds: float = 2  # after a refusal: for the peer to stop sending and read it
     close_seconds: float = 5  # for threads to end when a server closes
-    frame_bytes: int = 32 << 20  # one RPC request or reply
+    frame_bytes: int = 32 << 20  # one RPC request or reply; methods and answers have smaller limits of their own
+    member_frame_bytes: int = 64 << 10  # one RPC request of a node, which may ask for its health only
+    json_values: int = 1_000_000  # in one JSON text of a peer: each costs up to 100 bytes once decoded
     request_bytes: int = 8 << 20  # one JSON frame: requests of the data channel
     piece_bytes: int = 256 << 10  # one piece of bulk bytes; 1 MiB is no faster, and a buffer each
     batch_requests: int = 4096  # GET requests in one frame
@@ -46,14 +52,23 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Pki:
-    """Where one holder's certificate lies: `folder`/ca.crt, STEM.crt and STEM.key."""
+    """Where one holder's certificate lies: `folder`/ca.crt, STEM.crt and STEM.key; and the allow list of its cluster.
+
+    Without `members` a client trusts every node of the authority: for tests, and whoever has no list.
+    """
 
     folder: Path
     stem: str
+    members: Path | None = None
+
+
+def master_pki(settings: Settings) -> Pki:
+    """What a program of the master shows and asks when it connects."""
+    return Pki(settings.pki_dir, "master", settings.members_file)
 
 
 class Identity(NamedTuple):
-    """Who a certificate says its holder is. `serial`: upper-case hexadecimal without leading zeros.
+    """Who a certificate says its holder is, of which cluster. `serial`: upper-case hexadecimal without leading zeros.
 
     `trusted`: fingerprints of the authorities that counted when the connection was made.
     """
@@ -61,6 +76,7 @@ class Identity(NamedTuple):
     name: str
     role: str
     serial: str
+    cluster: str = ""
     trusted: frozenset[str] = frozenset()
 
 
@@ -119,13 +135,15 @@ def _context(pki: Pki, protocol: int, alpn: list[str]) -> ssl.SSLContext:
 
 
 def peer_identity(sock: ssl.SSLSocket) -> Identity:
-    """Read the identity off the peer's verified certificate. Raises Refused if it names no one or no role."""
+    """Read the identity off the peer's verified certificate. Raises Refused if it names no one, no role or two."""
     certificate: dict[str, Any] = sock.getpeercert() or {}
-    subject = dict(pair for part in certificate.get("subject", ()) for pair in part)
+    pairs = [pair for part in certificate.get("subject", ()) for pair in part]
+    subject = dict(pairs)
     name, role = subject.get("commonName"), subject.get("organizationalUnitName")
-    if not name or role not in ("master", "node"):
-        raise Refused(f"the peer's certificate names no holder or no role of a cluster: {subject}")
-    return Identity(name, role, certificate["serialNumber"].upper().lstrip("0"))
+    if not name or role not in ("master", "node") or len(pairs) != len(subject):
+        raise Refused(f"the peer's certificate names no holder or no role of a cluster: {one_line(pairs, 300)}")
+    serial = certificate["serialNumber"].upper().lstrip("0")
+    return Identity(name, role, serial, subject.get("organizationName", ""))
 
 
 def tune(sock: socket.socket) -> None:
