@@ -30,6 +30,7 @@ from mrcore.cli_common import (
     told_seconds,
 )
 from mrcore.errors import MrcoreError, UsageError
+from mrcore.text import one_line
 
 MAX_JOB_FILE_BYTES = 10 << 20
 
@@ -94,12 +95,15 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
     from mrcore.validation import parse_yaml
 
     batch = [job for file in files for job in _read_jobs(file)]
+    given: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
-            raise UsageError(f"--set {change}: write KEY=VALUE")
-        value = parse_yaml(text, f"the value of --set {key}")
-        batch = [job | {key: value} for job in batch]
+            raise UsageError(f"--set {one_line(change)}: write KEY=VALUE")
+        if key in given:
+            raise UsageError(f"--set {key} is given twice: leave one of them out")
+        given[key] = parse_yaml(text, f"the value of --set {one_line(key)}")
+    batch = [job | given for job in batch]
     hand_over_jobs(batch, ["--json"] if as_json else [])
     scheduler = scheduler_in_force()
     answers = scheduler.submit_jobs(batch)

@@ -9,7 +9,6 @@ The local cluster's shape is `MRCORE_HOME/cluster.json`: `{"nodes": 3, "servers"
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -176,10 +175,7 @@ def _read(file: Path) -> dict[str, Any]:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the settings {file}: {error.strerror}") from None
-    try:
-        values = json.loads(content) if file.suffix == ".json" else parse_yaml(content, f"the settings file {file}")
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the settings {file} are no JSON: {error}") from None
+    values = parse_yaml(content, f"the settings file {file}")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"the settings {file} must be one mapping of names to values")
     return values

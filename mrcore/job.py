@@ -27,9 +27,13 @@ _FILLED = ("start_time", "end_time", "exception", "current_phase")
 
 
 def _duration(value: Any) -> Any:
-    """`"90s"`, `"15m"`, `"6h"`, `"1d"`, `"1w"` as seconds; anything else is left to the type's check."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", value) if isinstance(value, str) else None
-    return float(match[1]) * _SECONDS[match[2]] if match else value
+    """`"90s"`, `"15m"`, `"6h"`, `"1d"`, `"1w"` as seconds; what is no text is left to the type's check."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", value)
+    if not match:
+        raise ValueError("should be seconds, or a number with s, m, h, d or w such as 15m")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _moment(value: Any) -> Any:
