@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +87,14 @@ class Settings(BaseModel):
     history_keep_runs: int = Field(10_000, ge=1)
     on_success: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
     on_failure: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
+
+    def projects_of(self, job: Mapping[str, Any]) -> Path:
+        """Return where a job's project is: in a local cluster where `projects` lay when it was submitted.
+
+        A deployed cluster has one folder: whatever a job says, no submitter has another's code run from elsewhere.
+        """
+        settled = job.get("projects_dir") if self.local else None
+        return Path(settled) if settled else self.projects_dir
 
     def node(self, name: str) -> NodeSettings:
         """The node of this name. Raises UsageError."""

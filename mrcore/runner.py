@@ -17,41 +17,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mrcore import backup, delegate, manifest, scripts
+from mrcore import backup, delegate, manifest, scripts, turns
+from mrcore import job as jobs
 from mrcore.config import Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError
 from mrcore.hooks import Hooks
 from mrcore.store import Store, sole_runner
+from mrcore.turns import QUEUED, due, held_by_retry, its_turn
 
 log = logging.getLogger(__name__)
 WAKE_SECONDS = 5.0  # the doorbell's fallback: a ring that came before the FIFO was there
+FAILED_PAUSE_SECONDS = 5.0  # at least, before a cycle in which a job that has just failed and stays runs again
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-QUEUED = (
-    "SELECT job_name, state, reason, job_type, group_name, job_priority, force_run, every, not_before, "
-    "submitted, cycle, last_run, last_start, number FROM jobs WHERE state != 'out'"
-)
-
-
-def order(row: dict[str, Any]) -> tuple[bool, float, int]:
-    """Sort key of queued jobs: forced ones, then the highest priority, then the order of submission."""
-    return not row["force_run"], -row["job_priority"], row["number"]
-
-
-def due(row: dict[str, Any]) -> float:
-    """The time from which a queued job may start (0: at once). `force_run` waits for nothing."""
-    if row["force_run"]:
-        return 0.0
-    first = datetime.fromisoformat(row["not_before"]).timestamp() if row["not_before"] else 0.0
-    return max(first, row["last_start"] + row["every"] if row["every"] and row["last_start"] else 0.0)
-
-
-def pick(rows: list[dict[str, Any]], cycle: int, now: float) -> dict[str, Any] | None:
-    """The job to run next: of those that are due and have not had their turn in this cycle, the first by `order`."""
-    return min((row for row in rows if row["cycle"] < cycle and due(row) <= now), key=order, default=None)
 
 
 class Doorbell:
@@ -130,6 +110,7 @@ class Runner:
         self._manager = manage_cluster
         self._doorbell = Doorbell(self.settings.state_dir)
         self._stopping = False
+        self.ended_by: int | None = None  # the signal that ended it
         self.ended: dict[str, int] = {}
 
     def run(self, once: bool = False) -> dict[str, int]:
@@ -146,14 +127,14 @@ class Runner:
                 now = time.time()
                 try:
                     wait = self.step(now)
+                    if wait is None:
+                        wait = self._until_retry(now) if once else self._until_next_cycle(now)
                     if once and (wait is None or self.store.get("paused")):
                         break
-                    if wait is None:
-                        wait = self._until_next_cycle(now)
                 except ClusterFault as error:  # the queue itself cannot be written: what was running is recovered
                     self.report("hold", reason=error.message, seconds=WAKE_SECONDS)
                     wait = WAKE_SECONDS
-                self._doorbell.wait(min(WAKE_SECONDS, wait))
+                self._doorbell.wait(min(WAKE_SECONDS, wait or 0.0))
             self._hooks.close()
             self._doorbell.close()
         return self.ended
@@ -167,7 +148,8 @@ class Runner:
         """One iteration: recover, or run the next job. Gives the seconds to wait, None when the cycle is over."""
         self._take_up_settings()
         hold = self.store.get("hold")
-        if hold and now < hold["until"]:
+        holds = hold is not None and now < hold["until"]
+        if holds and not hold.get("nodes"):
             return float(hold["until"] - now)
         if self.store.running():
             self._recover(now)
@@ -181,8 +163,18 @@ class Runner:
         with self.store.change("wake"):
             for row in self.store.rows("SELECT job_name FROM jobs WHERE state = 'held'"):
                 self.store.move_job(row["job_name"], "queued", None, now)
-        cycle = self.store.get("cycle")
-        job = pick(self.store.rows(QUEUED), cycle["number"], now)
+        cycle, rows = self.store.get("cycle"), self.store.rows(QUEUED)
+        asks = not holds and any(map(turns.needs_nodes, turns.ready(rows, cycle["number"], now)))
+        if asks and (reason := self._nodes_missing()):
+            self._hold(reason, now, nodes=True)
+            holds, hold = True, self.store.get("hold")
+        if holds:
+            rows = turns.without_nodes(rows, cycle["number"])
+        elif hold and hold.get("nodes"):
+            self.store.put("hold", None)
+        job = turns.pick(rows, cycle["number"], now)
+        if job is None and holds:
+            return float(hold["until"] - now)
         if job is None:
             if not cycle["drained"]:
                 self.store.put("cycle", cycle | {"drained": now}, "cycle")
@@ -219,6 +211,14 @@ class Runner:
 
             self._manager = ManageCluster(self.settings)
         return self._manager
+
+    def _nodes_missing(self) -> str | None:
+        """Why no job that needs nodes can start; asked before a run gets its number: a wait makes no history."""
+        try:
+            self._manage_cluster().check_nodes()
+        except MrcoreError as error:
+            return error.message
+        return None
 
     def _execute(self, name: str, now: float) -> None:
         """Run one attempt in a thread of its own; meanwhile watch for cancel, timeout and the end of our own time."""
@@ -297,32 +297,69 @@ class Runner:
 
     def _end(self, spec: dict[str, Any], run: int, number: int, ending: str, now: float, **facts: Any) -> None:
         """End a run, and let follow what it means for the job and its group, in one change."""
-        name, left = spec["job_name"], []
+        name, left, then = spec["job_name"], list[str](), dict[str, Any]()
         with self.store.change("end") as db:
             self.store.end_run(name, run, ending, now, **facts)
             job = self.store.job(name) or {}
             mine = job["state"] != "out" and job["number"] == number  # else replaced or deleted in the meantime
             if ending != "handed back":
-                self.store.put("hold", None)
+                if turns.needs_nodes(spec) or not (self.store.get("hold") or {}).get("nodes"):
+                    self.store.put("hold", None)
                 cycle = self.store.get("cycle", {"number": 0})["number"]
                 values = (cycle, name, number)
                 db.execute("UPDATE jobs SET cycle = ?, force_run = 0 WHERE job_name = ? AND number = ?", values)
-            if mine and spec["run_once"] and ending in ("succeeded", "cancelled"):
-                self.store.move_job(name, "out", ending, now)
-            if ending == "failed":
-                reason = facts["exception"]["message"]
                 if mine:
-                    self.store.move_job(name, "out", f"failed: {reason}", now)
-                others = "SELECT job_name FROM jobs WHERE state != 'out' AND group_name = ? AND job_name != ?"
-                left = [row["job_name"] for row in self.store.rows(others, spec["group_name"], name)]
-                for other in left:
-                    self.store.move_job(other, "out", f"group failed: {name} run {run}: {reason}", now)
+                    again = "tries = 0, retry_at = NULL, cause = NULL, reason = NULL"
+                    db.execute(f"UPDATE jobs SET {again} WHERE job_name = ?", (name,))
+                if mine and job["retry_at"]:  # what of its group had its turn before it has had it in this cycle, too
+                    had = "UPDATE jobs SET cycle = ? WHERE group_name = ? AND cycle >= ?"
+                    db.execute(had, (cycle, spec["group_name"], job["cycle"]))
+            if mine and spec["run_once"] and ending in ("succeeded", "cancelled"):
+                self.store.move_job(name, "out", ending, now, ending)
+            if ending == "failed":
+                left, then = self._failed(spec, run, job if mine else None, facts["exception"]["message"], now)
             pruned = self.store.prune(self.settings.history_keep_runs)
         self._forget(pruned)
-        self.ended[ending] = self.ended.get(ending, 0) + 1
-        self.report("ended", job_name=name, run=run, state=ending, **facts)
+        counted = "retried" if then.get("retry_at") else ending
+        self.ended[counted] = self.ended.get(counted, 0) + 1
+        self.report("ended", job_name=name, run=run, state=ending, **facts, **then)
         told = {"job_name": name, "run": run, "state": ending, "group_name": spec["group_name"], "left_the_queue": left}
-        self._hooks.call(**told, job_type=spec["job_type"], ended=now, **facts)
+        self._hooks.call(**told, job_type=spec["job_type"], ended=now, **facts, **then)
+
+    def _failed(
+        self, spec: dict[str, Any], run: int, job: dict[str, Any] | None, why: str, now: float
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Let follow what a failed run means for its job (`job`: its row, if it is still the one that ran) and group.
+
+        Gives who else left the queue, and {"retry_at", "stays", "tries", "retries"}.
+        """
+        name, group, tries = spec["job_name"], spec["group_name"], (job or {"tries": 0})["tries"]
+        wait = jobs.retry_seconds(spec, tries) if job else None
+        stays = job is not None and (wait is not None or jobs.keeps(spec))
+        then = {"retry_at": wait and now + wait, "stays": stays, "tries": tries, "retries": spec.get("retries", 0)}
+        with self.store.change("end") as db:
+            if stays:
+                values = (why, tries + 1 if wait else 0, then["retry_at"], name)
+                db.execute(
+                    "UPDATE jobs SET cause = 'failed', reason = ?, tries = ?, retry_at = ? WHERE job_name = ?", values
+                )
+            elif job:
+                self.store.move_job(name, "out", f"failed: {why}", now, "failed")
+            if wait is not None:
+                self.store.note(name, run, f"retry {tries + 1} of {then['retries']} in {wait:g} s", now)
+                return [], then
+            others = "SELECT job_name, cycle FROM jobs WHERE state != 'out' AND group_name = ? AND job_name != ?"
+            rows, told = self.store.rows(others, group, name), f"group failed: {name} run {run}: {why}"
+            if jobs.keeps(spec):  # what follows from a step that failed is not done in this cycle
+                cycle = self.store.get("cycle", {"number": 0})["number"]
+                skipped = "UPDATE jobs SET cycle = ?, cause = 'group failed', reason = ?, tries = 0, retry_at = NULL "
+                for row in [row for row in rows if row["cycle"] < cycle]:
+                    db.execute(f"{skipped} WHERE job_name = ?", (cycle, told, row["job_name"]))
+                    self.store.note(row["job_name"], None, f"skipped in this cycle: {told}", now)
+                return [], then
+            for row in rows:
+                self.store.move_job(row["job_name"], "out", told, now, "group failed")
+        return [row["job_name"] for row in rows], then
 
     def _forget(self, names: Iterable[str]) -> None:
         """Remove what was kept of runs that the history has forgotten: manifests, what scripts printed."""
@@ -332,16 +369,16 @@ class Runner:
             manifest.prune(self.settings.state_dir, name, kept)
             scripts.prune(self.settings, name, kept)
 
-    def _hold(self, reason: str, now: float, name: str | None = None) -> None:
-        """Stop the queue as a whole because of the cluster; each time in a row for twice as long."""
+    def _hold(self, reason: str, now: float, name: str | None = None, nodes: bool = False) -> None:
+        """Stop the queue because of the cluster, with `nodes` all but scripts; each time in a row for twice as long."""
         with self.store.change("hold"):
             before = self.store.get("hold") or {"since": now, "tries": 0}
             first, most = self.settings.hold_backoff_first_seconds, self.settings.hold_backoff_max_seconds
             seconds = min(first * 2 ** min(before["tries"], 30), most)
-            times = {"since": before["since"], "tries": before["tries"] + 1, "until": now + seconds}
+            times = {"since": before["since"], "tries": before["tries"] + 1, "until": now + seconds, "nodes": nodes}
             self.store.put("hold", {"reason": reason, **times})
             if name and (self.store.job(name) or {}).get("state") == "queued":
-                self.store.move_job(name, "held", reason, now)
+                self.store.move_job(name, "held", reason, now, "cluster")
         self.report("hold", reason=reason, seconds=seconds)
 
     def _committed(self, name: str, run: int) -> bool:
@@ -379,12 +416,20 @@ class Runner:
     def _until_next_cycle(self, now: float) -> float:
         """Seconds until something may be due; begins the next cycle when its time has come."""
         rows, cycle = self.store.rows(QUEUED), self.store.get("cycle")
-        begins = float(cycle["drained"] + self.settings.cycle_interval_seconds)
-        times = [max(due(row), begins if row["cycle"] >= cycle["number"] else 0) for row in rows]
+        pause = FAILED_PAUSE_SECONDS if any(row["cause"] == "failed" for row in rows) else 0.0
+        begins = float(cycle["drained"] + max(self.settings.cycle_interval_seconds, pause))
+        groups = turns.retrying(rows)
+        rows = [row for row in rows if not held_by_retry(row, groups)]
+        times = [max(due(row), 0 if its_turn(row, cycle["number"]) else begins) for row in rows]
         soonest = min(times, default=now + WAKE_SECONDS)
         if begins <= now and soonest <= now:
             self._begin_cycle()
         return soonest - now
+
+    def _until_retry(self, now: float) -> float | None:
+        """Seconds until the next retry of a failed job; None: there is none to wait for."""
+        times = [row["retry_at"] for row in self.store.rows(QUEUED) if row["retry_at"]]
+        return min(times) - now if times else None
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -394,8 +439,13 @@ class Runner:
 
         def obey(number: int, _: object) -> None:
             if self._stopping:  # asked again: at once; the next Runner recovers, a script's guard ends the script
-                os.write(2, b"mrcore: ended at once; the run under way is handed back when a Runner is started\n")
+                show_cursor = b"\r\x1b[K\x1b[?25h" if os.isatty(2) else b""  # a spinner had it hidden
+                os.write(
+                    2,
+                    show_cursor + b"mrcore: ended at once; the run under way is handed back when a Runner is started\n",
+                )
                 os._exit(128 + number)
+            self.ended_by = number
             self.stop()
 
         handlers = {each: signal.signal(each, obey) for each in (signal.SIGTERM, signal.SIGINT)}
