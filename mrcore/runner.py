@@ -26,6 +26,7 @@ from mrcore.config import Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError
 from mrcore.hooks import Hooks
 from mrcore.store import Store, sole_runner
+from mrcore.text import one_line
 from mrcore.turns import QUEUED, due, held_by_retry, its_turn
 
 log = logging.getLogger(__name__)
@@ -218,6 +219,8 @@ class Runner:
             self._manage_cluster().check_nodes()
         except MrcoreError as error:
             return error.message
+        except Exception as error:  # noqa: BLE001  an answer that makes no sense is a node's fault, not the Runner's end
+            return f"the nodes' answers cannot be used: {type(error).__name__}: {one_line(error)}"
         return None
 
     def _execute(self, name: str, now: float) -> None:

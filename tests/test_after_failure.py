@@ -367,6 +367,21 @@ def test_a_hold_for_nodes_ends_when_no_job_needs_them_any_more(
     assert scheduler.state()["hold"] is None
 
 
+def test_a_nodes_answer_that_makes_no_sense_holds_the_queue(
+    scheduler: Scheduler, runner: Clocked, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nonsense() -> None:
+        raise KeyError("version\x1b[31m\n")
+
+    monkeypatch.setattr(runner._manager, "check_nodes", nonsense)
+    scheduler.submit_job(job("a"))
+    assert runner.until_idle() == []
+    assert scheduler.state()["hold"]["reason"].startswith("the nodes' answers cannot be used: KeyError: 'version")
+    assert scheduler.history() == []
+    monkeypatch.undo()
+    assert runner.after(60) == ["a succeeded"]
+
+
 def test_a_transfer_waits_for_nodes_too(
     scheduler: Scheduler, runner: Clocked, settings: Settings, tmp_path: Path
 ) -> None:
