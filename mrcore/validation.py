@@ -133,6 +133,18 @@ def _loader() -> Any:
     return Loader
 
 
+def dump_yaml(value: Any) -> str:
+    """Return a value as YAML that `parse_yaml` and readers of YAML 1.1 read back: what either mistakes is quoted."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    for tag, pattern, first in _CORE:
+        Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$"), first)
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False)  # ASCII: PyYAML writes some characters as blanks else
+
+
 def _yaml(text: str, where: str) -> Any:
     import yaml
 

@@ -17,7 +17,7 @@ from mrcore import validation
 from mrcore.config import load_settings
 from mrcore.errors import UsageError
 from mrcore.job import validate
-from mrcore.validation import MAX_DEPTH, parse_yaml
+from mrcore.validation import MAX_DEPTH, dump_yaml, parse_yaml
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 VALUES = st.recursive(
@@ -44,12 +44,16 @@ def test_what_json_writes_is_read_as_json_reads_it(value: Any, ascii_only: bool,
         assert parse_yaml(text.encode(), "f") == value == parse_yaml("\ufeff" + text, "f")
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
-@given(VALUES)
-def test_what_yaml_quotes_is_read_as_it_was(value: Any) -> None:
-    """A dumper of YAML 1.1 quotes all that 1.1 or 1.2 would read as something else than a text, but for `1e5`."""
-    text = yaml.safe_dump(value, default_style='"', allow_unicode=False)
-    assert parse_yaml(text, "f") == yaml.safe_load(text)
+SCALARS = st.from_regex(r"[-+]?[0-9][0-9_:.eEoxa-f-]{0,8}|[nyotNYOT][a-z]{1,4}|<<|=|~|\.[a-z]{3}", fullmatch=True)
+
+
+@hypothesis_settings(max_examples=500, deadline=None)
+@given(VALUES | SCALARS | st.dictionaries(SCALARS, SCALARS, max_size=3))
+def test_what_is_dumped_is_read_back_by_readers_of_both_versions_of_yaml(value: Any) -> None:
+    text = dump_yaml(value)
+    assert parse_yaml(text, "f") == value == yaml.safe_load(text)
+    quoted = yaml.safe_dump(value, default_style='"', allow_unicode=False)
+    assert parse_yaml(quoted, "f") == value
 
 
 @hypothesis_settings(max_examples=500, deadline=None)
