@@ -168,7 +168,9 @@ def _yaml(text: str, where: str) -> Any:
             raise _too_deep(where) from None
         place = f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}" if mark else error
         raise UsageError(f"{where} is neither YAML nor JSON: {one_line(place)}") from None
-    except ValueError as error:  # `!!int x`, or thousands of digits
+    except UsageError:
+        raise
+    except Exception as error:  # noqa: BLE001  its constructors raise what they like: IndexError for `!!float ""`
         raise UsageError(f"{where} cannot be read: {one_line(error)}") from None
 
 
