@@ -30,7 +30,7 @@ from mrcore import __version__, faults
 from mrcore.config import Settings
 from mrcore.errors import UsageError
 from mrcore.paths import PARTIAL, fsync_dir, fsync_file, publish_file, remove_tree, write_atomic
-from mrcore.store import SCHEMA_VERSION, Store, sole_runner
+from mrcore.store import SCHEMA_VERSION, Store, sole_runner, upgrade
 
 MAX_BACKUP_BYTES, MAX_UNPACKED_BYTES, MAX_MEMBERS = 4 << 30, 16 << 30, 200_000
 MAX_HEADER_BYTES = 1 << 20  # of what the tar says about one file
@@ -342,8 +342,8 @@ def _unpack(content: IO[bytes], folder: Path) -> dict[str, Any]:
                     shutil.copyfileobj(part, out, MAX_HEADER_BYTES)
     with (folder / "backup.json").open("rb") as about_file:
         about: dict[str, Any] = json.loads(about_file.read(MAX_HEADER_BYTES))
-    if about["schema"] != SCHEMA_VERSION:
-        raise ValueError(f"it is of schema {about['schema']}, this mrcore has {SCHEMA_VERSION}")
+    if about["schema"] > SCHEMA_VERSION:
+        raise ValueError(f"it is of schema {about['schema']}, this mrcore knows {SCHEMA_VERSION}: update mrcore")
     return about
 
 
@@ -357,6 +357,8 @@ def _check(queue: Path, about: dict[str, Any], known: dict[str, int]) -> list[di
     with contextlib.closing(sqlite3.connect(queue)) as db:
         if (found := db.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
             raise ValueError(f"its queue is damaged: {found}")
+        if (schema := upgrade(db)) != SCHEMA_VERSION:
+            raise ValueError(f"its queue is of schema {schema}, this mrcore knows {SCHEMA_VERSION}: update mrcore")
         db.execute("UPDATE jobs SET last_run = last_run + ?", (max(0, int(time.time() - about["time"])) + 1,))
         for name, last_run in known.items():
             db.execute("UPDATE jobs SET last_run = max(last_run, ?) WHERE job_name = ?", (last_run, name))

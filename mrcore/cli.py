@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from mrcore.errors import MrcoreError, UsageError
 from mrcore.text import escaped, one_line
 
 MAX_JOB_FILE_BYTES = 10 << 20
+MAX_FALLEN = 10  # jobs and groups that left by a failure, as `queue` lists them
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -92,12 +95,15 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
     from mrcore.validation import parse_yaml
 
     batch = [job for file in files for job in _read_jobs(file)]
+    given: dict[str, Any] = {}
     for change in changes:
         key, equals, written = change.partition("=")
         if not equals:
-            raise UsageError(f"--set {change}: write KEY=VALUE")
-        value = parse_yaml(written, f"the value of --set {key}")
-        batch = [job | {key: value} for job in batch]
+            raise UsageError(f"--set {one_line(change)}: write KEY=VALUE")
+        if key in given:
+            raise UsageError(f"--set {key} is given twice: leave one of them out")
+        given[key] = parse_yaml(written, f"the value of --set {one_line(key)}")
+    batch = [job | given for job in batch]
     hand_over_jobs(batch, ["--json"] if as_json else [])
     scheduler = scheduler_in_force()
     answers = scheduler.submit_jobs(batch)
@@ -139,7 +145,12 @@ def run(once: bool) -> None:
 
     settings, fresh = settings_in_force(), watch_settings(click.get_current_context().find_root().obj)
     with _reporter() as report:
-        ended = Runner(settings, report=report, fresh=fresh).run(once=once)
+        runner = Runner(settings, report=report, fresh=fresh)
+        ended = runner.run(once=once)
+    if runner.ended_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if once and runner.ended_by:  # without --once to be ended is how it ends
+        click.get_current_context().exit(128 + runner.ended_by)
     if once and scheduler_in_force().state()["paused"]:
         raise MrcoreError("the queue is paused: `mrcore resume` goes on")
     if once and not ended:
@@ -156,53 +167,74 @@ def _reporter() -> Iterator[Callable[..., None]]:
 
     console, said = Console(file=terminal.raw(sys.stderr)), [""]
 
-    def say(line: str, err: bool) -> None:
-        stream = sys.stderr if err else sys.stdout
-        try:
-            click.echo(escaped(line), file=stream)  # escaped here: on a terminal rich has a stream of its own in place
-        except (OSError, ValueError):  # nobody reads it: the queue is drained all the same
-            terminal.let_go(stream, 1 + err)
-
     with console.status("waiting for jobs") if console.is_terminal else contextlib.nullcontext() as line:
+
+        def say(text: str, err: bool) -> None:
+            stream = sys.stderr if err else sys.stdout
+            if line is not None:  # or the text would stand behind the spinner, and rich would send it to stderr
+                line.stop()
+            try:
+                click.echo(escaped(text), file=stream)
+            except (OSError, ValueError):  # nobody reads it: the queue is drained all the same
+                terminal.let_go(stream, 1 + err)
+            if line is not None:
+                line.start()
 
         def report(event: str, **facts: Any) -> None:
             name = f"{facts.get('job_name')} run {facts.get('run')}"
             if event == "ended":
                 said[0] = ""
                 error = facts.get("exception")
-                say(f"{name}: {facts['state']}" + (f": {one_line(error['message'])}" if error else ""), bool(error))
+                failed = f": {one_line(error['message'])}" if error else ""
+                say(f"{name}: {facts['state']}{failed}{_then(facts)}", bool(error))
             elif event in ("hold", "paused"):
                 reason = facts.get("reason", "it is paused; `mrcore resume` goes on")
                 if said[0] != reason:
                     say(f"the queue holds: {one_line(reason)}", True)
                 said[0] = reason
             if line is not None:
-                numbers = "".join(f", {n:,} {key}" for key, n in facts.items() if isinstance(n, int) and key != "run")
+                counts = {
+                    key: n for key, n in facts.items() if event == "progress" and isinstance(n, int) and key != "run"
+                }
+                numbers = "".join(f", {n:,} {key}" for key, n in counts.items())
                 what = f"{name}: {facts.get('phase', event)}{numbers}" if "run" in facts else event
                 line.update(Text(what))
 
         yield report
 
 
+def _then(facts: dict[str, Any]) -> str:
+    """What becomes of a job after a run that failed; nothing for one that leaves."""
+    if facts.get("retry_at"):
+        return f" (retry {facts['tries'] + 1} of {facts['retries']} in {told_seconds(facts['retry_at'] - time.time())})"
+    return " (the job stays in the queue)" if facts.get("stays") else ""
+
+
 @cli.command()
 @JSON
 def queue(as_json: bool) -> None:
-    """List the queue in the order in which it will run."""
+    """List the queue in the order in which it will run, why each job waits, and what left by a failure."""
     scheduler = scheduler_in_force()
-    state, rows = scheduler.state(), scheduler.queue()
+    state, rows, fallen = scheduler.state(), scheduler.queue(), scheduler.fallen()
     estimates = scheduler.estimates()
     rows = [row | {"estimate": estimates.get(row["job_name"])} for row in rows]
+    where = str(scheduler.settings.state_dir)
     if as_json:
-        return print_json(state | {"jobs": rows})
+        return print_json(state | {"state_dir": where, "jobs": rows, "left_by_a_failure": fallen})
     for row in rows:
         estimate = row["estimate"]
         row["state"] = f"running {row['phase'] or ''}".strip() if row["running"] else row["state"]
-        row["job_priority"] = "force_run" if row["force_run"] else f"{row['job_priority']:g}"
-        row["estimate"] = told_seconds(estimate["median_seconds"]) if estimate else "not enough data"
-    columns = {"job_name": "JOB", "state": "STATE", "job_type": "TYPE", "group_name": "GROUP"}
-    print_table(
-        rows, columns | {"job_priority": "PRIORITY", "last_run": "RUNS", "estimate": "USUALLY", "reason": "REASON"}
-    )
+        priority = f"{row['job_priority']:g}" if row["job_priority"] else None
+        row["job_priority"] = "force_run" if row["force_run"] else priority
+        row["estimate"] = told_seconds(estimate["median_seconds"]) if estimate else None
+        row["why"] = row["why"]["text"]
+    columns = {"job_name": "JOB", "state": "STATE", "group_name": "GROUP", "job_priority": "PRIORITY"}
+    columns |= {"last_run": "RUNS", "estimate": "USUALLY", "why": "WHY"}
+    if rows:
+        print_table(rows, {key: title for key, title in columns.items() if any(row[key] is not None for row in rows)})
+    else:
+        click.echo(f"the queue of {where} is empty: `mrcore submit FILE` queues a job")
+    _print_fallen(fallen)
     if state["paused"]:
         click.echo("the queue is paused: `mrcore resume` goes on")
     if state["drain"]:
@@ -214,6 +246,20 @@ def queue(as_json: bool) -> None:
     if rows and not state["runner"]:
         click.echo("no Runner drains this queue now: `mrcore run` does")
     return None
+
+
+def _print_fallen(rows: list[dict[str, Any]]) -> None:
+    """Tell what left by a failure, each group once, and how to bring it back."""
+    together: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        together.setdefault(row["requeue"], []).append(row)
+    for name, jobs in list(together.items())[:MAX_FALLEN]:
+        first = min(jobs, key=lambda row: row["cause"] != "failed")
+        others = f", and {len(jobs) - 1} of its group with it" if len(jobs) > 1 else ""
+        click.echo(f"{first['job_name']} left the queue at {first['left'][:16].replace('T', ' ')}{others}: ", nl=False)
+        click.echo(f"{one_line(first['reason'], 300)}; `mrcore requeue {shlex.quote(name)}` brings back what left")
+    if len(together) > MAX_FALLEN:
+        click.echo(f"and {len(together) - MAX_FALLEN} others left by a failure: `mrcore queue --json` has them all")
 
 
 @cli.command()
@@ -267,7 +313,7 @@ def show(job: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("job")
 def delete(job: str) -> None:
-    """Take a job out of the queue; a run under way goes on."""
+    """Take a job out of the queue, or off the list of those that left by a failure; a run under way goes on."""
     scheduler_in_force().delete_job(job)
     click.echo(f"{job} is out of the queue; its output stays where it is")
 
@@ -275,7 +321,7 @@ def delete(job: str) -> None:
 @cli.command()
 @click.argument("group")
 def requeue(group: str) -> None:
-    """Bring back the jobs of a group that left the queue by a failure, or one job by its name."""
+    """Bring back the jobs of a group that left the queue by a failure, or one job by its name; a retry runs at once."""
     click.echo(f"queued again: {', '.join(scheduler_in_force().requeue(group))}")
 
 

@@ -31,12 +31,12 @@ JOBS_TOLD = 100
 @JSON
 def settings(as_json: bool) -> None:
     """Print the settings in force, with all defaults, as YAML; exit status 2 names every fault of a file."""
-    import yaml
+    from mrcore.validation import dump_yaml
 
     found = settings_of_caller().model_dump(mode="json")
     if as_json:
         return print_json(found)
-    click.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), nl=False)
+    click.echo(dump_yaml(found), nl=False)
     return None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mrcore.cli_common import JSON, cluster_in_force, print_json, print_table, settings_in_force
+from mrcore.cli_common import JSON, cluster_in_force, print_json, print_table, scheduler_of, settings_in_force
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.logs import last_lines
 from mrcore.text import clean, one_line
@@ -41,6 +41,7 @@ def start(**shape: Any) -> None:
         local.configure(settings.home, **given)
         settings = settings_in_force()
     cluster_in_force(settings).start_cluster()
+    scheduler_of(settings).end_hold()  # which may have waited for this
     servers = settings.servers()
     click.echo(f"cluster {settings.cluster_name} is up: {len(settings.nodes)} nodes, {len(servers)} cluster servers")
 

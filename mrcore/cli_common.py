@@ -62,9 +62,14 @@ def chosen_settings() -> list[str]:
 
 def scheduler_in_force() -> Scheduler:
     """The queue of the settings in force."""
+    return scheduler_of(settings_in_force())
+
+
+def scheduler_of(settings: Settings) -> Scheduler:
+    """The queue of these settings."""
     from mrcore.scheduler import Scheduler
 
-    return Scheduler(settings_in_force())
+    return Scheduler(settings)
 
 
 def cluster_in_force(settings: Settings | None = None) -> Any:

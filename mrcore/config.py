@@ -9,8 +9,8 @@ The local cluster's shape is `MRCORE_HOME/cluster.json`: `{"nodes": 3, "servers"
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,6 +95,14 @@ class Settings(BaseModel):
     def members_file(self) -> Path:
         """The allow list of the cluster's certificates (`watched`), by which the master knows whom it calls."""
         return self.pki_dir.parent / "members.json"
+
+    def projects_of(self, job: Mapping[str, Any]) -> Path:
+        """Return where a job's project is: in a local cluster where `projects` lay when it was submitted.
+
+        A deployed cluster has one folder: whatever a job says, no submitter has another's code run from elsewhere.
+        """
+        settled = job.get("projects_dir") if self.local else None
+        return Path(settled) if settled else self.projects_dir
 
     def node(self, name: str) -> NodeSettings:
         """The node of this name. Raises UsageError."""
@@ -194,10 +202,7 @@ def _read(file: Path) -> dict[str, Any]:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the settings {file}: {error.strerror}") from None
-    try:
-        values = json.loads(content) if file.suffix == ".json" else parse_yaml(content, f"the settings file {file}")
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the settings {file} are no JSON: {error}") from None
+    values = parse_yaml(content, f"the settings file {file}")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"the settings {file} must be one mapping of names to values")
     return values

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 from mrcore import ledger, manifest, outputs, procfs
 from mrcore.config import NodeSettings, Settings
+from mrcore.doorbell import Doorbell
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.file_transfer import BATCH_BYTES, BATCH_FILES, MIN_FREE_DISK_BYTES, SMALL_BYTES
 from mrcore.inputs import COMPRESSED
 from mrcore.manifest import PART
 from mrcore.rpc.data import Relay
-from mrcore.runner import Doorbell
 from mrcore.store import Store
 from mrcore.transfer_crew import Crew, Progress
 from mrcore.validation import nearest

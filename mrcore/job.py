@@ -24,13 +24,18 @@ from mrcore.validation import brief, explain, nearest, unfit_texts
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"  # it becomes a folder: no separator, no leading dot
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_FILLED = ("start_time", "end_time", "exception", "current_phase")
+MAX_RETRY_SECONDS = 3600.0  # a delay that doubles stops there
+_FILLED = ("projects_dir", "start_time", "end_time", "exception", "current_phase")
 
 
 def _duration(value: Any) -> Any:
-    """`"90s"`, `"15m"`, `"6h"`, `"1d"`, `"1w"` as seconds; anything else is left to the type's check."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", value) if isinstance(value, str) else None
-    return float(match[1]) * _SECONDS[match[2]] if match else value
+    """`"90s"`, `"15m"`, `"6h"`, `"1d"`, `"1w"` as seconds; what is no text is left to the type's check."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", value)
+    if not match:
+        raise ValueError("should be seconds, or a number with s, m, h, d or w such as 15m")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _moment(value: Any) -> Any:
@@ -79,10 +84,16 @@ class Job(BaseModel):
     job_priority: float = Field(0, ge=-1e9, le=1e9, description="highest first; ties by order of submission")
     force_run: bool = Field(False, description="run before all others, once")
     run_once: bool = Field(False, description="leave the queue after success; otherwise the job recurs each cycle")
+    on_failure: Literal["keep", "leave"] | None = Field(
+        None, description="keep: stay, run at the next time; none: leave with run_once, else keep"
+    )
+    retries: int = Field(0, ge=0, le=1000, description="further runs after one that failed, before on_failure counts")
+    retry_delay: Duration = Field(30.0, description="before the first retry; doubles for each further one, up to 1h")
     every: Duration | None = Field(None, description="at least this long between starts: seconds, or 15m, 6h, 1d")
     not_before: Moment | None = Field(None, description="not to start before this date and time")
     timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="the run fails after this long")
     max_attempts: Count | None = Field(None, description="tries of a task that dies; default: the setting")
+    projects_dir: Any = Field(None, description="filled at submit: where project_name is; deployed: the setting counts")
     start_time: Any = Field(None, description="filled by the system")
     end_time: Any = Field(None, description="filled by the system")
     exception: Any = Field(None, description="filled by the system")
@@ -205,6 +216,17 @@ def validate(job: dict[str, Any], projects_dir: str | os.PathLike[str] | None = 
 def with_absolute_paths(job: dict[str, Any]) -> dict[str, Any]:
     """Give a job, valid or not, with its paths on the master absolute: by the current folder, by the caller's home."""
     return job | {key: _absolute(job[key]) for key in local_paths(job)}
+
+
+def keeps(job: dict[str, Any]) -> bool:
+    """Whether a job whose run failed, without a retry left, stays in the queue."""
+    return (job.get("on_failure") or ("leave" if job["run_once"] else "keep")) == "keep"
+
+
+def retry_seconds(job: dict[str, Any], tries: int) -> float | None:
+    """How long to wait before the next retry after `tries` of them; None: there is none left."""
+    first = job.get("retry_delay", 30.0)
+    return min(first * 2.0**tries, max(first, MAX_RETRY_SECONDS)) if tries < job.get("retries", 0) else None
 
 
 def local_paths(job: dict[str, Any]) -> dict[str, bool]:

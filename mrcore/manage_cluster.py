@@ -22,6 +22,7 @@ from mrcore.answers import InputPages
 from mrcore.config import NodeSettings, Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, UsageError
 from mrcore.inputs import MAX_SPLIT_BYTES, SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW, plan_bundles
+from mrcore.launchers import health
 from mrcore.links import Links
 from mrcore.phases import Attempt, EndServer, Give, Start, default_partitions
 from mrcore.rpc.client import Client
@@ -71,6 +72,10 @@ class ManageCluster:
     def status(self) -> list[Json]:
         """One dict per daemon: name, node, address, port, pid, state."""
         return self._launcher().status(self.settings)  # type: ignore[no-any-return]
+
+    def check_nodes(self) -> None:
+        """Raise ClusterFault, saying what starts those that do not run, unless all agents answer in this version."""
+        health.insist(self.settings, lambda node: self._check_versions(node, self._agent(node).call("health")))
 
     def _launcher(self) -> Any:
         if self.settings.local:
@@ -126,15 +131,8 @@ class ManageCluster:
         def publish(node: NodeSettings) -> None:
             parts = [part["name"] for part in found["parts"] if part["node"] == node.name]
             agent = self._agent(node)
-            agent.call(
-                "publish",
-                job=name,
-                run=run,
-                attempt=found["attempt"],
-                parts=parts,
-                delete_job_data=found["delete_job_data"],
-                timeout_seconds=600,
-            )
+            facts = {"attempt": found["attempt"], "parts": parts, "delete_job_data": found["delete_job_data"]}
+            agent.call("publish", job=name, run=run, **facts, timeout_seconds=600)
             agent.call("end_run", job=name, run=run, timeout_seconds=600)
             faults.point("node finished")
 
@@ -148,9 +146,9 @@ class ManageCluster:
     def _preflight(self, job: Json, run: int) -> Json:
         """Make the nodes ready and list the inputs. Gives {"project", "bundles" (by node), "input", "nothing_new"}, and
         for a `hold_state` job what `ledger.plan` gives."""
-        folder = self.settings.projects_dir / job["project_name"]
+        folder = self.settings.projects_of(job) / job["project_name"]
         if not folder.is_dir():
-            raise JobFault(f"project folder {folder} does not exist: create it, or set projects_dir")
+            raise JobFault(f"project folder {folder} does not exist: create it, or submit the job where it is now")
         snapshot = project_hash(folder)
         with environments.Shipment(folder, self.settings.state_dir) as packages:
             listings = self._on_all_nodes(lambda node: self._prepare_node(node, job, run, snapshot, folder, packages))

@@ -9,87 +9,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from mrcore import backup, delegate, manifest, scripts
+from mrcore import backup, delegate, manifest, scripts, turns
+from mrcore import job as jobs
 from mrcore.config import Settings, load_settings
+from mrcore.doorbell import Doorbell
 from mrcore.errors import ClusterFault, InternalError, JobFault, MrcoreError, unforeseen
 from mrcore.hooks import Hooks
 from mrcore.paths import close_home
 from mrcore.store import Store, sole_runner
 from mrcore.text import one_line, type_name
+from mrcore.turns import QUEUED, due, held_by_retry, its_turn
 
 log = logging.getLogger(__name__)
 WAKE_SECONDS = 5.0  # the doorbell's fallback: a ring that came before the FIFO was there
-QUEUED = (
-    "SELECT job_name, state, reason, job_type, group_name, job_priority, force_run, every, not_before, "
-    "submitted, cycle, last_run, last_start, number FROM jobs WHERE state != 'out'"
-)
-
-
-def order(row: dict[str, Any]) -> tuple[bool, float, int]:
-    """Sort key of queued jobs: forced ones, then the highest priority, then the order of submission."""
-    return not row["force_run"], -row["job_priority"], row["number"]
-
-
-def due(row: dict[str, Any]) -> float:
-    """The time from which a queued job may start (0: at once). `force_run` waits for nothing."""
-    if row["force_run"]:
-        return 0.0
-    first = datetime.fromisoformat(row["not_before"]).timestamp() if row["not_before"] else 0.0
-    return max(first, row["last_start"] + row["every"] if row["every"] and row["last_start"] else 0.0)
-
-
-def pick(rows: list[dict[str, Any]], cycle: int, now: float) -> dict[str, Any] | None:
-    """The job to run next: of those that are due and have not had their turn in this cycle, the first by `order`."""
-    return min((row for row in rows if row["cycle"] < cycle and due(row) <= now), key=order, default=None)
-
-
-class Doorbell:
-    """A FIFO in the state folder: anyone rings, the Runner wakes. Needs no address, leaves nothing in memory."""
-
-    def __init__(self, state_dir: Path) -> None:
-        self.path = state_dir / "doorbell"
-        self._descriptor: int | None = None
-
-    def ring(self) -> bool:
-        """Wake the Runner; False if none listens."""
-        try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            return False
-        try:
-            os.write(descriptor, b".")
-        except BlockingIOError:  # full: it is awake anyhow
-            pass
-        except BrokenPipeError:  # it ended just now
-            return False
-        finally:
-            os.close(descriptor)
-        return True
-
-    def wait(self, seconds: float) -> None:
-        """Sleep until somebody rings, at most `seconds`."""
-        if self._descriptor is None:
-            with contextlib.suppress(FileExistsError):
-                os.mkfifo(self.path, 0o600)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)  # RDWR: no end of file between ringers
-        if select.select([self._descriptor], [], [], max(0.0, seconds))[0]:
-            os.read(self._descriptor, 65536)
-
-    def close(self) -> None:
-        """Listen no longer."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+FAILED_PAUSE_SECONDS = 5.0  # at least, before a cycle in which a job that has just failed and stays runs again
 
 
 @dataclass
@@ -135,6 +75,7 @@ class Runner:
         self._manager = manage_cluster
         self._doorbell = Doorbell(self.settings.state_dir)
         self._stopping = False
+        self.ended_by: int | None = None  # the signal that ended it
         self.ended: dict[str, int] = {}
 
     def run(self, once: bool = False) -> dict[str, int]:
@@ -151,14 +92,14 @@ class Runner:
                 now = time.time()
                 try:
                     wait = self.step(now)
+                    if wait is None:
+                        wait = self._until_retry(now) if once else self._until_next_cycle(now)
                     if once and (wait is None or self.store.get("paused")):
                         break
-                    if wait is None:
-                        wait = self._until_next_cycle(now)
                 except ClusterFault as error:  # the queue itself cannot be written: what was running is recovered
                     self._report("hold", reason=error.message, seconds=WAKE_SECONDS)
                     wait = WAKE_SECONDS
-                self._doorbell.wait(min(WAKE_SECONDS, wait))
+                self._doorbell.wait(min(WAKE_SECONDS, wait or 0.0))
             self._hooks.close()
             self._doorbell.close()
         return self.ended
@@ -180,7 +121,8 @@ class Runner:
         """One iteration: recover, or run the next job. Gives the seconds to wait, None when the cycle is over."""
         self._take_up_settings()
         hold = self.store.get("hold")
-        if hold and now < hold["until"]:
+        holds = hold is not None and now < hold["until"]
+        if holds and not hold.get("nodes"):
             return float(hold["until"] - now)
         if self.store.running():
             self._recover(now)
@@ -194,8 +136,18 @@ class Runner:
         with self.store.change("wake"):
             for row in self.store.rows("SELECT job_name FROM jobs WHERE state = 'held'"):
                 self.store.move_job(row["job_name"], "queued", None, now)
-        cycle = self.store.get("cycle")
-        job = pick(self.store.rows(QUEUED), cycle["number"], now)
+        cycle, rows = self.store.get("cycle"), self.store.rows(QUEUED)
+        asks = not holds and any(map(turns.needs_nodes, turns.ready(rows, cycle["number"], now)))
+        if asks and (reason := self._nodes_missing()):
+            self._hold(reason, now, nodes=True)
+            holds, hold = True, self.store.get("hold")
+        if holds:
+            rows = turns.without_nodes(rows, cycle["number"])
+        elif hold and hold.get("nodes"):
+            self.store.put("hold", None)
+        job = turns.pick(rows, cycle["number"], now)
+        if job is None and holds:
+            return float(hold["until"] - now)
         if job is None:
             if not cycle["drained"]:
                 self.store.put("cycle", cycle | {"drained": now}, "cycle")
@@ -232,6 +184,16 @@ class Runner:
 
             self._manager = ManageCluster(self.settings)
         return self._manager
+
+    def _nodes_missing(self) -> str | None:
+        """Why no job that needs nodes can start; asked before a run gets its number: a wait makes no history."""
+        try:
+            self._manage_cluster().check_nodes()
+        except MrcoreError as error:
+            return error.message
+        except Exception as error:  # noqa: BLE001  an answer that makes no sense is a node's fault, not the Runner's end
+            return f"the nodes' answers cannot be used: {type_name(error)}: {one_line(error)}"
+        return None
 
     def _execute(self, name: str, now: float) -> None:
         """Run one attempt in a thread of its own; meanwhile watch for cancel, timeout and the end of our own time."""
@@ -333,38 +295,75 @@ class Runner:
         With `hold` the queue as a whole stops for that reason.
         """
         spec, run, number = execution.job, execution.run, execution.number
-        name, left = spec["job_name"], []
+        name, left, then = spec["job_name"], list[str](), dict[str, Any]()
         with self.store.change("end") as db:
             self.store.end_run(name, run, ending, now, **facts)
             job = self.store.job(name) or {}
             mine = job["state"] != "out" and job["number"] == number  # else replaced or deleted in the meantime
             if ending != "handed back":
-                self.store.put("hold", None)
+                if turns.needs_nodes(spec) or not (self.store.get("hold") or {}).get("nodes"):
+                    self.store.put("hold", None)
                 cycle = self.store.get("cycle", {"number": 0})["number"]
                 values = (cycle, name, number)
                 db.execute("UPDATE jobs SET cycle = ?, force_run = 0 WHERE job_name = ? AND number = ?", values)
-            if mine and spec["run_once"] and ending in ("succeeded", "cancelled"):
-                self.store.move_job(name, "out", ending, now)
-            if ending == "failed":
-                reason = facts["exception"]["message"]
                 if mine:
-                    self.store.move_job(name, "out", f"failed: {reason}", now)
-                others = "SELECT job_name FROM jobs WHERE state != 'out' AND group_name = ? AND job_name != ?"
-                left = [row["job_name"] for row in self.store.rows(others, spec["group_name"], name)]
-                for other in left:
-                    self.store.move_job(other, "out", f"group failed: {name} run {run}: {reason}", now)
+                    again = "tries = 0, retry_at = NULL, cause = NULL, reason = NULL"
+                    db.execute(f"UPDATE jobs SET {again} WHERE job_name = ?", (name,))
+                if mine and job["retry_at"]:  # what of its group had its turn before it has had it in this cycle, too
+                    had = "UPDATE jobs SET cycle = ? WHERE group_name = ? AND cycle >= ?"
+                    db.execute(had, (cycle, spec["group_name"], job["cycle"]))
+            if mine and spec["run_once"] and ending in ("succeeded", "cancelled"):
+                self.store.move_job(name, "out", ending, now, ending)
+            if ending == "failed":
+                left, then = self._failed(spec, run, job if mine else None, facts["exception"]["message"], now)
             pruned = self.store.prune(self.settings.history_keep_runs)
             seconds = self._put_hold(hold, now, name) if hold else 0.0
-        self.ended[ending] = self.ended.get(ending, 0) + 1
-        self._report("ended", job_name=name, run=run, state=ending, **facts)
+        counted = "retried" if then.get("retry_at") else ending
+        self.ended[counted] = self.ended.get(counted, 0) + 1
+        self._report("ended", job_name=name, run=run, state=ending, **facts, **then)
         if hold:
             self._report("hold", reason=hold, seconds=seconds)
         told = {"job_name": name, "run": run, "state": ending, "group_name": spec["group_name"], "left_the_queue": left}
         try:
             self._forget(pruned)
-            self._hooks.call(**told, job_type=spec["job_type"], ended=now, **facts)
+            self._hooks.call(**told, job_type=spec["job_type"], ended=now, **facts, **then)
         except Exception as error:  # noqa: BLE001  the run has ended, whatever becomes of what follows
             log.warning("after run %d of %s: %s: %s", run, name, type_name(error), error)
+
+    def _failed(
+        self, spec: dict[str, Any], run: int, job: dict[str, Any] | None, why: str, now: float
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Let follow what a failed run means for its job (`job`: its row, if it is still the one that ran) and group.
+
+        Gives who else left the queue, and {"retry_at", "stays", "tries", "retries"}.
+        """
+        name, group, tries = spec["job_name"], spec["group_name"], (job or {"tries": 0})["tries"]
+        wait = jobs.retry_seconds(spec, tries) if job else None
+        stays = job is not None and (wait is not None or jobs.keeps(spec))
+        then = {"retry_at": wait and now + wait, "stays": stays, "tries": tries, "retries": spec.get("retries", 0)}
+        with self.store.change("end") as db:
+            if stays:
+                values = (one_line(why), tries + 1 if wait else 0, then["retry_at"], name)
+                db.execute(
+                    "UPDATE jobs SET cause = 'failed', reason = ?, tries = ?, retry_at = ? WHERE job_name = ?", values
+                )
+            elif job:
+                self.store.move_job(name, "out", f"failed: {why}", now, "failed")
+            if wait is not None:
+                self.store.note(name, run, f"retry {tries + 1} of {then['retries']} in {wait:g} s", now)
+                return [], then
+            others = "SELECT job_name, cycle FROM jobs WHERE state != 'out' AND group_name = ? AND job_name != ?"
+            rows, told = self.store.rows(others, group, name), one_line(f"group failed: {name} run {run}: {why}")
+            if jobs.keeps(spec):  # what follows from a step that failed is not done in this cycle
+                cycle = self.store.get("cycle", {"number": 0})["number"]
+                skipped = "UPDATE jobs SET cycle = ?, cause = 'group failed', reason = ?, tries = 0, retry_at = NULL "
+                for row in [row for row in rows if row["cycle"] < cycle]:
+                    db.execute(f"{skipped} WHERE job_name = ?", (cycle, told, row["job_name"]))
+                    self.store.note(row["job_name"], None, f"skipped in this cycle: {told}", now)
+                return [], then
+            for row in rows:
+                self.store.move_job(row["job_name"], "out", told, now, "group failed")
+        return [row["job_name"] for row in rows], then
 
     def _forget(self, names: Iterable[str]) -> None:
         """Remove what was kept of runs that the history has forgotten: manifests, what scripts printed."""
@@ -374,19 +373,22 @@ class Runner:
             manifest.prune(self.settings.state_dir, name, kept)
             scripts.prune(self.settings, name, kept)
 
-    def _hold(self, reason: str, now: float) -> None:
-        self._report("hold", reason=reason, seconds=self._put_hold(reason, now))
+    def _hold(self, reason: str, now: float, nodes: bool = False) -> None:
+        self._report("hold", reason=reason, seconds=self._put_hold(reason, now, nodes=nodes))
 
-    def _put_hold(self, reason: str, now: float, name: str | None = None) -> float:
-        """Stop the queue as a whole because of the cluster, each time in a row for twice as long; gives the seconds."""
+    def _put_hold(self, reason: str, now: float, name: str | None = None, nodes: bool = False) -> float:
+        """Stop the queue because of the cluster, with `nodes` all but scripts; each time in a row for twice as long.
+
+        Returns the seconds.
+        """
         with self.store.change("hold"):
             before = self.store.get("hold") or {"since": now, "tries": 0}
             first, most = self.settings.hold_backoff_first_seconds, self.settings.hold_backoff_max_seconds
             seconds: float = min(first * 2 ** min(before["tries"], 30), most)
-            times = {"since": before["since"], "tries": before["tries"] + 1, "until": now + seconds}
+            times = {"since": before["since"], "tries": before["tries"] + 1, "until": now + seconds, "nodes": nodes}
             self.store.put("hold", {"reason": one_line(reason), **times})
             if name and (self.store.job(name) or {}).get("state") == "queued":
-                self.store.move_job(name, "held", reason, now)
+                self.store.move_job(name, "held", reason, now, "cluster")
         return seconds
 
     def _committed(self, name: str, run: int) -> bool:
@@ -425,12 +427,20 @@ class Runner:
     def _until_next_cycle(self, now: float) -> float:
         """Seconds until something may be due; begins the next cycle when its time has come."""
         rows, cycle = self.store.rows(QUEUED), self.store.get("cycle")
-        begins = float(cycle["drained"] + self.settings.cycle_interval_seconds)
-        times = [max(due(row), begins if row["cycle"] >= cycle["number"] else 0) for row in rows]
+        pause = FAILED_PAUSE_SECONDS if any(row["cause"] == "failed" for row in rows) else 0.0
+        begins = float(cycle["drained"] + max(self.settings.cycle_interval_seconds, pause))
+        groups = turns.retrying(rows)
+        rows = [row for row in rows if not held_by_retry(row, groups)]
+        times = [max(due(row), 0 if its_turn(row, cycle["number"]) else begins) for row in rows]
         soonest = min(times, default=now + WAKE_SECONDS)
         if begins <= now and soonest <= now:
             self._begin_cycle()
         return soonest - now
+
+    def _until_retry(self, now: float) -> float | None:
+        """Seconds until the next retry of a failed job; None: there is none to wait for."""
+        times = [row["retry_at"] for row in self.store.rows(QUEUED) if row["retry_at"]]
+        return min(times) - now if times else None
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -440,8 +450,13 @@ class Runner:
 
         def obey(number: int, _: object) -> None:
             if self._stopping:  # asked again: at once; the next Runner recovers, a script's guard ends the script
-                os.write(2, b"mrcore: ended at once; the run under way is handed back when a Runner is started\n")
+                show_cursor = b"\r\x1b[K\x1b[?25h" if os.isatty(2) else b""  # a spinner had it hidden
+                os.write(
+                    2,
+                    show_cursor + b"mrcore: ended at once; the run under way is handed back when a Runner is started\n",
+                )
                 os._exit(128 + number)
+            self.ended_by = number
             self.stop()
 
         handlers = {each: signal.signal(each, obey) for each in (signal.SIGTERM, signal.SIGINT)}

@@ -11,20 +11,21 @@ import time
 from datetime import datetime
 from typing import Any
 
-from mrcore import delegate, ledger
+from mrcore import delegate, ledger, turns
 from mrcore import job as jobs
 from mrcore.config import Settings, load_settings
+from mrcore.doorbell import Doorbell
 from mrcore.errors import UsageError
 from mrcore.paths import close_home
-from mrcore.runner import QUEUED, Doorbell, Runner, order
-from mrcore.store import Store
+from mrcore.runner import Runner
+from mrcore.store import FALLEN, Store
 from mrcore.text import listed, one_line
+from mrcore.turns import QUEUED, order
 from mrcore.validation import nearest
 
 __all__ = ["Runner", "Scheduler"]
 
 ESTIMATE_RUNS = 20
-_LEFT_BY_FAULT = ("failed", "group failed", "cancelled")
 _HISTORY = (
     "SELECT job_name, run, state, json_extract(spec, '$.job_type') AS job_type, "
     "json_extract(spec, '$.group_name') AS group_name, started, ended, phases, counts, attempts, exception FROM runs"
@@ -79,6 +80,7 @@ class Scheduler:
         with self.store.change("submit"):
             running = self.store.running()
             for each in valid:
+                each["projects_dir"] = str(self.settings.projects_dir)
                 each["job_submitter"] = caller or each["job_submitter"] or _user()
                 before = self.store.submit(each, now)
                 active = running is not None and running["job_name"] == each["job_name"]
@@ -89,15 +91,19 @@ class Scheduler:
     def delete_job(self, job_name: str) -> dict[str, Any]:
         """Take a job out of the queue; a run under way goes on to its end (`cancel` ends that)."""
         with self.store.change():
-            job = self._known(job_name, "SELECT job_name FROM jobs WHERE state != 'out'", "is not in the queue")
-            self.store.move_job(job_name, "out", "deleted", time.time())
+            there = f"state != 'out' OR cause IN {FALLEN}"
+            job = self._known(job_name, f"SELECT job_name FROM jobs WHERE {there}", "is not in the queue")
+            self.store.move_job(job_name, "out", "deleted", time.time(), "deleted")
         return job
 
     def queue(self) -> list[dict[str, Any]]:
-        """The jobs in the queue in the order in which they will run, the running one with its `phase`."""
-        running = self.store.running()
+        """The jobs in the queue in the order in which they will run, the running one with its `phase`, the others with
+        `why` they do not start now (`turns.reasons`).
+        """
+        running, state, now = self.store.running(), self.state(), time.time()
         rows = sorted(self.store.rows(QUEUED), key=order)
-        for row in rows:
+        for row, why in zip(rows, turns.reasons(rows, state, now), strict=True):
+            row["why"] = why
             active = running is not None and running["job_name"] == row["job_name"]
             row["force_run"] = bool(row["force_run"])
             row["running"] = active
@@ -106,17 +112,30 @@ class Scheduler:
 
     def state(self) -> dict[str, Any]:
         """The queue as a whole: `paused`, `hold` (reason, since, until, tries), `drain` (why it waits for one),
-        `runner` (is there one), `running`.
+        `runner` (is there one), `running`, `next_cycle` (when it begins; None: after the jobs of this one).
         """
-        running = self.store.running()
+        running, cycle = self.store.running(), self.store.get("cycle", {"number": 0, "drained": None})
+        begins = cycle["drained"] and cycle["drained"] + self.settings.cycle_interval_seconds
         return {
             "paused": bool(self.store.get("paused")),
             "hold": self.store.get("hold"),
             "drain": self.store.held_by_drain(),
             "runner": self._doorbell.ring(),
-            "cycle": self.store.get("cycle", {"number": 0})["number"],
+            "cycle": cycle["number"],
+            "next_cycle": begins,
             "running": {key: running[key] for key in ("job_name", "run", "started")} if running else None,
         }
+
+    def fallen(self) -> list[dict[str, Any]]:
+        """The jobs that left by a failure and were not brought back, replaced or deleted since, newest first.
+
+        Of each: job_name, group_name, cause ("failed", "group failed"), reason, left, and `requeue`: the name that
+        brings it back with its group.
+        """
+        columns = "job_name, group_name, cause, reason, left_at AS left, coalesce(group_name, job_name) AS requeue"
+        query = f"SELECT {columns} FROM jobs WHERE state = 'out' AND cause IN ('failed', 'group failed')"
+        rows = self.store.rows(f"{query} ORDER BY left_at DESC, cause, number")
+        return [row | {"left": _moment(row["left"])} for row in rows]
 
     def history(self, job_name: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
         """Runs, newest first: state, start_time, end_time, seconds, phases, counts, attempts, exception."""
@@ -139,11 +158,15 @@ class Scheduler:
         }
 
     def requeue(self, group: str) -> list[str]:
-        """Bring back the jobs of a group that left because of a failure (or one job by its name); gives the names."""
+        """Bring back the jobs of a group that left because of a failure (or one job by its name); gives the names.
+
+        One that failed and stayed, or waits for a retry, is to run at once, with all its retries again.
+        """
         now = time.time()
         with self.store.change() as db:
-            rows = self.store.rows("SELECT job_name, reason, group_name FROM jobs WHERE state = 'out'")
-            fallen = [row for row in rows if (row["reason"] or "").split(":")[0] in _LEFT_BY_FAULT]
+            wanted = f"state = 'out' OR cause IN {FALLEN}"
+            rows = self.store.rows(f"SELECT job_name, cause, group_name FROM jobs WHERE {wanted} ORDER BY number")
+            fallen = [row for row in rows if row["cause"] in FALLEN]
             names = [row["job_name"] for row in fallen if row["group_name"] == group]
             names = names or [row["job_name"] for row in rows if row["job_name"] == group]
             if not names:
@@ -151,7 +174,7 @@ class Scheduler:
                 hint = f"; to be had: {', '.join(sorted(groups)[:10])}" if groups else "; nothing waits to be requeued"
                 raise UsageError(f"no job of the group {group!r} left the queue by a failure{hint}")
             for name in names:
-                db.execute("UPDATE jobs SET cycle = 0 WHERE job_name = ?", (name,))
+                db.execute("UPDATE jobs SET cycle = 0, tries = 0, retry_at = NULL WHERE job_name = ?", (name,))
                 self.store.move_job(name, "queued", None, now)
         self._doorbell.ring()
         return names
@@ -186,11 +209,14 @@ class Scheduler:
 
     def resume(self) -> None:
         """End a pause, and end a hold's waiting: the queue tries again at once."""
-        now = time.time()
+        self.store.put("paused", False)
+        self.end_hold()
+
+    def end_hold(self) -> None:
+        """End a hold's waiting, not a pause: what it waited for may be there now."""
         with self.store.change():
-            self.store.put("paused", False)
-            hold = self.store.get("hold")
-            self.store.put("hold", hold and hold | {"until": now})
+            if hold := self.store.get("hold"):
+                self.store.put("hold", hold | {"until": time.time()})
         self._doorbell.ring()
 
     def estimate_next_runtime(self, job_name: str) -> dict[str, float] | None:

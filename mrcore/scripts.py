@@ -84,7 +84,7 @@ def run(
 
 def interpreter(job: dict[str, Any], settings: Settings) -> str:
     """The Python that runs a script: of the project's `.venv` if it has one, else ours."""
-    own = settings.projects_dir / (job["project_name"] or "") / ".venv/bin/python"
+    own = settings.projects_of(job) / (job["project_name"] or "") / ".venv/bin/python"
     return str(own) if job["project_name"] and own.exists() else sys.executable
 
 
@@ -137,8 +137,8 @@ def _environment(job: dict[str, Any], run: int, settings: Settings) -> dict[str,
         "RUN": run,
         "GROUP": job["group_name"] or "",
         "PROJECT": job["project_name"] or "",
-        "PROJECT_DIR": settings.projects_dir / job["project_name"] if job["project_name"] else "",
-        "PROJECTS_DIR": settings.projects_dir,
+        "PROJECT_DIR": settings.projects_of(job) / job["project_name"] if job["project_name"] else "",
+        "PROJECTS_DIR": settings.projects_of(job),
         "HOME": settings.home,
         "BASE_DIRS": os.pathsep.join(base_dirs),
     }

@@ -22,7 +22,7 @@ from mrcore.errors import ClusterFault, MrcoreError, UsageError
 from mrcore.paths import make_private
 from mrcore.text import one_line, plain
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_SECONDS = 60.0
 EVENTS_PER_RUN = 10
 
@@ -35,7 +35,12 @@ JOB_MOVES = {
     ("queued", "out"),
     ("held", "out"),
     ("out", "queued"),  # submitted again, or requeued
+    ("out", "out"),  # deleted after it had left by a failure
 }
+# Why a job is out of the queue or waits in it, for programs; `reason` tells people. In the queue: failed, and runs
+# again by itself; group failed, and skipped in this cycle; cluster, and held.
+FALLEN = ("failed", "group failed", "cancelled")
+CAUSES = (*FALLEN, "succeeded", "deleted", "cluster")
 ENDINGS = ("succeeded", "failed", "cancelled", "handed back")
 RUN_MOVES = {(None, "running")} | {("running", ending) for ending in ENDINGS}
 
@@ -45,7 +50,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     job_name TEXT PRIMARY KEY, state TEXT NOT NULL, reason TEXT, number INTEGER NOT NULL UNIQUE,
     job_type TEXT NOT NULL, group_name TEXT, job_priority REAL NOT NULL, force_run INTEGER NOT NULL,
     every REAL, not_before TEXT, spec TEXT NOT NULL, submitted REAL NOT NULL,
-    cycle INTEGER NOT NULL DEFAULT 0, last_run INTEGER NOT NULL DEFAULT 0, last_start REAL);
+    cycle INTEGER NOT NULL DEFAULT 0, last_run INTEGER NOT NULL DEFAULT 0, last_start REAL,
+    cause TEXT, tries INTEGER NOT NULL DEFAULT 0, retry_at REAL, left_at REAL);
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state);
 CREATE TABLE IF NOT EXISTS runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, job_name TEXT NOT NULL, run INTEGER NOT NULL, state TEXT NOT NULL,
@@ -61,6 +67,34 @@ CREATE TABLE IF NOT EXISTS ledger (
     job_name TEXT, holder TEXT, path TEXT, read INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
     checksum INTEGER NOT NULL, PRIMARY KEY (job_name, holder, path)) WITHOUT ROWID;
 """
+# Version 3 has columns for what was read out of our own sentences before: here they are read for the last time.
+_TO_3 = """
+ALTER TABLE jobs ADD COLUMN cause TEXT;
+ALTER TABLE jobs ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN retry_at REAL;
+ALTER TABLE jobs ADD COLUMN left_at REAL;
+UPDATE jobs SET cause = 'cluster' WHERE state = 'held';
+UPDATE jobs SET left_at = coalesce((SELECT max(time) FROM events e WHERE e.job_name = jobs.job_name), submitted),
+    cause = CASE WHEN reason LIKE 'failed:%' THEN 'failed' WHEN reason LIKE 'group failed:%' THEN 'group failed'
+                 ELSE reason END
+    WHERE state = 'out';
+"""
+
+
+def upgrade(db: sqlite3.Connection) -> int:
+    """Bring a queue of this or an earlier version, or an empty file, to SCHEMA_VERSION; in one transaction.
+
+    Return the version it has then: a later one is left alone.
+    """
+    tables = db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'meta'").fetchone()[0]
+    found = db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() if tables else None
+    version = int(found[0]) if found else 0
+    if version < SCHEMA_VERSION:
+        steps = _SCHEMA + (_TO_3 if version else "")
+        db.executescript(
+            f"BEGIN IMMEDIATE; {steps} INSERT OR REPLACE INTO meta VALUES ('schema', {SCHEMA_VERSION}); COMMIT;"
+        )
+    return max(version, SCHEMA_VERSION)
 
 
 @contextlib.contextmanager
@@ -98,19 +132,14 @@ class Store:
                     self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
                 )
                 self._open()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, ValueError, sqlite3.Error) as error:
             raise ClusterFault(f"cannot open the queue {self.path}: {error}; check the folder and the disk") from None
 
     def _open(self) -> None:
         self._db.row_factory = sqlite3.Row
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
-        tables = self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'meta'").fetchone()[0]
-        version = self.get("schema") if tables else None
-        if version is None or version < SCHEMA_VERSION:  # so far each version only added tables
-            self._db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
-            self.put("schema", SCHEMA_VERSION)
-        elif version != SCHEMA_VERSION:
+        if (version := upgrade(self._db)) != SCHEMA_VERSION:
             raise UsageError(f"the queue {self.path} has schema {version}, this mrcore {SCHEMA_VERSION}: update mrcore")
 
     def copy_to(self, target: sqlite3.Connection) -> None:
@@ -186,6 +215,7 @@ class Store:
             columns = {key: job[key] for key in ("job_type", "group_name", "job_priority", "every", "not_before")}
             columns |= {"state": "queued", "reason": None, "number": number, "force_run": int(job["force_run"])}
             columns |= {"spec": json.dumps(job), "submitted": now, "cycle": 0}
+            columns |= {"cause": None, "tries": 0, "retry_at": None, "left_at": None}
             updates = ", ".join(f"{key} = excluded.{key}" for key in columns)
             db.execute(
                 f"INSERT INTO jobs (job_name, {', '.join(columns)}) VALUES (?{', ?' * len(columns)}) "
@@ -203,12 +233,16 @@ class Store:
         spec = json.loads(found[0]["spec"]) | {"force_run": bool(found[0]["force_run"])}  # the flag falls, once run
         return found[0] | {"spec": spec}
 
-    def move_job(self, name: str, state: str, reason: str | None, now: float) -> None:
-        """Bring a job to another state, with the reason that listings show."""
+    def move_job(self, name: str, state: str, reason: str | None, now: float, cause: str | None = None) -> None:
+        """Bring a job to another state, with the reason that listings show and its cause, one of CAUSES."""
         reason = reason and one_line(reason)
         with self.change() as db:
             self._check_job_move(name, state)
-            db.execute("UPDATE jobs SET state = ?, reason = ? WHERE job_name = ?", (state, reason, name))
+            left_at = now if state == "out" else None
+            values = (state, reason, cause, left_at, name)
+            db.execute("UPDATE jobs SET state = ?, reason = ?, cause = ?, left_at = ? WHERE job_name = ?", values)
+            if left_at:
+                db.execute("UPDATE jobs SET tries = 0, retry_at = NULL WHERE job_name = ?", (name,))
             self.note(name, None, f"{state}: {reason}" if reason else state, now)
 
     def start_run(self, name: str, now: float) -> int:
@@ -280,6 +314,12 @@ class Store:
         wrong = self.rows("SELECT job_name FROM jobs WHERE state NOT IN ('queued', 'held', 'out')")
         wrong += self.rows("SELECT r.job_name FROM runs r LEFT JOIN jobs j USING (job_name) WHERE r.run > j.last_run")
         wrong += self.rows("SELECT job_name FROM runs WHERE (ended IS NULL) != (state = 'running')")
+        wrong += self.rows(
+            "SELECT job_name FROM jobs WHERE (retry_at IS NULL) != (tries = 0) OR tries AND state = 'out'"
+        )
+        wrong += self.rows(
+            f"SELECT job_name FROM jobs WHERE cause NOT IN {CAUSES} OR (left_at IS NULL) = (state = 'out')"
+        )
         if broken != "ok" or wrong:
             raise MrcoreError(f"the queue {self.path} is damaged: {broken}, {wrong}")
 

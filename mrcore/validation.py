@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import functools
+import json
+import math
+import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from mrcore.errors import UsageError
-from mrcore.text import clean, type_name, unfit
+from mrcore.text import one_line, type_name, unfit
 
 MAX_DEPTH = 64
+# Tag, pattern, first characters of the plain scalars of YAML 1.2's core schema (yaml.org/spec/1.2.2, 10.3.2), and the
+# merge key of 1.1, which is what PyYAML reads: 10:00 is 600 there, 010 is 8, no is false, 1e-5 a text, 2026-11-30 none.
+_CORE = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
+)
 _brief = reprlib.Repr()  # YAML aliases can make a value whose whole repr would never end
 _brief.maxlevel = 2
 
@@ -63,32 +82,155 @@ def explain(error: ValidationError, *models: type[BaseModel]) -> list[str]:
 
 
 def parse_yaml(content: str | bytes, where: str) -> Any:
-    """The value of a YAML or JSON text; UsageError naming `where` if it is neither, or nested too deeply."""
-    import yaml  # here: most commands never need it
+    """Return the value of a UTF-8 text that is JSON or else YAML (1.2's core schema and merge keys).
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    depth = 0
+    Raises UsageError naming `where` if it is neither, nested too deeply, or holds what no job and no setting can: a key
+    twice, NaN, infinity, half a character.
+    """
+    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in raw:
+        raise UsageError(f"{where} holds NUL bytes, as UTF-16 and binary files do: save it as UTF-8")
     try:
-        for event in yaml.parse(content, loader):  # libyaml's loader overflows the C stack: measure the depth first
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                raise _too_deep(where)
-        return yaml.load(content, loader)
-    except UsageError:
-        raise
-    except Exception as error:  # noqa: BLE001  its constructors raise what they like: IndexError for `!!int ""`
-        if _brackets(content, error) > MAX_DEPTH:  # since PyYAML 6.0.4 libyaml counts too, before it gives any event
-            raise _too_deep(where) from None
-        raise UsageError(f"{where} is neither YAML nor JSON: {' '.join(clean(error).split())}") from None
-
-
-def _brackets(content: str | bytes, error: Exception) -> int:
-    """Return how many brackets and braces are open where YAML cannot go on."""
-    mark = getattr(error, "problem_mark", None)
-    text = content if isinstance(content, str) else content.decode(errors="replace")
-    text = text[: mark.index] if mark else ""
-    return text.count("[") + text.count("{") - text.count("]") - text.count("}")
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{where} is not UTF-8: byte {raw[error.start]:#x} in line {line}: save it as UTF-8") from None
+    try:
+        value = _json(text, where)
+    except json.JSONDecodeError:
+        value = _yaml(text, where)
+    except RecursionError:
+        raise _too_deep(where) from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise UsageError(f"{where} cannot be read: {error}") from None
+    _refuse_unfit(value, where)
+    return value
 
 
 def _too_deep(where: str) -> UsageError:
     return UsageError(f"{where} is nested more than {MAX_DEPTH} deep: is it the right file?")
+
+
+def _json(text: str, where: str) -> Any:
+    twins: list[str] = []  # told only if all of it is JSON: it may be YAML, too
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            twins.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        return made
+
+    value = json.loads(text, object_pairs_hook=mapping)
+    if twins:
+        raise UsageError(f"{where} has the key {brief(twins[0])} twice in one mapping: leave one of them out")
+    return value
+
+
+@functools.cache
+def _loader() -> Any:
+    """Return libyaml's safe loader, or Python's, with `_CORE` instead of the scalars of YAML 1.1."""
+    import yaml  # here: most commands never need it
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        pass
+
+    Loader.yaml_implicit_resolvers = {}
+
+    def integer(loader: Any, node: Any) -> int:
+        return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
+
+    for tag, pattern, first in _CORE:
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$"), first)
+    Loader.add_constructor("tag:yaml.org,2002:int", integer)
+    return Loader
+
+
+def dump_yaml(value: Any) -> str:
+    """Return a value as YAML that `parse_yaml` and readers of YAML 1.1 read back: what either mistakes is quoted."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    for tag, pattern, first in _CORE:
+        Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$"), first)
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False)  # ASCII: PyYAML writes some characters as blanks else
+
+
+def _yaml(text: str, where: str) -> Any:
+    import yaml
+
+    depth = 0
+    try:
+        for event in yaml.parse(text, _loader()):  # libyaml's loader overflows the C stack: measure the depth first
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise _too_deep(where)
+        loader = _loader()(text)
+        try:
+            node = loader.get_single_node()
+            _refuse_twins(loader, node, where)
+            return loader.construct_document(node) if node else None
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        before = text[: mark.index] if mark else ""
+        if sum(map(before.count, "[{")) - sum(map(before.count, "]}")) > MAX_DEPTH:  # libyaml's own limit came first
+            raise _too_deep(where) from None
+        place = f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}" if mark else error
+        raise UsageError(f"{where} is neither YAML nor JSON: {one_line(place)}") from None
+    except UsageError:
+        raise
+    except Exception as error:  # noqa: BLE001  its constructors raise what they like: IndexError for `!!float ""`
+        raise UsageError(f"{where} cannot be read: {one_line(error)}") from None
+
+
+def _refuse_twins(loader: Any, root: Any, where: str) -> None:
+    """Raise UsageError for a key that stands twice in a mapping: PyYAML would take the last one."""
+    todo, seen = [root], set[int]()
+    while todo:
+        node = todo.pop()
+        if node is None or id(node) in seen or not isinstance(node.value, list):
+            continue
+        seen.add(id(node))
+        lines: dict[Any, int] = {}
+        for each in node.value:
+            todo += each if isinstance(each, tuple) else [each]
+            if isinstance(each, tuple) and isinstance(each[0].value, str):
+                key, line = each[0], each[0].start_mark.line + 1
+                name = key.value if key.tag.endswith(":merge") else loader.construct_object(key)
+                if name in lines:
+                    raise UsageError(f"{where} has the key {brief(name)} twice, in lines {lines[name]} and {line}")
+                lines[name] = line
+
+
+def _refuse_unfit(value: Any, where: str) -> None:
+    """Raise UsageError naming the place of what is nested too deeply, no finite number, or half a character."""
+    todo: list[tuple[Any, Any, int]] = [((), value, 1)]  # a place is (the place above, key): no text for each
+    seen = set[int]()
+
+    def told(place: Any) -> str:
+        keys = []
+        while place:
+            place, key = place
+            keys.append(f"[{key}]" if isinstance(key, int) else f".{key}")
+        return one_line("".join(reversed(keys)).lstrip(".") or "the text", 200)
+
+    while todo:
+        place, each, depth = todo.pop()
+        if isinstance(each, dict | list) and id(each) not in seen:
+            if depth > MAX_DEPTH:
+                raise _too_deep(where)
+            seen.add(id(each))
+            members = each.items() if isinstance(each, dict) else enumerate(each)
+            todo += [((place, key), member, depth + 1) for key, member in members]
+            todo += [((place, key), key, depth) for key in each if isinstance(each, dict)]
+        elif isinstance(each, float) and not math.isfinite(each):
+            raise UsageError(f"{where}: {told(place)}: {each} is no number that mrcore takes")
+        elif isinstance(each, str) and not each.isascii():
+            try:
+                each.encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(each[error.start]):04x}"
+                raise UsageError(f"{where}: {told(place)} holds {half}, half of a character: write both") from None

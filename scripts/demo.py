@@ -15,6 +15,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -34,6 +35,10 @@ TRIES = 20  # of addresses for the cluster
 TOP = 12  # names that are shown
 DEPLOYED = Path("/etc/mrcore/cluster.yml")
 SECTIONS, VISITS = ("docs", "blog", "shop"), 20_000  # of a day, in the second act
+# Names and folders of its own: who follows projects/workflow/README.md in the same home afterwards begins afresh.
+OWN = re.compile(
+    r"\b(page_visits|section_shares|workflow_\w+|workflow/inputs|(?<=group_name: )workflow|(?<=: )popular)\b"
+)
 END_SECONDS = 20.0  # for a command that is told to end
 OUTSIDE = {"site-packages", "dist-packages", "__pycache__"}  # in the library's folder, but no part of it
 
@@ -130,7 +135,9 @@ class Demo:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(PROJECT / "projects/workflow", self.folder / "projects/workflow")
         (self.folder / "workflow/incoming").mkdir(parents=True)
-        for what in (["rm", "workflow"], ["ledger", "forget", "page_visits"]):  # of an earlier demo
+        file = self.folder / "projects/workflow/workflow.yml"
+        file.write_text(OWN.sub(r"demo_\1", file.read_text()))
+        for what in (["rm", "demo_workflow"], ["ledger", "forget", "demo_page_visits"]):  # of an earlier demo
             self.mrcore(*what, quiet=True, may_fail=True)
         print(
             "Second act: upload → mapreduce → download → script → upload its result → mapreduce, as one group of jobs."
@@ -145,11 +152,11 @@ class Demo:
                 (self.folder / f"workflow/incoming/day-{day}").write_text("\n".join(lines) + "\n")
             self.mrcore("submit", "projects/workflow/workflow.yml", "--set", "run_once=true")
             self.mrcore("run", "--once")
-            counts = json.loads(self.output("history", "page_visits", "--json", "--limit", "1"))[0]["counts"]
+            counts = json.loads(self.output("history", "demo_page_visits", "--json", "--limit", "1"))[0]["counts"]
             files, size = counts["input_files"], counts["input_bytes"] / 1e6
             new = f"{files} file{'s' * (files > 1)}, {size:.1f} MB"
-            print(f"\nThe logs of {days[-1]} days; page_visits read what was new: {new}.")
-            for section, found in self.items("section_shares"):
+            print(f"\nThe logs of {days[-1]} days; demo_page_visits read what was new: {new}.")
+            for section, found in self.items("demo_section_shares"):
                 print(f"  {section:<8}{found['share']:>7.1%}   popular: {', '.join(found['popular'][:3])}")
             print(flush=True)
 
@@ -204,7 +211,7 @@ class Demo:
             *([deployed] if DEPLOYED.exists() else []),
             (f"{mrcore} cluster start {' '.join(shape)}", "the same cluster again, with its queue and output"),
             (f"{mrcore} show identifiers", "the job, its runs, phases and counts"),
-            (f"{mrcore} history page_visits", "the second act; projects/workflow/README.md says more"),
+            (f"{mrcore} history demo_page_visits", "the second act; projects/workflow/README.md says more"),
             (f"{mrcore} cat identifiers --head 5", ""),
             (f"{mrcore} submit projects/word_count/job.yml", "another project; its README.md says more"),
             (f"{mrcore} run --once", ""),

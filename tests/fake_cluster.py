@@ -40,7 +40,7 @@ class FakeCluster:
         name, what = job["job_name"], job["map_function_name"]
         self._log(f"start {name} {run}")
         progress("MAP", done=0, total=1)
-        if what == "fail":
+        if what == "fail" or (what == "flaky" and not (self.state_dir / "mended").exists()):
             raise JobFault("map failed", traceback="File x.py, line 3\n", line="the line")
         if what == "bug":
             raise KeyError("oops")
@@ -60,6 +60,11 @@ class FakeCluster:
             raise ClusterFault("node-0 went away while publishing")
         self._log(f"end {name} {run}")
         return manifest
+
+    def check_nodes(self) -> None:
+        """What the file `no-nodes` says is wrong with them."""
+        if (reason := self.state_dir / "no-nodes").exists():
+            raise Unreachable(reason.read_text())
 
     def abandon(self, job: str, run: int) -> None:
         self._log(f"abandon {job} {run}")

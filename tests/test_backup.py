@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import pytest
 from conftest import wait_until
 from fake_cluster import FakeCluster
+from test_store import make_v2
 
 from mrcore import backup, cli, manifest
 from mrcore.config import Settings
@@ -192,6 +196,43 @@ def test_a_backup_of_another_schema_is_refused(
     monkeypatch.undo()
     with pytest.raises(UsageError, match="it is of schema 99"):
         backup.restore(elsewhere, file)
+
+
+def backup_of_v2(folder: Path, schema: int = 2) -> Path:
+    """A backup as the version before this one made it, whose own word on its schema may be wrong."""
+    file = folder / f"v{schema}.backup"
+    make_v2(folder / f"queue-{schema}.sqlite")
+    about = json.dumps({"version": "1.0.0", "schema": schema, "time": time.time()}).encode()
+    with tarfile.open(file, "w:gz") as archive:
+        member = tarfile.TarInfo("backup.json")
+        member.size = len(about)
+        archive.addfile(member, io.BytesIO(about))
+        archive.add(folder / f"queue-{schema}.sqlite", "queue.sqlite")
+    return file
+
+
+def test_a_backup_of_the_version_before_is_brought_up_to_this_one(elsewhere: Settings, tmp_path: Path) -> None:
+    assert backup.restore(elsewhere, backup_of_v2(tmp_path), verify=False)["schema"] == 2
+    scheduler = Scheduler(elsewhere)
+    scheduler.store.check()
+    assert {row["job_name"] for row in scheduler.fallen()} == {"bad", "with_it", "old"}
+    assert scheduler.requeue("g") == ["bad", "with_it"]
+    assert scheduler.store.get("schema") == 3
+    scheduler.store.close()
+
+
+def test_a_queue_in_a_backup_of_a_later_version_is_refused(elsewhere: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "later.backup"
+    backup_of_v2(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue-2.sqlite")) as db:
+        db.execute("UPDATE meta SET value = '7' WHERE key = 'schema'")
+        db.commit()
+    with tarfile.open(tmp_path / "v2.backup") as source, tarfile.open(file, "w:gz") as target:
+        target.addfile(source.getmember("backup.json"), source.extractfile("backup.json"))
+        target.add(tmp_path / "queue-2.sqlite", "queue.sqlite")
+    with pytest.raises(UsageError, match="its queue is of schema 7, this mrcore knows 3: update mrcore"):
+        backup.restore(elsewhere, file, verify=False)
+    assert not Scheduler(elsewhere).queue()
 
 
 @pytest.mark.parametrize("point", ["restore ready", "restore manifests", "restore queue"])

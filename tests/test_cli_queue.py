@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fake_cluster import FakeCluster
 from mrcore import cli
 from mrcore.config import load_settings
 from mrcore.runner import Runner
+from mrcore.scheduler import Scheduler
 
 JOB = """\
 project_name: word_count
@@ -113,7 +115,18 @@ def test_a_list_is_queued_whole_or_not_at_all(mrcore: Mrcore, file: Path) -> Non
     ("content", "said"),
     [
         (b"a: [1", "is neither YAML nor JSON"),
-        (b"\xff\x00\x01", "is neither YAML nor JSON"),
+        (b"\xff\x00\x01", "holds NUL bytes"),
+        (JOB.encode("utf-16"), "holds NUL bytes, as UTF-16"),
+        (JOB.encode() + b"group_name: caf\xe9\n", "is not UTF-8: byte 0xe9 in line 7"),
+        (JOB.encode() + b"job_name: other\n", "has the key 'job_name' twice, in lines 2 and 7"),
+        (b'{"job_name": "a", "project_name": "p", "job_name": "b"}', "has the key 'job_name' twice in one mapping"),
+        (JOB.encode() + b"every: 10:00\n", "every: should be seconds, or a number with s, m, h, d or w"),
+        (JOB.encode() + b"group_name: 0777\n", "group_name: input should be a valid string, got 777"),
+        (JOB.encode() + b"compress: yes\n", "compress: input should be a valid boolean, got 'yes'"),
+        (b'{"job_name": "a", "downsample": NaN}', "downsample: nan is no number"),
+        (b'{"job_name": "a", "every": -Infinity}', "every: -inf is no number"),
+        (b'{"job_name": "a", "input_dirs": ["x", "b\\ud83d"]}', "input_dirs[1] holds \\ud83d, half of a character"),
+        (b'{"job_name": ' + b"9" * 5000 + b"}", "cannot be read: Exceeds the limit"),
         (b"[" * 200_000, "nested more than"),
         (b"{" * 2_000, "nested more than"),
         (b"a: " + b"[{" * 2_000, "nested more than"),
@@ -234,3 +247,96 @@ def test_help_loads_nothing_heavy() -> None:
     heavy = ("pydantic", "yaml", "rich", "rpyc", "sqlite3")
     code = f"import sys, mrcore.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
+
+
+def test_queue_tells_an_empty_queue_where_it_looked_and_what_to_do(mrcore: Mrcore, home: Path) -> None:
+    said = f"the queue of {home}/state is empty: `mrcore submit FILE` queues a job\n"
+    assert mrcore("queue") == (0, said, "")
+    assert json.loads(mrcore("queue", "--json")[1])["state_dir"] == f"{home}/state"
+
+
+def test_queue_tells_what_left_by_a_failure_until_it_is_brought_back(mrcore: Mrcore, file: Path) -> None:
+    Path("projects/word_count/map_functions.py").write_text("def fail(line, aux): ...\n")
+    mrcore("submit", str(file), "--set", "map_function_name=fail")
+    for name in ("first", "second", "third"):
+        keys = ("map_function_name=fail", f"job_name={name}", "group_name=my group")
+        mrcore("submit", str(file), *(word for key in keys for word in ("--set", key)))
+    drain()
+    code, out, err = mrcore("queue")
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 3)
+    assert lines[0].endswith("is empty: `mrcore submit FILE` queues a job")
+    assert re.fullmatch(
+        r"first left the queue at \d{4}-\d\d-\d\d \d\d:\d\d, and 2 of its group with it: failed: map failed; "
+        r"`mrcore requeue 'my group'` brings back what left",
+        lines[1],
+    )
+    assert lines[2].startswith("wc left the queue at ") and lines[2].endswith(
+        "`mrcore requeue wc` brings back what left"
+    )
+    left = json.loads(mrcore("queue", "--json")[1])["left_by_a_failure"]
+    assert {row["job_name"]: (row["cause"], row["requeue"]) for row in left} == {
+        "wc": ("failed", "wc"),
+        "first": ("failed", "my group"),
+        "second": ("group failed", "my group"),
+        "third": ("group failed", "my group"),
+    }
+    assert mrcore("requeue", "my group")[1] == "queued again: first, second, third\n"
+    assert mrcore("delete", "wc")[0] == 0
+    assert "left" not in mrcore("queue")[1]
+
+
+def test_queue_lists_a_bounded_number_of_what_left_and_long_reasons_cut(mrcore: Mrcore, file: Path) -> None:
+    scheduler = Scheduler(load_settings())
+    for number in range(30):
+        mrcore("submit", str(file), "--set", f"job_name=j{number}")
+        scheduler.store.move_job(f"j{number}", "out", "failed: \x1b[31m\n" + "x" * 5000, number + 1.0, "failed")
+    out = mrcore("queue")[1]
+    assert len(out.splitlines()) == 12 and len(out) < 6000 and "\x1b" not in out
+    assert out.splitlines()[1].startswith("j29 left the queue at ")
+    assert out.splitlines()[-1] == "and 20 others left by a failure: `mrcore queue --json` has them all"
+    scheduler.store.close()
+
+
+def test_queue_tells_why_each_job_waits(mrcore: Mrcore, file: Path) -> None:
+    mrcore("submit", str(file), "--set", "not_before=2999-01-01T06:00")
+    mrcore("submit", str(file), "--set", "job_name=other", "--set", "job_priority=2")
+    out = mrcore("queue")[1]
+    assert [line.split()[0] for line in out.splitlines()[:3]] == ["JOB", "other", "wc"]
+    assert "no Runner drains the queue" in out and "not before 2999-01-01 06:00" in out
+    assert out.splitlines()[0].split() == ["JOB", "STATE", "PRIORITY", "RUNS", "WHY"]  # columns without content are out
+    assert all(len(line.rstrip()) <= 80 for line in out.splitlines())
+    jobs = json.loads(mrcore("queue", "--json")[1])["jobs"]
+    assert [job["why"]["code"] for job in jobs] == ["no_runner", "not_before"]
+
+
+def test_a_failed_run_tells_what_becomes_of_its_job(
+    mrcore: Mrcore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runner, "_manage_cluster", lambda self: FakeCluster(self.settings))
+    Path("projects/word_count/map_functions.py").write_text("def fail(line, aux): ...\n")
+    keys = ("map_function_name=fail", "run_once=false", "retries=1", "retry_delay=0.2")
+    mrcore("submit", str(file), *(word for key in keys for word in ("--set", key)))
+    code, out, err = mrcore("run", "--once")
+    assert (code, out) == (1, "")
+    assert re.sub(r"0\.[012]\d s", "N s", err).splitlines() == [
+        "wc run 1: failed: map failed (retry 1 of 1 in N s)",
+        "wc run 2: failed: map failed (the job stays in the queue)",
+        "mrcore: 1 of 2 runs failed: see `mrcore history`",
+    ]
+
+
+def test_a_job_runs_where_it_was_submitted_whoever_runs_it_where(
+    mrcore: Mrcore, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mrcore("submit", str(file))
+    here = Path("projects").absolute()
+    assert f'projects_dir: "{here}"' in mrcore("show", "wc")[1]
+    monkeypatch.chdir(tmp_path)
+    assert mrcore("submit", str(here.parent / file), "--set", f"projects_dir={here}")[0] == 2, "a job may not choose"
+    assert json.loads(mrcore("show", "wc", "--json")[1])["job"]["projects_dir"] == str(here)
+
+
+def test_set_takes_each_key_once(mrcore: Mrcore, file: Path) -> None:
+    code, _, err = mrcore("submit", str(file), "--set", "job_priority=1", "--set", "job_priority=2")
+    assert (code, err) == (2, "mrcore: --set job_priority is given twice: leave one of them out\n")

@@ -84,6 +84,8 @@ def test_all_faults_at_once(tmp_path: Path, home: Path) -> None:
         ("nodes: 2\naddress: 127.255.255.255", "128.0.0.0 is no loopback address"),
         ("- a", "one mapping"),
         ("a: [", "neither YAML nor JSON"),
+        ("node_timeout_seconds: 3\nnode_timeout_seconds: 4\n", "'node_timeout_seconds' twice, in lines 1 and 2"),
+        ("cycle_interval_seconds: 1:30\n", "cycle_interval_seconds: input should be a valid number, got '1:30'"),
         ("[" * 100_000, "nested more than"),
         ("nodes: []", "at least 1"),
         (DEPLOYED.format(home="/x").replace("beta", "alpha"), "two nodes have one name"),
@@ -169,5 +171,5 @@ def test_yaml_is_read_safely() -> None:
     assert parse_yaml("a: [1, 2]", "x") == {"a": [1, 2]}
     with pytest.raises(UsageError, match="x is neither"):
         parse_yaml("!!python/object/apply:os.system [ls]", "x")
-    with pytest.raises(UsageError, match="x is neither"):
+    with pytest.raises(UsageError, match="x holds NUL bytes"):
         parse_yaml(b"\xff\xfe\x00", "x")

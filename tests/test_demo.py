@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 from conftest import wait_until
 from daemons import own_address
+from screen import Terminal
 
 PROJECT = Path(__file__).parent.parent
 SOURCE = {
@@ -90,9 +94,9 @@ def test_it_shows_the_right_counts_and_stops_the_cluster(home: Path, source: Pat
         assert phase in out
     assert "nodes/127." in out and "cluster stop" in out
     assert out.count("identifier_files run 1: succeeded") == 1
-    assert "3 days; page_visits read what was new: 3 files" in out
-    assert "4 days; page_visits read what was new: 1 file," in out
-    assert out.count("section_shares run 2: succeeded") == 1
+    assert "3 days; demo_page_visits read what was new: 3 files" in out
+    assert "4 days; demo_page_visits read what was new: 1 file," in out
+    assert out.count("demo_section_shares run 2: succeeded") == 1
     assert "\x1b" not in out, "no colours in a pipe"
     check_nothing_left(home)
 
@@ -155,3 +159,52 @@ def test_the_whole_standard_library(home: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^self +[\d,]{5,}", done.stdout, re.MULTILINE)
     check_nothing_left(home)
+
+
+def typed(text: str) -> list[str]:
+    """The commands of a document: lines that are indented by four blanks, outside of blocks of code."""
+    plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return [line[4:] for line in plain.splitlines() if line.startswith("    ") and line.strip()]
+
+
+@pytest.mark.slow
+def test_what_the_readmes_say_works_after_the_demo_in_the_same_home(home: Path, source: Path, tmp_path: Path) -> None:
+    """In one folder, with one home, on a terminal: README.md's job from nothing, then every project's README.md."""
+    work = tmp_path / "clone"
+    shutil.copytree(PROJECT / "projects", work / "projects")
+    (work / "mrcore").symlink_to(PROJECT / "mrcore")
+    (work / ".venv").symlink_to(sys.prefix)
+    process = start(work / ".mrcore", source)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    own_address()  # the third node's
+    readme = (PROJECT / "README.md").read_text()
+    for name, content in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", readme, re.DOTALL):
+        (work / name).parent.mkdir(exist_ok=True)
+        (work / name).write_text(content)
+    commands = typed(readme.split("## A job from nothing")[1].split("\n## ")[0])
+    assert commands[-1] == "mrcore cluster stop" and "mrcore submit longest_words.yml" in commands
+    documents = sorted(work.glob("projects/*/README.md"))
+    assert len(documents) == 6
+    for document in documents:
+        commands[-1:-1] = typed(document.read_text())
+    assert commands.count("mrcore run --once") == 7
+    library = "/usr/lib/python3*/*.py"
+    assert any(library in command for command in commands)
+    script = "\n".join(commands).replace(library, f"{sysconfig.get_path('stdlib')}/a*.py")
+    terminal = Terminal(["bash", "-ec", script], columns=200, cwd=work, env={"MRCORE_CONFIG": ""})
+    try:
+        assert terminal.wait(600) == 0, terminal.output[-3000:]
+    finally:
+        terminal.kill()
+    shown = terminal.screen()
+    assert '["b","boilerplate"]' in shown
+    assert '[2,["Blaise","1005","1.75"]]' in shown
+    shares = [json.loads(line) for line in shown if line.startswith('["docs",')]
+    assert shares == [["docs", {"visits": 1, "share": 1.0, "popular": ["/docs/start"]}]], (
+        "of one visit, not of the demo's"
+    )
+    assert any(line.startswith("1 visits of 1 pages") for line in shown)
+    assert (work / "sorted.jsonl").stat().st_size > 10_000
+    assert not [line for line in shown if "failed" in line or "Traceback" in line]
+    check_nothing_left(work / ".mrcore")

@@ -22,7 +22,8 @@ ORIGINAL_KEYS = (
 )
 NEW_KEYS = (
     "combine_function_name sort_values partitioner number_of_partitions merge_output shared_input sample_seed "
-    "max_attempts timeout_seconds every not_before on_bad_text on_changed_input max_line_bytes"
+    "max_attempts timeout_seconds every not_before on_bad_text on_changed_input max_line_bytes "
+    "on_failure retries retry_delay projects_dir"
 )
 
 
@@ -43,7 +44,7 @@ def test_mapreduce_template_has_every_key_old_and_new() -> None:
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_yaml_template_is_the_template(kind: str) -> None:
     values = yaml.safe_load(job_template_yaml(kind))
-    filled = ("start_time", "end_time", "exception", "current_phase")
+    filled = ("projects_dir", "start_time", "end_time", "exception", "current_phase")
     assert values == {key: value for key, value in template(kind).items() if key not in filled}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -28,12 +29,15 @@ from mrcore.errors import JobFault, MrcoreError, Unreachable, UsageError
 from mrcore.paths import write_atomic
 from mrcore.runner import Execution, Runner
 from mrcore.scheduler import Scheduler
+from mrcore.store import FALLEN
 
 NAMES = ("a", "b", "c", "d", "e")
 GROUPS = (None, None, "g", "h")
 HOLD_SECONDS = 7.0
+RETRY_SECONDS = 3.0
 DIES = ("dies before commit", "dies after commit")
 ENDS = ("ok", "ok", "fail", "down", "wait for cancel", *DIES, "down after commit")
+KEYS = ("state", "number", "cycle", "last_run", "force_run", "cause", "tries", "retry_at")
 MEANWHILE = (None, None, None, "delete", "replace")
 
 
@@ -46,6 +50,7 @@ class Cluster:
 
     def __init__(self, state_dir: Path) -> None:
         self.state_dir, self.ends, self.finishing_fails = state_dir, "ok", False
+        self.nodes_away = False
         self.meanwhile: Callable[[], None] = lambda: None
         self.begun: list[tuple[str, int]] = []
 
@@ -70,6 +75,10 @@ class Cluster:
         if self.ends == "down after commit":
             raise Unreachable("a node went away")
         return {"counts": {"items": 1}}
+
+    def check_nodes(self) -> None:
+        if self.nodes_away:
+            raise Unreachable("no node answers")
 
     def finish(self, job: dict[str, Any], run: int) -> None:
         if self.finishing_fails:
@@ -110,10 +119,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.number = self.cycle = 0
         self.drained = True
         self.paused = self.cancelled = False
-        self.held_until = 0.0
+        self.held_until, self.held_for_nodes = 0.0, False
         self.new_runner()
         for name in NAMES:
-            self.submit(name, "g" if name in "abc" else None, 0, False, name in "ad")
+            self.submit(name, "g" if name in "abc" else None, 0, False, name in "ad", None, name in "be")
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
@@ -124,36 +133,41 @@ class QueueMachine(RuleBasedStateMachine):
     # --- rules: users ---
 
     @rule(name=st.sampled_from(NAMES), group=st.sampled_from(GROUPS), priority=st.sampled_from((0, 0, 1, 2)),
-          force=st.booleans(), run_once=st.booleans())  # fmt: skip
-    def submit(self, name: str, group: str | None, priority: int, force: bool, run_once: bool) -> None:
+          force=st.booleans(), run_once=st.booleans(), on_failure=st.sampled_from((None, None, "keep", "leave")),
+          retries=st.sampled_from((0, 0, 1, 2)))  # fmt: skip
+    def submit(
+        self, name: str, group: str | None, priority: int, force: bool, run_once: bool,
+        on_failure: str | None = None, retries: int = 0,
+    ) -> None:  # fmt: skip
         before = self.jobs.get(name, {"state": "out", "last": 0})
-        answer = self.scheduler.submit_job(
-            job(name, group_name=group, job_priority=priority, force_run=force, run_once=run_once)
-        )
+        keys = {"group_name": group, "job_priority": priority, "force_run": force, "run_once": run_once}
+        keys |= {"on_failure": on_failure, "retries": int(retries), "retry_delay": RETRY_SECONDS}
+        answer = self.scheduler.submit_job(job(name, **keys))
         assert answer["replaced"] == (before["state"] != "out")
         self.number += 1
         self.jobs[name] = {
             "state": "queued", "group": group, "priority": priority, "force": force, "once": run_once,
-            "number": self.number, "cycle": 0, "last": before["last"], "fell": None,
+            "number": self.number, "cycle": 0, "last": before["last"], "cause": None, "tries": 0, "retry": None,
         }  # fmt: skip
 
     @rule(name=st.sampled_from(NAMES))
     def delete(self, name: str) -> None:
-        known = self.jobs.get(name, {"state": "out"})["state"] != "out"
+        mine = self.jobs.get(name, {"state": "out", "cause": None})
+        known = mine["state"] != "out" or mine["cause"] in FALLEN
         with contextlib.nullcontext() if known else pytest.raises(UsageError):
             self.scheduler.delete_job(name)
         if known:
-            self.jobs[name] |= {"state": "out", "fell": None}
+            self.leaves(name, "deleted")
 
     @rule(group=st.sampled_from(("g", "h", *NAMES)))
     def requeue(self, group: str) -> None:
-        out = {name: each for name, each in self.jobs.items() if each["state"] == "out"}
-        names = [name for name, each in out.items() if each["fell"] and each["group"] == group]
-        names = names or [name for name in out if name == group]
+        there = {name: each for name, each in self.jobs.items() if each["state"] == "out" or each["cause"] in FALLEN}
+        names = [name for name, each in there.items() if each["cause"] in FALLEN and each["group"] == group]
+        names = names or [name for name in there if name == group]
         with contextlib.nullcontext() if names else pytest.raises(UsageError):
             assert sorted(self.scheduler.requeue(group)) == sorted(names)
         for name in names:
-            self.jobs[name] |= {"state": "queued", "cycle": 0, "fell": None}
+            self.jobs[name] |= {"state": "queued", "cycle": 0, "cause": None, "tries": 0, "retry": None}
 
     @rule(paused=st.booleans())
     def pause_or_resume(self, paused: bool) -> None:
@@ -189,6 +203,10 @@ class QueueMachine(RuleBasedStateMachine):
     def nodes_come_and_go(self, fails: bool) -> None:
         self.cluster.finishing_fails = fails
 
+    @rule(away=st.sampled_from((True, False, False)))
+    def all_nodes_come_and_go(self, away: bool) -> None:
+        self.cluster.nodes_away = away
+
     @rule(plan=st.lists(st.tuples(st.sampled_from(ENDS), st.sampled_from(MEANWHILE)), min_size=1, max_size=8),
           patient=st.booleans())  # fmt: skip
     def steps(self, plan: list[tuple[str, str | None]], patient: bool) -> None:
@@ -203,7 +221,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     def step(self, ends: str, meanwhile: str | None) -> None:
         self.now = max(self.now, time.time())
-        if self.now < self.held_until:
+        holds = self.now < self.held_until
+        if holds and not self.held_for_nodes:
             assert self.runner.step(self.now) == pytest.approx(self.held_until - self.now, abs=2.0)
             return
         if self.runs and self.runs[-1][2] == "running":
@@ -213,8 +232,15 @@ class QueueMachine(RuleBasedStateMachine):
             self.runner.step(self.now)
             return
         for each in self.jobs.values():
-            each["state"] = "queued" if each["state"] == "held" else each["state"]
-        waiting = [name for name, each in self.jobs.items() if each["state"] == "queued" and each["cycle"] < self.cycle]
+            if each["state"] == "held":
+                each |= {"state": "queued", "cause": None}
+        waiting = [name for name, each in self.jobs.items() if each["state"] == "queued" and self.may_start(name, each)]
+        if holds or (waiting and self.cluster.nodes_away):
+            if not holds:
+                self.held_until, self.held_for_nodes = self.now + HOLD_SECONDS, True
+            assert self.runner.step(self.now) == pytest.approx(self.held_until - self.now, abs=2.0)
+            return
+        self.held_for_nodes = False
         if not waiting:
             assert self.runner.step(self.now) is None
             self.drained = True
@@ -223,6 +249,20 @@ class QueueMachine(RuleBasedStateMachine):
             waiting, key=lambda n: (not self.jobs[n]["force"], -self.jobs[n]["priority"], self.jobs[n]["number"])
         )
         self.execute(chosen, ends, meanwhile)
+
+    def may_start(self, name: str, mine: dict[str, Any]) -> bool:
+        """Whether it is a job's turn, no time of its own is to come, and it does not wait for a retry in its group."""
+        if mine["force"]:
+            return bool(mine["cycle"] < self.cycle or mine["retry"])
+        if mine["retry"]:
+            return bool(mine["retry"] <= self.now)
+        queued = [each for each in self.jobs.values() if each["state"] != "out" and each["retry"]]
+        return mine["cycle"] < self.cycle and not any(
+            mine["group"] and each["group"] == mine["group"] for each in queued
+        )
+
+    def leaves(self, name: str, cause: str) -> None:
+        self.jobs[name] |= {"state": "out", "cause": cause, "tries": 0, "retry": None}
 
     def execute(self, name: str, ends: str, meanwhile: str | None) -> None:
         mine = self.jobs[name]
@@ -252,7 +292,7 @@ class QueueMachine(RuleBasedStateMachine):
         elif ends == "down":
             self.ended("handed back", mine)
             if self.jobs[name]["state"] == "queued":
-                self.jobs[name]["state"] = "held"
+                self.jobs[name] |= {"state": "held", "cause": "cluster"}
             self.held_until = time.time() + HOLD_SECONDS
         else:
             self.ended({"ok": "succeeded", "fail": "failed", "wait for cancel": "cancelled"}[ends], mine)
@@ -276,21 +316,45 @@ class QueueMachine(RuleBasedStateMachine):
         self.runs[-1][2], self.cancelled = state, False
         now = self.jobs[name]
         same = now["number"] == mine["number"]
+        spec = json.loads(
+            self.scheduler.store.rows("SELECT spec FROM runs WHERE job_name = ? AND run = ?", name, run)[0]["spec"]
+        )
+        group, before = spec["group_name"], dict(now)
+        mates = [
+            other for other, each in self.jobs.items() if other != name and group and each["group"] == group
+        ]  # fmt: skip
         if state != "handed back":
             self.held_until = 0.0
             if same:
-                now |= {"cycle": self.cycle, "force": False}
-        spec = self.scheduler.store.rows(
-            "SELECT json_extract(spec, '$.run_once') AS once, json_extract(spec, '$.group_name') AS grp "
-            "FROM runs WHERE job_name = ? AND run = ?", name, run)[0]  # fmt: skip
-        if same and now["state"] != "out" and spec["once"] and state in ("succeeded", "cancelled"):
-            now |= {"state": "out", "fell": state if state == "cancelled" else None}
+                now |= {"cycle": self.cycle, "force": False, "tries": 0, "retry": None, "cause": None}
+                if now["state"] == "out":
+                    now["cause"] = before["cause"]
+                elif before["retry"]:
+                    for other in mates:
+                        each = self.jobs[other]
+                        each["cycle"] = self.cycle if each["cycle"] >= before["cycle"] else each["cycle"]
+        there = same and now["state"] != "out"
+        if there and spec["run_once"] and state in ("succeeded", "cancelled"):
+            self.leaves(name, state)
         if state == "failed":
-            if same and now["state"] != "out":
-                now |= {"state": "out", "fell": "failed"}
-            for other, each in self.jobs.items():
-                if other != name and spec["grp"] and each["group"] == spec["grp"] and each["state"] != "out":
-                    each |= {"state": "out", "fell": "group failed"}
+            self.failed(name, spec, before if there else None, [m for m in mates if self.jobs[m]["state"] != "out"])
+
+    def failed(self, name: str, spec: dict[str, Any], before: dict[str, Any] | None, mates: list[str]) -> None:
+        now, keeps = self.jobs[name], spec["on_failure"] == "keep" or (not spec["on_failure"] and not spec["run_once"])
+        if before and before["tries"] < spec["retries"]:
+            retry = (self.scheduler.store.job(name) or {})["retry_at"]
+            assert retry == pytest.approx(time.time() + RETRY_SECONDS * 2 ** before["tries"], abs=2.0)
+            now |= {"tries": before["tries"] + 1, "retry": retry, "cause": "failed"}
+            return
+        if before and keeps:
+            now["cause"] = "failed"
+        elif before:
+            self.leaves(name, "failed")
+        for other in mates:
+            if not keeps:
+                self.leaves(other, "group failed")
+            elif self.jobs[other]["cycle"] < self.cycle:
+                self.jobs[other] |= {"cycle": self.cycle, "cause": "group failed", "tries": 0, "retry": None}
 
     # --- what must hold after each step ---
 
@@ -299,13 +363,18 @@ class QueueMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         store = self.scheduler.store
-        rows = store.rows("SELECT job_name, state, number, cycle, last_run, force_run FROM jobs")
-        told = {
-            row["job_name"]: tuple(row[key] for key in ("state", "number", "cycle", "last_run", "force_run"))
-            for row in rows
-        }
+        rows = store.rows(
+            "SELECT job_name, state, number, cycle, last_run, force_run, cause, tries, retry_at FROM jobs"
+        )
+        told = {row["job_name"]: tuple(row[key] for key in KEYS) for row in rows}
         wanted = {
-            name: (each["state"], each["number"], each["cycle"], each["last"], int(each["force"]))
+            name: (
+                *(each[key] for key in ("state", "number", "cycle", "last")),
+                int(each["force"]),
+                each["cause"],
+                each["tries"],
+                each["retry"],
+            )
             for name, each in self.jobs.items()
         }
         assert told == wanted

@@ -260,7 +260,8 @@ def test_a_node_that_is_down_when_its_turn_comes_holds_the_queue(master: Master)
     assert node.address in hold["reason"] or node.name in hold["reason"]
     wait_until(lambda: scheduler.state()["hold"]["tries"] >= 3, 30, "more tries")
     assert sorted(row["job_name"] for row in scheduler.queue()) == sorted([master.name, "after"])
-    assert scheduler.queue()[0]["state"] == "held"
+    assert scheduler.queue()[0]["why"]["code"] == "hold"
+    assert scheduler.history() == [], "a wait for a node makes no run, and the script waits for the job of its group"
     local.start_cluster(master.settings)
     assert runner.wait(60) == 0
     assert scheduler.queue() == [] and scheduler.state()["hold"] is None

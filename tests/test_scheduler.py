@@ -18,12 +18,14 @@ from conftest import wait_until
 from fake_cluster import FakeCluster, ran
 
 from mrcore.config import Settings, watch_settings
+from mrcore.doorbell import Doorbell
 from mrcore.errors import JobFault, UsageError
 from mrcore.paths import write_atomic
-from mrcore.runner import Doorbell, Runner, pick
+from mrcore.runner import Runner
 from mrcore.scheduler import Scheduler
+from mrcore.turns import pick
 
-BEHAVIOURS = ("ok", "fail", "bug", "down", "wait", "stubborn", "die", "die_after_commit", "half")
+BEHAVIOURS = ("ok", "fail", "flaky", "bug", "down", "wait", "stubborn", "die", "die_after_commit", "half")
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_each_once_is_a_cycle_of_its_own(scheduler: Scheduler, settings: Setting
 
 def test_every_and_not_before_bound_recurrence() -> None:
     row = {"cycle": 0, "force_run": 0, "job_priority": 0.0, "number": 1, "every": 100.0, "last_start": 50.0}
-    row["not_before"] = None
+    row |= {"not_before": None, "retry_at": None, "group_name": None}
     assert pick([row], 1, 149.0) is None
     assert pick([row], 1, 150.0) is row
     row["not_before"] = "1970-01-01T00:10:00+00:00"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sqlite3
 import subprocess
 import sys
@@ -94,7 +96,7 @@ def test_values_of_the_queue(store: Store) -> None:
 
 def test_a_newer_schema_is_refused(store: Store) -> None:
     store.put("schema", 99)
-    with pytest.raises(UsageError, match="has schema 99, this mrcore 2"):
+    with pytest.raises(UsageError, match="has schema 99, this mrcore 3"):
         Store(store.path.parent)
 
 
@@ -159,14 +161,112 @@ def test_check_finds_a_broken_invariant(tmp_path: Path) -> None:
     store.close()
 
 
-def test_an_older_queue_gets_the_tables_that_came_since(tmp_path: Path) -> None:
-    old = Store(tmp_path)
-    with old.change() as db:
-        db.execute("DROP TABLE ledger")
-        db.execute("DROP TABLE ledgers")
-    old.put("schema", 1)
-    old.put("paused", True)
-    old.close()
+V2 = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE jobs (
+    job_name TEXT PRIMARY KEY, state TEXT NOT NULL, reason TEXT, number INTEGER NOT NULL UNIQUE,
+    job_type TEXT NOT NULL, group_name TEXT, job_priority REAL NOT NULL, force_run INTEGER NOT NULL,
+    every REAL, not_before TEXT, spec TEXT NOT NULL, submitted REAL NOT NULL,
+    cycle INTEGER NOT NULL DEFAULT 0, last_run INTEGER NOT NULL DEFAULT 0, last_start REAL);
+CREATE INDEX jobs_by_state ON jobs (state);
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, job_name TEXT NOT NULL, run INTEGER NOT NULL, state TEXT NOT NULL,
+    number INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 1, cancel INTEGER NOT NULL DEFAULT 0,
+    started REAL NOT NULL, ended REAL, phases TEXT NOT NULL DEFAULT '{}', counts TEXT NOT NULL DEFAULT '{}',
+    exception TEXT NOT NULL DEFAULT 'null', spec TEXT NOT NULL, UNIQUE (job_name, run));
+CREATE UNIQUE INDEX one_running_run ON runs (state) WHERE state = 'running';
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job_name TEXT NOT NULL, run INTEGER, text TEXT NOT NULL);
+CREATE INDEX events_by_job ON events (job_name);
+INSERT INTO meta VALUES ('schema', '2'), ('paused', 'true'), ('cycle', '{"number": 4, "drained": 5.0}');
+"""
+NEW_KEYS = ("on_failure", "retries", "retry_delay", "projects_dir")
+V2_JOBS = {  # state, reason, and the cause that follows from it
+    "waits": ("queued", None, None),
+    "held": ("held", "node-0 does not answer", "cluster"),
+    "done": ("out", "succeeded", "succeeded"),
+    "gone": ("out", "deleted", "deleted"),
+    "ended": ("out", "cancelled", "cancelled"),
+    "bad": ("out", "failed: map failed: x", "failed"),
+    "with_it": ("out", "group failed: bad run 1: map failed: x", "group failed"),
+    "old": ("out", "failed: long ago", "failed"),  # the history has forgotten its events
+}
+
+
+def make_v2(path: Path) -> None:
+    """A queue as the version before this one left it."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(V2)
+        for number, (name, (state, reason, _)) in enumerate(V2_JOBS.items(), 1):
+            group = "g" if name in ("bad", "with_it") else None
+            spec = {key: value for key, value in job(name, group_name=group).items() if key not in NEW_KEYS}
+            columns = (
+                name,
+                state,
+                reason,
+                number,
+                "mapreduce",
+                group,
+                0,
+                0,
+                None,
+                None,
+                json.dumps(spec),
+                100.0,
+                3,
+                1,
+                90.0,
+            )
+            db.execute(f"INSERT INTO jobs VALUES (?{', ?' * 14})", columns)
+            if name != "old":
+                db.execute("INSERT INTO events (time, job_name, text) VALUES (?, ?, 'moved')", (200.0 + number, name))
+        run = "('bad', 1, 'failed', 6, 1, 2, '{}')"
+        db.execute(f"INSERT INTO runs (job_name, run, state, number, started, ended, spec) VALUES {run}")
+        db.commit()
+
+
+def test_a_queue_of_the_version_before_is_kept_with_all_its_jobs(tmp_path: Path) -> None:
+    make_v2(tmp_path / "queue.sqlite")
     store = Store(tmp_path)
-    assert store.rows("SELECT * FROM ledger, ledgers") == [] and store.get("paused") is True
-    assert store.get("schema") == 2
+    rows = {row["job_name"]: row for row in store.rows("SELECT * FROM jobs")}
+    found = {name: (row["state"], row["reason"], row["cause"]) for name, row in rows.items()}
+    assert found == V2_JOBS
+    assert {row["left_at"] for row in rows.values() if row["state"] != "out"} == {None}
+    assert (rows["bad"]["left_at"], rows["old"]["left_at"]) == (206.0, 100.0)
+    assert {(row["tries"], row["retry_at"], row["cycle"], row["last_run"]) for row in rows.values()} == {
+        (0, None, 3, 1)
+    }
+    assert (store.get("schema"), store.get("paused"), store.get("cycle")["number"]) == (3, True, 4)
+    assert store.rows("SELECT * FROM ledger, ledgers") == []
+    assert len(store.rows("SELECT * FROM runs")) == 1
+    store.check()
+    store.close()
+    again = Store(tmp_path)
+    assert {row["job_name"]: row for row in again.rows("SELECT * FROM jobs")} == rows
+    again.close()
+
+
+def test_many_processes_that_open_an_older_queue_upgrade_it_once(tmp_path: Path) -> None:
+    make_v2(tmp_path / "queue.sqlite")
+    code = "import sys, pathlib; from mrcore.store import Store; Store(pathlib.Path(sys.argv[1])).check()"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(6)]
+    assert [process.wait(60) for process in processes] == [0] * 6
+
+
+def test_an_upgrade_that_is_cut_off_changes_nothing(tmp_path: Path) -> None:
+    make_v2(tmp_path / "queue.sqlite")
+    code = (
+        "import os, sys, sqlite3; from mrcore import store\n"
+        "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "db.create_function('die', 0, lambda: os.kill(os.getpid(), 9))\n"
+        "store._TO_3 += 'SELECT die();'\n"
+        "store.upgrade(db)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "queue.sqlite")], check=False)
+    assert done.returncode == -9
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.sqlite")) as db:
+        assert [row[1] for row in db.execute("PRAGMA table_info(jobs)")][-1] == "last_start"
+        assert db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("2",)
+    store = Store(tmp_path)
+    assert store.job("bad")["cause"] == "failed"  # type: ignore[index]
+    store.close()

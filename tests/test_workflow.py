@@ -130,7 +130,8 @@ def test_three_cycles(settings: Settings) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_that_fails_takes_the_group_out_and_requeue_brings_it_back(settings: Settings) -> None:
+@pytest.mark.parametrize("on_failure", [None, "leave"])
+def test_a_step_that_fails_ends_the_cycle_or_takes_the_group_out(settings: Settings, on_failure: str | None) -> None:
     incoming = Path("workflow/incoming")
     incoming.mkdir(parents=True)
     (incoming / "day-1").write_text(visits(1, 200))
@@ -138,11 +139,14 @@ def test_a_step_that_fails_takes_the_group_out_and_requeue_brings_it_back(settin
     good = script.read_text()
     script.write_text("raise SystemExit('no good')\n")
     scheduler = Scheduler(settings)
-    scheduler.submit_jobs(parse_yaml(Path("projects/workflow/workflow.yml").read_bytes(), "workflow.yml"))
+    jobs = parse_yaml(Path("projects/workflow/workflow.yml").read_bytes(), "workflow.yml")
+    scheduler.submit_jobs([job | {"on_failure": on_failure} for job in jobs])
     assert Runner(settings).run(once=True) == {"succeeded": 3, "failed": 1}
-    assert scheduler.queue() == []
     assert "no good" in scheduler.show("section_shares")["reason"]
     script.write_text(good)
-    assert sorted(scheduler.requeue("workflow")) == sorted(JOBS)
+    if on_failure:
+        assert scheduler.queue() == []
+        assert sorted(scheduler.requeue("workflow")) == sorted(JOBS)
+    assert [row["job_name"] for row in scheduler.queue()] == list(JOBS)
     assert Runner(settings).run(once=True) == {"succeeded": 6}
     assert items(settings, "section_shares") == oracle(visits(1, 200))

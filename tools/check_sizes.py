@@ -29,6 +29,7 @@ FLOORS = [
         "limited_log",
         "ratelimit",
         "answers",
+        "doorbell",
         "config",
         "validation",
         "access",
@@ -63,7 +64,7 @@ FLOORS = [
     {"rpc"},
     {"supervisor", "agent_files", "agent_moves", "node_agent", "cluster_server"},
     {"launchers", "links", "manage_cluster", "outputs"},
-    {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "drain", "runner", "scheduler", "doctor"},
+    {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "drain", "turns", "runner", "scheduler", "doctor"},
     {"cli_common", "cli_admin", "cli_cluster", "cli_files", "cli"},
 ]
 ONLY = {"rpyc": {"rpc"}, "fabric": {"launchers"}, "paramiko": {"launchers"}, "cryptography": {"pki"}}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from mrcore import RELEASE, WIRE_VERSION
 from mrcore.config import NodeSettings, Settings
-from mrcore.errors import MrcoreError, Unreachable
+from mrcore.errors import ClusterFault, MrcoreError, Unreachable
 from mrcore.rpc.client import Client
 from mrcore.rpc.tls import Pki, master_pki
 
@@ -43,6 +43,41 @@ def check(settings: Settings, nodes: Iterable[NodeSettings], wait_seconds: float
         return {}
     with ThreadPoolExecutor(min(len(nodes), NODES_AT_ONCE)) as pool:
         return dict(zip((node.name for node in nodes), pool.map(one, nodes), strict=True))
+
+
+def insist(settings: Settings, ask: Callable[[NodeSettings], object]) -> None:
+    """Raise ClusterFault unless `ask` succeeds for every node; it says which does not, and what starts it."""
+
+    def one(node: NodeSettings) -> MrcoreError | None:
+        try:
+            ask(node)
+        except MrcoreError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(min(len(settings.nodes), NODES_AT_ONCE)) as pool:
+        answers = zip(settings.nodes, pool.map(one, settings.nodes), strict=True)
+        faults = {node.name: error for node, error in answers if error}
+    if settings.local and faults:
+        from mrcore.launchers import local
+
+        rows = local.status(settings)
+        if all(row["state"] == "absent" for row in rows):
+            raise Unreachable(f"the local cluster of {settings.home} is not started: `mrcore cluster start`")
+        absent = [row["node"] for row in rows if (row["name"], row["state"]) == ("agent", "absent")]
+        if absent:
+            raise Unreachable(
+                f"the agent of {', '.join(absent)} does not run: `mrcore cluster start` starts what is missing"
+            )
+    for name, error in faults.items():
+        if not isinstance(error, Unreachable) or settings.local:
+            raise ClusterFault(f"node {name}: {error.message}")
+    if faults:
+        first = next(iter(faults.values())).message
+        raise Unreachable(
+            f"no answer from {', '.join(faults)} ({first}): `mrcore cluster start`, or `make start INVENTORY=…` on the "
+            "controller, starts what does not run"
+        )
 
 
 def _ask(node: NodeSettings, port: int, pki: Pki, method: str, name: str, deadline: float) -> str:
