@@ -202,7 +202,7 @@ def test_a_current_folder_that_is_gone_is_named(home: Path, tmp_path: Path) -> N
 def test_a_home_that_is_no_folder_or_no_text_is_refused_in_one_line(home: Path, value: bytes) -> None:
     for variable in (b"MRCORE_HOME", b"MRCORE_CONFIG"):
         environment = os.environb.copy() | {variable: value}
-        for command in (["queue"], ["settings"], ["cluster", "start"]):
+        for command in (["queue"], ["settings"], ["cluster", "status"]):
             done = subprocess.run([MRCORE, *command], env=environment, capture_output=True, timeout=60, check=False)
             assert b"Traceback" not in done.stderr and b"internal error" not in done.stderr, (command, done)
             assert not UNFIT.search(done.stderr.decode())
