@@ -34,10 +34,10 @@ Json = dict[str, Any]
 
 def is_wanted(project: Path) -> bool:
     """Whether a project asks for packages: it has a requirements.txt that is not only comments."""
-    try:
-        lines = (project / REQUIREMENTS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    file = project / REQUIREMENTS
+    if not file.is_file():  # reading a FIFO would wait for ever; that it is one, `usercode.project_files` says
         return False
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     return any(line.strip() and not line.strip().startswith("#") for line in lines)
 
 
@@ -69,7 +69,7 @@ def environment_hash(project: Path) -> str | None:
 
 
 def _files(project: Path) -> list[tuple[str, Path]]:
-    wheels = sorted((project / WHEELS).glob("*.whl"))
+    wheels = sorted(path for path in (project / WHEELS).glob("*.whl") if path.is_file())
     return [(REQUIREMENTS, project / REQUIREMENTS), *((f"{WHEELS}/{path.name}", path) for path in wheels)]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mrcore import forks
 from mrcore.disk_list import DiskList
 from mrcore.disk_sort import DiskSort, group_too_large
 from mrcore.errors import JobFault
@@ -95,6 +96,8 @@ class Reduce:
                     self._batch.append(checked)
                 if len(self._batch) >= BATCH_ITEMS or self._large > BATCH_NODES:
                     self._flush(key)
+            if forks.in_child:
+                forks.check()
         except JobFault:
             raise
         except (Exception, SystemExit) as error:

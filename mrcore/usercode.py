@@ -16,22 +16,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mrcore import forks
 from mrcore.access import blocked
 from mrcore.errors import JobFault
+from mrcore.readers import open_regular
 from mrcore.records import BadItem, Key, Snapshot, Value, check_item, describe, loads
 
 Function = Callable[[Any, Any], Any]
 COMBINE_VALUES = 4096
 _IGNORED = {"__pycache__", "wheels"}  # compiled files differ by interpreter; wheels travel apart
+MAX_PROJECT_BYTES = 512 << 20  # it travels in one piece, through the memory of the master and of each node
 _OURS = str(Path(__file__).parent) + os.sep
 
 
 def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Give `(relative name, path)` of every file that makes up a project, in order of name.
 
-    Dotfiles, `__pycache__` and `wheels` are left out. Raises JobFault for a link that leads out of the folder.
+    Dotfiles, `__pycache__` and `wheels` are left out. Raises JobFault for a link that leads out of the folder, for what
+    is no plain file (to open a FIFO would wait for ever), and when all together is larger than MAX_PROJECT_BYTES.
     """
-    root = folder.resolve()
+    root, total = folder.resolve(), 0
     for base, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in _IGNORED and not name.startswith("."))
         for name in sorted(files):
@@ -42,6 +46,16 @@ def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
                 raise JobFault(f"project file {path} is a link that leads out of the project: copy the file instead")
             if reason := blocked(path):
                 raise JobFault(f"project file: {reason}")
+            try:
+                with open(open_regular(path), "rb") as stream:
+                    total += os.fstat(stream.fileno()).st_size
+            except OSError as error:
+                raise JobFault(f"project file {path} cannot be read: {error.strerror}: remove it") from None
+            if total > MAX_PROJECT_BYTES:
+                raise JobFault(
+                    f"project folder {folder}: with {path} it is larger than {MAX_PROJECT_BYTES >> 20} MiB: put data "
+                    "into input_dirs or auxiliary data"
+                )
             yield str(path.relative_to(folder)), path
 
 
@@ -101,6 +115,7 @@ def load_function(project_dir: Path, kind: str, name: str) -> Function:
         near = difflib.get_close_matches(name, [n for n in dir(module) if callable(getattr(module, n))], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise JobFault(f"{file.name} of project {project_dir.name} has no function {name!r}{hint}")
+    forks.check()
     found: Function = function
     return found
 
@@ -159,6 +174,8 @@ def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Ke
             return combine(key, fewer) if len(fewer) <= len(values) // 2 else fewer
         try:
             found = function([(key, value) for value in values], auxiliary)
+            if forks.in_child:
+                forks.check()
             item = found[0] if found.__class__ is list and len(found) == 1 else None
             if item.__class__ is tuple and len(item) == 2 and item[0] is key and item[1].__class__ is int:
                 return [item[1]]  # the usual combiner adds up: no need to look closer
