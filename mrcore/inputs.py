@@ -200,7 +200,7 @@ class Reader:
             except Damaged as error:
                 raise JobFault(
                     f"compressed input file {path} is damaged or cut off after {begin + len(pending):,} uncompressed "
-                    f"bytes: {error}. Upload it again",
+                    f"bytes: {error}; upload it again",
                     file=path,
                     offset=begin + len(pending),
                 ) from error

@@ -196,7 +196,7 @@ def test_damage_is_told_with_file_and_byte(tmp_path: Path, ending: str) -> None:
         del cases[first + b"\0\0\0"]
     for content, message in cases.items():
         path.write_bytes(content)
-        with pytest.raises(JobFault, match=rf"f\.{ending} is damaged or cut off after .*{message}.*Upload it again"):
+        with pytest.raises(JobFault, match=rf"f\.{ending} is damaged or cut off after .*{message}.*upload it again"):
             read(path)
 
 
