@@ -27,7 +27,7 @@ from mrcore.paths import remove_tree
 REQUIREMENTS, WHEELS = "requirements.txt", "wheels"
 INSTALL_SECONDS = 540.0
 # What a task process has loaded before the project's first import, so that the project gets these and no others.
-OURS = ("mrcore", "rpyc", "plumbum", "ujson", "xopen", "isal", "zlib-ng", "zstandard", "backports-zstd")
+OURS = ("mrcore", "rpyc", "plumbum", "ujson", "xopen", "isal", "zlib-ng", "backports-zstd")
 
 Json = dict[str, Any]
 
