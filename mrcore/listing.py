@@ -18,6 +18,7 @@ from mrcore.errors import ClusterFault
 from mrcore.globbing import expand
 from mrcore.paths import PARTIAL, Layout
 from mrcore.readers import NotRegular, open_regular
+from mrcore.text import one_line
 
 MAX_FILES = 5_000_000  # of one node: a listing is held in memory, by the node and by the master
 ALIAS = "same file under another name"  # as the reason why a file is skipped
@@ -115,7 +116,7 @@ class Listing:
 
     def _fault(self, text: str) -> None:
         if len(self._faults) < MAX_FAULTS:
-            self._faults.append(text)
+            self._faults.append(one_line(text))
         else:
             self._untold += 1
 
