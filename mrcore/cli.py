@@ -297,7 +297,8 @@ def show(job: str, as_json: bool) -> None:
         for phase, times in row["phases"].items():
             click.echo(f"  {phase}: {told_seconds(times['seconds'])}")
         for name, count in row["counts"].items():
-            click.echo(f"  {name}: {count}")
+            by_reason = count.items() if isinstance(count, dict) else ()
+            click.echo(f"  {name}: {', '.join(f'{number} {reason}' for reason, number in by_reason) or count}")
         if row["exception"]:
             click.echo(f"  {row['exception']['class']}: {row['exception']['message']}")
             details = dict(row["exception"]["details"])

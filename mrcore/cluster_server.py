@@ -105,7 +105,8 @@ class ClusterServer:
             if self._task:
                 self._task.silenced |= not self._task.finished
             self._task = self._open[task.serial] = task
-            data = json.dumps(order | {"memory_bytes": self._spec["memory_bytes"] - self._own_bytes()}).encode()
+            left = max(procfs.MIN_TASK_BYTES, self._spec["memory_bytes"] - self._own_bytes())
+            data = json.dumps(order | {"memory_bytes": left}).encode()
             socket.send_fds(self._control, [json.dumps({"spawn": task.serial}).encode()], [theirs.fileno()])
             theirs.close()
             threading.Thread(target=self._listen, args=(task,), name=f"task {task.serial}", daemon=True).start()
@@ -283,6 +284,9 @@ def main(spec_file: str, run_task: Callable[[Json, Json, socket.socket], None] =
     if run_task is run_process:
         import mrcore.process  # noqa: F401  once for all tasks, which share its memory
     if spec["memory_bytes"] is None:
+        if fault := procfs.too_little_memory(None, spec["servers"]):
+            log.error("%s does not start: %s", spec["name"], fault)
+            return 1
         spec["memory_bytes"] = procfs.budget_bytes(None, spec["servers"])
     layout, name = Layout(Path(spec["compute_dir"])), spec["name"]
     layout.make()

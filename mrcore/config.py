@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mrcore.errors import UsageError
 from mrcore.logs import LOG_BYTES, MIN_LOG_BYTES
 from mrcore.paths import Layout
-from mrcore.procfs import budget_bytes
+from mrcore.procfs import budget_bytes, too_little_memory
 from mrcore.text import unfit
 from mrcore.validation import explain, parse_yaml
 from mrcore.watched import Watched
@@ -233,7 +233,10 @@ def _local_values(home: Path, values: dict[str, Any], source: str) -> dict[str, 
 def server_memory_bytes(settings: Settings, node: NodeSettings | None = None) -> int:
     """The budget of one server in bytes: the machine's share over all servers that this machine runs.
 
-    Nodes of a local cluster share one machine; of a deployed one each has its own, and `node` tells which.
+    Nodes of a local cluster share one machine; of a deployed one each has its own, and `node` tells which. Raises
+    UsageError when that is too little to work with.
     """
     together = sum(each.servers for each in settings.nodes) if settings.local or node is None else node.servers
+    if fault := too_little_memory(settings.memory_bytes, together):
+        raise UsageError(fault)
     return budget_bytes(settings.memory_bytes, together)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mrcore import forks
 from mrcore.memory import MemoryWatch
 from mrcore.records import Key, Snapshot, Value, as_tuple, check_item, dumps, loads, sort_values, value_order_key
 from mrcore.runs import frame_bytes_for, size_of
@@ -45,6 +46,8 @@ class _Chunks:
             self._flush()
 
     def _flush(self) -> None:
+        if forks.in_child:  # both would write at one place of the file
+            raise RuntimeError("a DiskList may be filled by the process that got it, not by one that it forked")
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder)
         content = dumps(self._tail).encode()

@@ -9,6 +9,7 @@ carried on from anywhere. Until then no run starts, nor while the drain goes on:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -21,8 +22,9 @@ from mrcore.config import NodeSettings, Settings
 from mrcore.doorbell import Doorbell
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.file_transfer import BATCH_BYTES, BATCH_FILES, MIN_FREE_DISK_BYTES, SMALL_BYTES
-from mrcore.inputs import COMPRESSED
+from mrcore.listing import gather
 from mrcore.manifest import PART
+from mrcore.readers import suffix_of
 from mrcore.rpc.data import Relay
 from mrcore.store import Store
 from mrcore.transfer_crew import Crew, Progress
@@ -67,7 +69,7 @@ class Room:
 def renamed(name: str, node: str) -> str:
     """The name of a file whose own is taken: with its old node's name before its endings, which patterns look for."""
     folder, slash, last = name.rpartition("/")
-    packed = next((ending for ending in COMPRESSED if last.endswith(ending)), "")
+    packed = suffix_of(last)
     stem, dot, ending = last.removesuffix(packed).rpartition(".")
     if not stem:
         stem, dot, ending = last.removesuffix(packed), "", ""
@@ -184,7 +186,9 @@ class _Nodes:
             entries = [each for each in spec["input_dirs"] if each.startswith("/") and not each.startswith(inside)]
             if entries and not spec["shared_input"] and not self.settings.local:
                 asked = {"input_dirs": entries, "shared_input": False}
-                listed = self.crew.call(self.source, "list_inputs", job=asked, node_names=[self.source.name])
+                listed = gather(
+                    functools.partial(self.crew.call, self.source), asked, [self.source.name], self.source.name
+                )
                 matched = [each for each in entries if listed["matched"].get(each)]
                 found += [{"job_name": spec["job_name"], "input_dir": each} for each in matched]
         return found

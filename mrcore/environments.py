@@ -27,17 +27,17 @@ from mrcore.paths import remove_tree
 REQUIREMENTS, WHEELS = "requirements.txt", "wheels"
 INSTALL_SECONDS = 540.0
 # What a task process has loaded before the project's first import, so that the project gets these and no others.
-OURS = ("mrcore", "rpyc", "plumbum", "ujson", "xopen", "isal", "zlib-ng", "zstandard", "backports-zstd")
+OURS = ("mrcore", "rpyc", "plumbum", "ujson", "xopen", "isal", "zlib-ng", "backports-zstd")
 
 Json = dict[str, Any]
 
 
 def is_wanted(project: Path) -> bool:
     """Whether a project asks for packages: it has a requirements.txt that is not only comments."""
-    try:
-        lines = (project / REQUIREMENTS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    file = project / REQUIREMENTS
+    if not file.is_file():  # reading a FIFO would wait for ever; that it is one, `usercode.project_files` says
         return False
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     return any(line.strip() and not line.strip().startswith("#") for line in lines)
 
 
@@ -69,7 +69,7 @@ def environment_hash(project: Path) -> str | None:
 
 
 def _files(project: Path) -> list[tuple[str, Path]]:
-    wheels = sorted((project / WHEELS).glob("*.whl"))
+    wheels = sorted(path for path in (project / WHEELS).glob("*.whl") if path.is_file())
     return [(REQUIREMENTS, project / REQUIREMENTS), *((f"{WHEELS}/{path.name}", path) for path in wheels)]
 
 

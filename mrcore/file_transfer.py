@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 from mrcore import manifest, outputs, procfs
 from mrcore.config import NodeSettings, Settings, load_settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, Unreachable, UsageError
-from mrcore.inputs import COMPRESSED, rendezvous
+from mrcore.listing import rendezvous
 from mrcore.paths import PARTIAL
+from mrcore.readers import format_of
 from mrcore.rpc.data import checksum
 from mrcore.staging import File, Staging, checked_name, inside, walk
 from mrcore.transfer_crew import Crew, Json, Progress
@@ -396,7 +397,7 @@ def _checked(name: str, key: str) -> str:
 
 
 def _target(file: File, compress: bool) -> File:
-    return (f"{file[0]}.gz", *file[1:]) if compress and not file[0].endswith(COMPRESSED) else file
+    return (f"{file[0]}.gz", *file[1:]) if compress and not format_of(file[0]) else file
 
 
 def _packed(file: File, target: File) -> bool:

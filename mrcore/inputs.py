@@ -1,4 +1,4 @@
-"""Input files: which there are, how they are cut into splits, and how a split's lines are read.
+"""Input files: how they are cut into splits, and how a split's lines are read.
 
 A line belongs to the split that holds its first byte; only a newline ends a line. A file is read up to the size that
 it had when it was listed, so a growing log is fine; one that shrinks or is replaced meanwhile fails its split.
@@ -6,23 +6,15 @@ it had when it was listed, so a growing log is fine; one that shrinks or is repl
 
 from __future__ import annotations
 
-import fcntl
-import glob
-import hashlib
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from xopen import xopen
-
-from mrcore.answers import MAX_INPUT_BYTES, MAX_INPUT_FILES, MAX_INPUT_NAMES
 from mrcore.errors import JobFault
-from mrcore.paths import PARTIAL, Layout
+from mrcore.readers import HEAD_BYTES, Damaged, decompress, format_of, no_text, open_regular
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SAMPLE_BLOCK_BYTES = 64 * 1024
 PROBE_BYTES = 4096  # read at a time to find where a line ends: a sampled block costs two such probes
 MIN_SPLIT_BYTES, MAX_SPLIT_BYTES = 1 << 20, 64 << 20
@@ -31,111 +23,6 @@ OPEN_COST_BYTES = 16 * 1024  # opening a small file takes as long as reading abo
 THIN_BY_LINES_BELOW = 64 << 20  # a sample expected to be smaller than this is thinned line by line
 
 InputFile = tuple[str, int, int, int]  # path, size in bytes, mtime in ns, inode
-
-
-# --- Listing ---------------------------------------------------------------------------------------------------------
-
-
-def list_inputs(job: Mapping[str, Any], layout: Layout, node_names: Sequence[str], node_name: str) -> dict[str, Any]:
-    """List the files of a job's `input_dirs` that this node is to read.
-
-    An entry is a folder (one level), a file or a glob (`**` recurses); a relative one lies under the node's base_dir.
-    With `shared_input` each file is dealt to one of `node_names`. `sibling_dirs`, which the local cluster adds to the
-    job, is the folder that holds all nodes' own folders: files outside it are shared by their nature, those of other
-    nodes are left out. Gives `{"files": [InputFile…], "matched": {entry: count}, "skipped": {reason: count},
-    "fingerprint", "faults"}`; the fingerprint covers absolute entries, so that equal ones on all nodes are noticed.
-    """
-    entries, shared, sibling_dirs = job["input_dirs"], job.get("shared_input"), job.get("sibling_dirs")
-    files: dict[str, InputFile] = {}
-    matched: dict[str, int] = {}
-    skipped: dict[str, int] = {}
-    faults: list[str] = []
-    seen = hashlib.sha256()
-    for entry in entries:
-        matched[entry] = 0
-        for path in _expand(entry, layout.base_dir, faults):
-            if sibling_dirs and _under(path, sibling_dirs) and not _under(path, str(layout.compute_dir)):
-                continue
-            found = _admit(path, skipped, faults)
-            if found is None:
-                continue
-            matched[entry] += 1
-            if Path(entry).is_absolute():
-                seen.update(repr(found[:3]).encode())
-            dealt = shared or (shared is None and sibling_dirs is not None and not _under(path, sibling_dirs))
-            if not dealt or rendezvous(path, node_names) == node_name:
-                files[path] = found
-    total = sum(file[1] for file in files.values())
-    if len(files) > MAX_INPUT_FILES or total > MAX_INPUT_BYTES or sum(map(len, files)) > MAX_INPUT_NAMES:
-        faults.append(
-            f"{len(files):,} input files of {total:,} bytes on node {node_name} are more than it may read in one run "
-            f"({MAX_INPUT_FILES:,} files, {MAX_INPUT_BYTES >> 40} TiB): give the job fewer input_dirs, or fewer files"
-        )
-        files.clear()
-    return {
-        "files": list(files.values()),
-        "matched": matched,
-        "skipped": skipped,
-        "fingerprint": seen.hexdigest(),
-        "faults": faults,
-    }
-
-
-def rendezvous(name: str, nodes: Sequence[str]) -> str:
-    """Choose the node for a name: the same whoever asks, and only 1/n of the names move when a node joins."""
-    return max(nodes, key=lambda node: hashlib.blake2b(f"{node}\0{name}".encode(), digest_size=8).digest())
-
-
-def _under(path: str, folder: str) -> bool:
-    return path.startswith(folder.rstrip("/") + "/")
-
-
-def _expand(entry: str, base_dir: Path, faults: list[str]) -> list[str]:
-    full = os.path.normpath(os.path.join(base_dir, entry))  # one spelling, or a file named twice is read twice
-    if glob.has_magic(entry) and not os.path.exists(full):
-        return sorted(glob.glob(full, recursive=True, include_hidden=False))
-    if os.path.isdir(full):
-        try:
-            return sorted(item.path for item in os.scandir(full))
-        except OSError as error:
-            faults.append(f"input folder {full} cannot be read: {error.strerror}")
-            return []
-    return [full] if os.path.exists(full) else []
-
-
-def _admit(path: str, skipped: dict[str, int], faults: list[str]) -> InputFile | None:
-    name = os.path.basename(path)
-
-    def skip(reason: str) -> InputFile | None:
-        skipped[reason] = skipped.get(reason, 0) + 1
-        return None
-
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        faults.append(f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file")
-        return None
-    if name.startswith("."):
-        return skip("dotfile")
-    if name.endswith(PARTIAL):
-        return skip("partial")
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        if not os.path.isdir(path):
-            faults.append(f"input file {path} cannot be read: {error.strerror}")
-        return None
-    try:
-        status = os.fstat(descriptor)
-        if not os.path.isfile(path):
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return skip("locked by its writer")
-        return path, status.st_size, status.st_mtime_ns, status.st_ino
-    finally:
-        os.close(descriptor)
 
 
 # --- Splits ----------------------------------------------------------------------------------------------------------
@@ -162,7 +49,7 @@ def plan_bundles(files: Sequence[Sequence[Any]], servers: int, first_id: int = 0
         pieces, weight = [], 0
 
     for path, size, mtime_ns, inode, *begin in files:
-        if path.endswith(COMPRESSED):
+        if format_of(path):
             pieces.append([path, 0, None, size, mtime_ns, inode])
             weight += max(size * 4, OPEN_COST_BYTES)
         else:
@@ -185,17 +72,18 @@ def plan_bundles(files: Sequence[Sequence[Any]], servers: int, first_id: int = 0
 class Sample:
     """A random share `p` of the lines; `by_lines` thins line by line, else whole 64 KiB blocks are kept or not.
 
-    The choice is made per aligned block of a file from `seed` and the end of the file's path (its beginning may differ
-    from node to node), whatever the splits are.
+    The choice is made per aligned block of a file, from `seed` and the file's whole path, whatever the splits are. Of
+    a file in `base_dir` the path below it counts, so that it does not matter on which node the file lies.
     """
 
     p: float
     seed: int
     by_lines: bool
+    base_dir: str
 
     def random(self, path: str, block: int) -> random.Random:
-        """Give the random numbers of one block of one file."""
-        return random.Random(f"{self.seed}:{path.split(os.sep)[-3:]}:{block}")
+        """Return the random numbers of one block of one file."""
+        return random.Random(f"{self.seed}:{path.removeprefix(self.base_dir.rstrip('/') + '/')}:{block}")
 
 
 class Reader:
@@ -213,12 +101,14 @@ class Reader:
         """Read one piece of a bundle (see `plan_bundles`)."""
         path, start, end, size, _, inode = piece
         try:
-            with open(path, "rb", buffering=0) as raw:
+            with open(open_regular(path), "rb", buffering=0) as raw:
                 self._check_unchanged(raw, path, size, inode)
                 if end is None:
-                    with xopen(path, "rb", threads=0) as stream:
-                        yield from self._thinned(path, self._compressed(stream, path))
-                elif self._sample is not None and not self._sample.by_lines:
+                    yield from self._thinned(path, self._compressed(raw, path, size))
+                    self._check_unchanged(raw, path, size, inode)
+                    return
+                self._check_text(path, os.pread(raw.fileno(), HEAD_BYTES, 0))  # bad UTF-8 would not say what it is
+                if self._sample is not None and not self._sample.by_lines:
                     yield from self._chosen_blocks(raw, path, start, end, size, self._sample)
                 else:
                     yield from self._thinned(path, self._plain(raw, path, start, end, size))
@@ -231,6 +121,11 @@ class Reader:
         if now.st_ino != inode or now.st_size < size:
             what = "was replaced" if now.st_ino != inode else f"shrank from {size} to {now.st_size} bytes"
             raise JobFault(f"input file {path} {what} since it was listed: run the job again", file=path)
+
+    def _check_text(self, path: str, head: bytes) -> None:
+        if what := no_text(head):
+            inside = "what is compressed in it " if format_of(path) else ""
+            raise JobFault(f"input file {path}: {inside}{what}", file=path)
 
     def _plain(self, raw: Any, path: str, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
         position = start
@@ -294,20 +189,25 @@ class Reader:
                 offset=begin,
             )
 
-    def _compressed(self, stream: Any, path: str) -> Iterator[tuple[int, bytes]]:
+    def _compressed(self, raw: BinaryIO, path: str, size: int) -> Iterator[tuple[int, bytes]]:
+        form = format_of(path)
+        assert form is not None
+        blocks = decompress(raw, size, form, self._block_bytes)
         begin, pending = 0, b""
         while True:
             try:
-                fresh = stream.read(self._block_bytes)
-            except Exception as error:  # four formats with error classes of their own
+                fresh = next(blocks, b"")
+            except Damaged as error:
                 raise JobFault(
                     f"compressed input file {path} is damaged or cut off after {begin + len(pending):,} uncompressed "
-                    f"bytes ({type(error).__name__}: {error}): upload it again",
+                    f"bytes: {error}; upload it again",
                     file=path,
                     offset=begin + len(pending),
                 ) from error
             if not fresh:
                 break
+            if not begin and not pending:
+                self._check_text(path, fresh[:HEAD_BYTES])
             self.bytes_read += len(fresh)
             cut = fresh.rfind(b"\n") + 1
             if cut:

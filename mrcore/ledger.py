@@ -5,7 +5,8 @@ last block before that position. It is written after the commit, from the manife
 nothing that a manifest did not say before. What the entries add up to is the output of one run, `ledgers.run`.
 
 A file is read to the end of its last whole line. What follows waits for its newline, unless nobody has written to the
-file for SETTLE_SECONDS: then it is a last line without one. Should such a line go on later, the file counts as changed.
+file for SETTLE_SECONDS: then it is a last line without one, unless it ends inside of a character. Should such a line go
+on later, the file counts as changed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from zlib import crc32
 
 from mrcore import manifest
 from mrcore.errors import JobFault, UsageError
-from mrcore.inputs import COMPRESSED
+from mrcore.readers import format_of, open_regular, unfinished_bytes
 
 if TYPE_CHECKING:  # agents come here for `look_into` and need no SQLite
     from mrcore.store import Store
@@ -46,11 +47,14 @@ def look_into(path: str, size: int, inode: int, mtime_ns: int, read: int, now: f
     is None when `read` is past the size, or inside of a line. Raises JobFault when the file is not what was listed.
     """
     try:
-        with open(path, "rb", buffering=0) as stream:
+        with open(open_regular(path), "rb", buffering=0) as stream:
             if os.fstat(stream.fileno()).st_ino != inode:
                 raise JobFault(f"input file {path} was replaced since it was listed: run the job again", file=path)
             end, before = size, None
-            if not path.endswith(COMPRESSED) and abs(now - mtime_ns / 1e9) < SETTLE_SECONDS:
+            if not format_of(path) and (
+                abs(now - mtime_ns / 1e9) < SETTLE_SECONDS
+                or unfinished_bytes(os.pread(stream.fileno(), 3, max(0, size - 3)))  # it does go on, however late
+            ):
                 end = _end_of_lines(stream.fileno(), min(read, size), size)
             # A line ends there, or its newline is what came: otherwise part of a line was taken for all of it.
             if read in (0, size) or (read < size and b"\n" in os.pread(stream.fileno(), 2, read - 1)):
@@ -128,7 +132,7 @@ def _change(path: str, size: int, inode: int, entry: Entry, before: int | None) 
         return "was replaced"
     if size < read:
         return f"shrank from {read} to {size} bytes"
-    if size == read or path.endswith(COMPRESSED):
+    if size == read or format_of(path):
         return "was written to"
     return None if before == checksum else f"is not what it was before byte {read}"
 

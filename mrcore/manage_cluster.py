@@ -9,42 +9,30 @@ decides, `links` carries out) → commit (the manifest) → publish on the nodes
 from __future__ import annotations
 
 import contextlib
-import platform
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from mrcore import WIRE_VERSION, __version__, environments, faults, ledger, manifest, outputs
-from mrcore.answers import InputPages
+from mrcore import faults, ledger, manifest, outputs
 from mrcore.config import NodeSettings, Settings, load_settings
-from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, UsageError
-from mrcore.inputs import MAX_SPLIT_BYTES, SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW, plan_bundles
+from mrcore.errors import JobFault, MrcoreError, UsageError
+from mrcore.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW
 from mrcore.launchers import health
 from mrcore.links import Links
 from mrcore.phases import Attempt, EndServer, Give, Start, default_partitions
+from mrcore.preflight import Preflight, Stopped, check_versions
 from mrcore.rpc.client import Client
-from mrcore.rpc.data import DataClient
 from mrcore.rpc.tls import master_pki
 from mrcore.store import Store
-from mrcore.text import listed, one_line
-from mrcore.usercode import pack_project, project_hash
 
-MIN_FREE_DISK_BYTES = 256 << 20
 TICK_SECONDS = 0.5
 CLEANUP_SECONDS = 5.0
 NODES_AT_ONCE = 16
-FILES_A_LOOK = 1000
-MAX_SPLITS = 2_000_000  # of all nodes in one run; the master holds half a kilobyte for each
 
 Json = dict[str, Any]
 Progress = Callable[..., None]
-
-
-class _Stopped(MrcoreError):
-    """The caller asked for the attempt to end."""
 
 
 class ManageCluster:
@@ -75,7 +63,7 @@ class ManageCluster:
 
     def check_nodes(self) -> None:
         """Raise ClusterFault, saying what starts those that do not run, unless all agents answer in this version."""
-        health.insist(self.settings, lambda node: self._check_versions(node, self._agent(node).call("health")))
+        health.insist(self.settings, lambda node: check_versions(node, self._agent(node).call("health")))
 
     def _launcher(self) -> Any:
         if self.settings.local:
@@ -106,10 +94,13 @@ class ManageCluster:
         stop = stop or threading.Event()
         clock.enter("PREFLIGHT")
         try:
-            plan = self._preflight(job, run)
+            plan = Preflight(self.settings, self._pki, self._agent, self._on_all_nodes, stop).unless_stopped(
+                job, run, self._hang_up
+            )
             if plan["nothing_new"]:
                 self._on_all_nodes(lambda node: self._agent(node).call("end_run", job=job["job_name"], run=run))
-                counts = {"input_files": 0, "input_bytes": 0, "bytes": 0, "files_read_before": plan["known"]}
+                counts: Json = {"input_files": 0, "input_bytes": 0, "bytes": 0, "files_read_before": plan["known"]}
+                counts |= {"skipped": skipped} if (skipped := plan["input"]["skipped"]) else {}
                 return {"job": job["job_name"], "run": run, "nothing_new": True, "counts": counts}
             machine = self._drive(job, run, attempt, plan, clock, stop)
         except BaseException:
@@ -143,116 +134,10 @@ class ManageCluster:
             with contextlib.closing(Store(self.settings.state_dir)) as store:
                 ledger.commit(store, found)
 
-    def _preflight(self, job: Json, run: int) -> Json:
-        """Make the nodes ready and list the inputs. Gives {"project", "bundles" (by node), "input", "nothing_new"}, and
-        for a `hold_state` job what `ledger.plan` gives."""
-        folder = self.settings.projects_of(job) / job["project_name"]
-        if not folder.is_dir():
-            raise JobFault(f"project folder {folder} does not exist: create it, or submit the job where it is now")
-        snapshot = project_hash(folder)
-        with environments.Shipment(folder, self.settings.state_dir) as packages:
-            listings = self._on_all_nodes(lambda node: self._prepare_node(node, job, run, snapshot, folder, packages))
-        files = {node.name: found["files"] for node, found in zip(self.settings.nodes, listings, strict=True)}
-        self._check_inputs(job, listings)
-        plan: Json = {"nothing_new": False, "known": 0}
-        if job["hold_state"]:
-            base_dirs = {node.name: str(node.layout.base_dir) for node in self.settings.nodes}
-            state_dir, one_machine = self.settings.state_dir, self.settings.local
-            with contextlib.closing(Store(state_dir)) as store:
-                plan = ledger.plan(
-                    job, files, self._look, store, state_dir=state_dir, base_dirs=base_dirs, one_machine=one_machine
-                )
-            files = plan["files"]
-        total = sum(each[1] - sum(each[4:]) for found in files.values() for each in found)
-        if (splits := total // MAX_SPLIT_BYTES + sum(map(len, files.values()))) > MAX_SPLITS:
-            raise JobFault(
-                f"{splits:,} splits of input are more than one run can take ({MAX_SPLITS:,}): read less in one"
-            )
-        bundles: dict[str, list[Json]] = {}
-        for node in self.settings.nodes:
-            count = sum(map(len, bundles.values()))
-            bundles[node.name] = plan_bundles(files[node.name], node.servers, first_id=count)
-        skipped: dict[str, int] = {}
-        for found in (*listings, plan):
-            for reason, number in found.get("skipped", {}).items():
-                skipped[reason] = skipped.get(reason, 0) + number
-        read = {"files": sum(map(len, files.values())), "bytes": total, "skipped": skipped}
-        return plan | {"project": snapshot, "environment": packages.hash, "bundles": bundles, "input": read}
-
-    def _look(self, node: str, files: list[list[Any]]) -> list[list[Any]]:
-        agent, found = self._agent(outputs.node_of(self.settings, node)), []
-        for first in range(0, len(files), FILES_A_LOOK):
-            found += agent.call("look_into", files=files[first : first + FILES_A_LOOK], timeout_seconds=600)
-        if wrong := [file[0] for file, (end, *_) in zip(files, found, strict=True) if end > file[1]]:
-            raise Malformed(f"node {node} gave no answer to look_into: {one_line(wrong[0], 200)} ends past its size")
-        return found
-
-    def _prepare_node(
-        self, node: NodeSettings, job: Json, run: int, snapshot: str, folder: Path, packages: environments.Shipment
-    ) -> Json:
-        """Check one node, bring it the project and its packages, make its working folder and list its inputs."""
-        agent = self._agent(node)
-        self._check_versions(node, agent.call("health"))
-        with contextlib.closing(DataClient(node.address, node.agent_port, self._pki, node.name)) as client:
-            if not agent.call("project_state", hash=snapshot):
-                client.put({"project": snapshot}, pack_project(folder))
-            packages.bring(agent.call, client.put)
-        for key in ("auxiliary_data_name_mapper", "auxiliary_data_name_reducer"):
-            if job[key] is not None and not agent.call("auxiliary", name=job[key]):
-                file = node.layout.auxiliary_dir / f"{job[key]}.data"
-                raise JobFault(f"auxiliary data {job[key]!r} is not on node {node.name}: {file} is missing; upload it")
-        # One job runs at a time: whatever else is there is of dead runs.
-        agent.call("sweep", keep=[[job["job_name"], run]], timeout_seconds=600)
-        free = agent.call("start_run", job=job["job_name"], run=run)["disk_free_bytes"]
-        if free < MIN_FREE_DISK_BYTES:
-            raise ClusterFault(
-                f"node {node.name} has {free >> 20} MiB of free disk, less than {MIN_FREE_DISK_BYTES >> 20}: make room",
-                node=node.name,
-            )
-        asked = {key: job[key] for key in ("input_dirs", "shared_input")}
-        if self.settings.local:
-            asked["sibling_dirs"] = str(node.compute_dir.parent)
-        names = [each.name for each in self.settings.nodes]
-        pages, cursor = InputPages(node.name, job["input_dirs"]), None
-        while True:
-            page = agent.call("list_inputs", job=asked, node_names=names, cursor=cursor, timeout_seconds=600)
-            if (cursor := pages.add(page)) is None:
-                break
-        return pages.listing
-
-    def _check_versions(self, node: NodeSettings, health: Json) -> None:
-        ours = (__version__, WIRE_VERSION, platform.python_version_tuple()[:2])
-        theirs = (health["version"], health["wire_version"], tuple(health["python"].split(".")[:2]))
-        if ours != theirs:
-            raise ClusterFault(
-                f"node {node.name} runs mrcore {theirs[0]} (wire {theirs[1]}) on Python {'.'.join(theirs[2])}, the "
-                f"master {ours[0]} (wire {ours[1]}) on {'.'.join(ours[2])}: bring both to the same",
-                node=node.name,
-            )
-
-    def _check_inputs(self, job: Json, listings: list[Json]) -> None:
-        faults = [fault for found in listings for fault in found["faults"]]
-        for entry in job["input_dirs"]:
-            if not any(found["matched"].get(entry) for found in listings):
-                where = "" if entry.startswith("/") else " under any node's base_dir"
-                faults.append(f"the input {entry} matches no file{where}: check the path, or upload the files first")
-        prints = {found["fingerprint"] for found in listings}
-        absolute = any(
-            entry.startswith("/") and found["matched"][entry] for found in listings for entry in job["input_dirs"]
-        )
-        unclear = job["shared_input"] is None and not self.settings.local and len(listings) > 1
-        if unclear and absolute and len(prints) == 1:
-            faults.append(
-                "every node lists the same files for the absolute input_dirs: set shared_input: true if they are one "
-                "shared file system (each file is then read once), false if they only look alike"
-            )
-        if faults:
-            raise JobFault(listed(faults), faults=faults)
-
     def _drive(
         self, job: Json, run: int, attempt: int, plan: Json, clock: _PhaseClock, stop: threading.Event
     ) -> Attempt:
-        """Take the attempt through its phases. Raises the fault that ended it, _Stopped when asked to stop."""
+        """Take the attempt through its phases. Raises the fault that ended it, Stopped when asked to stop."""
         servers = self.settings.servers()
         timeout_seconds = self.settings.node_timeout_seconds
         total_bytes = plan["input"]["bytes"]
@@ -294,7 +179,7 @@ class ManageCluster:
                     self._tell(machine, event)
                 machine.tick(time.monotonic())
                 if stop.is_set():
-                    raise _Stopped("stopped by the Runner")
+                    raise Stopped("stopped by the Runner")
         if machine.fault:
             raise machine.fault
         self._check_sample(job, total_bytes, machine)
@@ -382,6 +267,7 @@ class ManageCluster:
             "remote_bytes": remote,
             "task_deaths": len(machine.deaths),
             "peak_task_bytes": machine.peak_bytes,
+            "skipped": plan["input"]["skipped"],
         }
         return {
             "job": job["job_name"],
@@ -401,7 +287,7 @@ class ManageCluster:
             "parts": parts,
             "shuffle": [[source, target, length] for (source, target), length in sorted(shuffled.items())],
             "skipped": plan["input"]["skipped"],
-            "counts": counts,
+            "counts": {name: count for name, count in counts.items() if count != {}},
             "task_seconds": {name: round(seconds, 3) for name, seconds in machine.seconds.items()},
             "phases": clock.seconds(),
             "deaths": machine.deaths,
@@ -422,6 +308,11 @@ class ManageCluster:
         if node.name not in self._agents:
             self._agents[node.name] = Client(node.address, node.agent_port, self._pki, node.name)
         return self._agents[node.name]
+
+    def _hang_up(self) -> None:
+        """Break off all calls that are under way; the next ones connect afresh."""
+        for name in list(self._agents):
+            self._agents.pop(name).close()
 
     def _on_all_nodes(self, function: Callable[[NodeSettings], Any]) -> list[Any]:
         """Call `function` for every node, several at once; gives the results in order or raises the first fault."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from mrcore import task
+from mrcore import forks, task
 from mrcore.errors import JobFault
 from mrcore.inputs import Reader, cut_lines
+from mrcore.readers import unfinished_bytes
 from mrcore.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_item, is_plain_tuple
 from mrcore.shuffler import DirectOutput, Shuffle
 from mrcore.text import clean
@@ -36,7 +37,8 @@ def _line_offset(offset: int, text: str, stream: Iterator[str]) -> Callable[[], 
 class Map:
     """Calls `function(line, auxiliary)` for the lines of splits and hands its items to `sink`.
 
-    `on_bad_text` says what happens to bytes that are no UTF-8: "fail" or "replace". Items that got into the shuffle
+    `on_bad_text` says what happens to bytes that are no UTF-8: "fail" or "replace"; a character that a plain file ends
+    inside of is left out and counted in `unfinished_characters`. Items that got into the shuffle
     unchecked (see `sorter`) are checked at the spill; when one is bad, the lines since the last spill are mapped again
     with every item checked, only to name the line.
     """
@@ -56,7 +58,7 @@ class Map:
         self._snapshot = Snapshot()
         self._since_spill: list[Sequence[Any]] = []
         self._emit = self._to_shuffle if isinstance(sink, Shuffle) else self._to_parts
-        self.lines = self.items = 0
+        self.lines = self.items = self.unfinished_characters = 0
         self._held = 0
 
     def map(self, pieces: Sequence[Sequence[Any]]) -> dict[str, int]:
@@ -83,13 +85,18 @@ class Map:
         path = piece[0]
         task.set_surroundings(input_file=path)
         for block_offset, block in self._reader.blocks(piece):
-            for offset, text in self._decode(path, block_offset, block):
+            if piece[2] is not None and block_offset + len(block) == piece[3] and (cut := unfinished_bytes(block)):
+                block = block[:-cut]  # a writer has flushed half a character: the rest is to come
+                self.unfinished_characters += 1
+            for offset, text in self._decode(path, block_offset, block) if block else ():
                 lines = text.count("\n") + (not text.endswith("\n"))
                 stream = io.StringIO(text, newline="\n") if lines > 1 else iter((text,))  # StringIO takes 4 bytes/char
                 task.set_offset(_line_offset(offset, text, stream))
+                forks.read_from(stream if isinstance(stream, io.StringIO) else None)
                 for _ in range(0, lines, LINES_PER_LOOK):
                     self._note()
                     emit(islice(stream, LINES_PER_LOOK))
+                    forks.check()
                     self._sink.watch.look()  # its own thread may be kept waiting on a busy machine
                 self.lines += lines
         task.set_offset(None)

@@ -21,13 +21,15 @@ import sys
 import tarfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrcore import VERSIONS, environments, faults, inputs, ledger, logs, procfs, runs, usercode
+from mrcore import VERSIONS, environments, faults, ledger, logs, procfs, runs, usercode
 from mrcore.agent_moves import MoveMethods
 from mrcore.answers import LARGE_BYTES
 from mrcore.errors import ClusterFault, Refused
+from mrcore.listing import Listing
 from mrcore.manifest import PART_NAME
 from mrcore.paths import PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.rpc.data import DataHandler, Range, Upload
@@ -42,6 +44,8 @@ MAX_LISTINGS = 4  # begun and not read to their end
 LARGE_REQUESTS = (  # lists of names
     "list_inputs look_into publish announce delete_files taken stage_moves publish_moves remove_moves"
 )
+LISTING_SECONDS = 300.0  # until one that nobody goes on with is dropped
+SLICE_SECONDS = 1.0  # of a walk, in one call
 KEPT_PROJECTS, KEPT_VENVS = 20, 5
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -64,6 +68,16 @@ def _number(value: Any) -> int:
     return value
 
 
+@dataclass
+class _Held:
+    """A listing of inputs that is not read to its end."""
+
+    walk: Listing
+    found: Json | None = None  # once the walk has come to its end
+    start: int = 0  # of the next page
+    asked: float = 0.0  # monotonic, when somebody wanted to go on
+
+
 class NodeAgent(MoveMethods):
     """What the agent of one node does; public methods are RPC methods, `resolve` and `receive` serve data requests."""
 
@@ -72,7 +86,7 @@ class NodeAgent(MoveMethods):
         layout = Layout(Path(spec["compute_dir"]))
         layout.make()
         super().__init__(layout, spec["node"])
-        self._listings: dict[str, tuple[Json, int]] = {}  # by cursor: what is listed, from where on
+        self._listings: dict[str, _Held] = {}  # by cursor
         self._lock = threading.Lock()  # listings and snapshots; never held while listing
         self._installing = threading.Lock()
         self.data = DataHandler(self.resolve, self.receive)
@@ -116,25 +130,32 @@ class NodeAgent(MoveMethods):
     # ---- before a run
 
     def list_inputs(self, caller: Identity, job: Json, node_names: list[str], cursor: str | None = None) -> Json:
-        """List the input files of a job (`input_dirs`, `shared_input`) on this node, at most FILES_A_PAGE a call.
+        """List the input files of a job (`input_dirs`, `shared_input`) on this node: by slices of time, then by pages.
 
-        Gives what `inputs.list_inputs` does, and "next", the cursor for the next page or None. A listing stays as it
-        was when its first page was read. Raises Refused when it is no longer held: begin anew.
+        Return what `Listing.result` does, of at most FILES_A_PAGE files, and "next": the cursor to go on with, or None.
+        Until the walk has come to its end all is empty. A listing that nobody goes on with walks no further.
+        Raises Refused when it is no longer held: begin anew.
         """
-        if cursor is None:
+        now = time.monotonic()
+        with self._lock:
+            for key in [key for key, held in self._listings.items() if held.asked < now - LISTING_SECONDS]:
+                del self._listings[key]
+            held = self._listings.pop(cursor, None) if cursor is not None else None
+        if held is None and cursor is not None:
+            raise Refused("this listing of inputs is no longer held: begin anew")
+        if held is None:
             asked = job | {"sibling_dirs": self._spec.get("sibling_dirs")}
-            listing, start = inputs.list_inputs(asked, self._layout, node_names, self._spec["node"]), 0
-        else:
+            held = _Held(Listing(asked, self._layout, node_names, self._spec["node"]))
+        if held.found is None and held.walk.advance(SLICE_SECONDS):
+            held.found = held.walk.result()
+        found = held.found or {"files": [], "matched": {}, "skipped": {}, "fingerprint": "", "faults": []}
+        files, start = found["files"], held.start
+        held.start = min(start + FILES_A_PAGE, len(files))
+        page = found | {"files": files[start : held.start], "next": None}
+        if held.found is None or held.start < len(files):
+            page["next"], held.asked = secrets.token_hex(8), time.monotonic()
             with self._lock:
-                if cursor not in self._listings:
-                    raise Refused("this listing of inputs is no longer held: begin anew")
-                listing, start = self._listings.pop(cursor)
-        end = start + FILES_A_PAGE
-        page = listing | {"files": listing["files"][start:end], "next": None}
-        if end < len(listing["files"]):
-            page["next"] = secrets.token_hex(8)
-            with self._lock:
-                self._listings[page["next"]] = listing, end
+                self._listings[page["next"]] = held
                 while len(self._listings) > MAX_LISTINGS:
                     del self._listings[next(iter(self._listings))]
         return page

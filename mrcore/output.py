@@ -10,6 +10,7 @@ from zlib import crc32
 
 from xopen import xopen
 
+from mrcore import forks
 from mrcore.paths import PARTIAL, fsync_dir, fsync_file
 from mrcore.records import Key, Value, decoded_bytes, encode_items
 
@@ -37,6 +38,7 @@ class PartWriter:
 
     def write(self, items: Sequence[tuple[Key, Value]]) -> None:
         """Append items. Raises ValueError, OverflowError or TypeError when one of them cannot be encoded."""
+        forks.check()
         while items:
             if self._stream is None:
                 self._open()

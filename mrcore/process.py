@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mrcore import task
+from mrcore import forks, task
 from mrcore.disk_sort import DiskSort
 from mrcore.errors import ClusterFault, Interrupted, JobFault, MrcoreError, Refused, TaskDied, unforeseen
 from mrcore.inputs import Reader, Sample
@@ -60,6 +60,10 @@ class Process:
 
     def process(self) -> None:
         """Obey and report "done" or "failed"; never raises for what the order or the user's code does wrong."""
+        with forks.guarded():
+            self._process()
+
+    def _process(self) -> None:
         try:
             result = self._obey()
         except BaseException as error:  # noqa: BLE001  whatever it is, the master must hear of it
@@ -85,11 +89,13 @@ class Process:
             try:
                 result = self._map(watch) if self._identity["phase"] == "MAP" else self._reduce(watch)
             finally:
+                forks.check()  # the folder is the parent's
                 os.chdir("/")
                 remove_tree(self._folder)
             return result | {"peak_bytes": watch.peak_bytes, "seconds": self._seconds}
 
     def _tell(self, **message: Any) -> None:
+        forks.check()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server is gone, and we with it
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
@@ -154,7 +160,9 @@ class Process:
             )
         sample = None
         if job["downsample"] < 1:
-            sample = Sample(job["downsample"], job["sample_seed"] or 0, self._order["sample_by_lines"])
+            sample = Sample(
+                job["downsample"], job["sample_seed"] or 0, self._order["sample_by_lines"], str(self._layout.base_dir)
+            )
         block_bytes = min(READ_BLOCK_BYTES, max(64 << 10, watch.budget_bytes // 256))
         reader = Reader(max_line_bytes=job["max_line_bytes"], block_bytes=block_bytes, sample=sample)
         mapper = Map(function, name, auxiliary, sink, reader, on_bad_text=job["on_bad_text"])
@@ -166,6 +174,8 @@ class Process:
             counters = mapper.map(bundle["pieces"])
             totals = {key: totals[key] + counters[key] for key in totals}
             self._tell(event="bundle_done", id=bundle["id"])
+        if mapper.unfinished_characters:
+            totals["unfinished_characters"] = mapper.unfinished_characters
         mapped = time.monotonic()
         sealed = mapper.finish()
         self._seconds = {"map": mapped - started, "seal": time.monotonic() - mapped}

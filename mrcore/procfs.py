@@ -15,6 +15,8 @@ from pathlib import Path
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MEMORY_SHARE = 0.6  # of the machine for its cluster servers: the rest is the system's, for the page cache above all
+# A server and its supervisor hold 31 MiB, an idle task 16; with less than this a task would spill all the time.
+MIN_SERVER_BYTES, MIN_TASK_BYTES = 64 << 20, 32 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -137,6 +139,17 @@ def machine_memory_bytes(root: Path = Path("/")) -> int:
 def budget_bytes(total_bytes: int | None, servers: int) -> int:
     """The memory of one of `servers` cluster servers that share `total_bytes`; None: MEMORY_SHARE of this machine."""
     return (total_bytes or int(machine_memory_bytes() * MEMORY_SHARE)) // servers
+
+
+def too_little_memory(total_bytes: int | None, servers: int) -> str | None:
+    """Say what is wrong when each of `servers` would get less than MIN_SERVER_BYTES, and the least that is useful."""
+    each, least = budget_bytes(total_bytes, servers), MIN_SERVER_BYTES * servers
+    if each >= MIN_SERVER_BYTES:
+        return None
+    return (
+        f"memory_bytes: {servers} servers on a machine get {each >> 20} MiB each and need "
+        f"{MIN_SERVER_BYTES >> 20}: set {least} or more for all together, or run fewer servers"
+    )
 
 
 def announce_ready() -> None:

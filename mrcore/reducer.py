@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mrcore import task
+from mrcore import forks, task
 from mrcore.disk_list import DiskList
 from mrcore.disk_sort import DiskSort, group_too_large
 from mrcore.errors import JobFault
@@ -99,6 +99,8 @@ class Reduce:
                     self._batch.append(checked)
                 if len(self._batch) >= BATCH_ITEMS or self._large > BATCH_NODES:
                     self._flush(key)
+            if forks.in_child:
+                forks.check()
         except BaseException as error:
             raise self._fault(error, key, item, items) from error
 

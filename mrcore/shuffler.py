@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mrcore import forks
 from mrcore.memory import MemoryWatch
 from mrcore.output import PartWriter
 from mrcore.records import Key, Snapshot, Value, check_item, nodes_of
@@ -46,11 +47,12 @@ class Shuffle:
 
     def spill(self) -> None:
         """Write what is held as one run."""
+        forks.check()
         self.sorter.spill()
 
     def shuffle(self) -> list[dict[str, Any]]:
         """Seal: write what is left and give what `RunWriter.close` told of every run."""
-        self.sorter.spill()
+        self.spill()
         return self.sorter.runs
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mrcore import task, terminal
+from mrcore import forks, task, terminal
 from mrcore.disk_sort import DiskSort
 from mrcore.errors import JobFault, UsageError, interrupt
-from mrcore.inputs import Reader, list_inputs, plan_bundles
+from mrcore.inputs import Reader, plan_bundles
+from mrcore.listing import list_inputs
 from mrcore.mapper import Map
 from mrcore.memory import MemoryWatch
 from mrcore.output import PartWriter
@@ -71,7 +72,7 @@ def run_trial(
     this process. Raises JobFault as a cluster would report it.
     """
     task.set_surroundings(job="trial", run=0, attempt=0, phase="MAP", server="local", node="local")
-    with tempfile.TemporaryDirectory(prefix="mrcore-try-") as name, MemoryWatch(memory_bytes) as watch:
+    with tempfile.TemporaryDirectory(prefix="mrcore-try-") as name, MemoryWatch(memory_bytes) as watch, forks.guarded():
         folder = Path(name)
         layout = Layout(folder)
         layout.make()

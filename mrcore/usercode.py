@@ -19,8 +19,10 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from mrcore import forks
 from mrcore.access import blocked
 from mrcore.errors import Interrupted, JobFault, MrcoreError
+from mrcore.readers import open_regular
 from mrcore.records import BadItem, Key, Snapshot, Value, check_item, describe, loads
 from mrcore.text import clean, one_line, type_name, unfit
 
@@ -31,6 +33,7 @@ _CAUSED = "\nThe above exception was the direct cause of the following exception
 _WHILE_HANDLING = "\nDuring handling of the above exception, another exception occurred:\n\n"
 NOTHING = object()  # stands for what a function returns, until it has returned
 _IGNORED = {"__pycache__", "wheels"}  # compiled files differ by interpreter; wheels travel apart
+MAX_PROJECT_BYTES = 512 << 20  # it travels in one piece, through the memory of the master and of each node
 _OURS = str(Path(__file__).parent) + os.sep
 # Frames in these, below a frame of ours, are what we called; a user's packages lie elsewhere.
 _LIBRARIES = (
@@ -43,9 +46,10 @@ _PARAMETERS = {"map": "(line, auxiliary_data)", "reduce": "(group, auxiliary)"}
 def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Give `(relative name, path)` of every file that makes up a project, in order of name.
 
-    Dotfiles, `__pycache__` and `wheels` are left out. Raises JobFault for a link that leads out of the folder.
+    Dotfiles, `__pycache__` and `wheels` are left out. Raises JobFault for a link that leads out of the folder, for what
+    is no plain file (to open a FIFO would wait for ever), and when all together is larger than MAX_PROJECT_BYTES.
     """
-    root = folder.resolve()
+    root, total = folder.resolve(), 0
     for base, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in _IGNORED and not name.startswith("."))
         for name in sorted(files):
@@ -58,6 +62,16 @@ def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
                 raise JobFault(f"project file {path} is a link that leads out of the project: copy the file instead")
             if reason := blocked(path):
                 raise JobFault(f"project file: {reason}")
+            try:
+                with open(open_regular(path), "rb") as stream:
+                    total += os.fstat(stream.fileno()).st_size
+            except OSError as error:
+                raise JobFault(f"project file {path} cannot be read: {error.strerror}: remove it") from None
+            if total > MAX_PROJECT_BYTES:
+                raise JobFault(
+                    f"project folder {folder}: with {path} it is larger than {MAX_PROJECT_BYTES >> 20} MiB: put data "
+                    "into input_dirs or auxiliary data"
+                )
             yield str(path.relative_to(folder)), path
 
 
@@ -119,6 +133,7 @@ def load_function(project_dir: Path, kind: str, name: str) -> Function:
         if type(error) in (SyntaxError, IndentationError, TabError) and type(error.filename) is str:  # type: ignore[attr-defined]
             raise JobFault(f"{error.filename}, line {error.lineno}: syntax error: {error.msg}") from error  # type: ignore[attr-defined]
         raise user_fault(error, f"loading {name} from {file.name} failed") from error
+    forks.check()
     found: Function = function
     try:
         parameters = inspect.signature(found, follow_wrapped=False)  # what a decorator returns is what is called
@@ -258,6 +273,8 @@ def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Ke
             return combine(key, fewer) if len(fewer) <= len(values) // 2 else fewer
         try:
             found = function([(key, value) for value in values], auxiliary)
+            if forks.in_child:
+                forks.check()
             item = found[0] if found.__class__ is list and len(found) == 1 else None
             if item.__class__ is tuple and len(item) == 2 and item[0] is key and item[1].__class__ is int:
                 return [item[1]]  # the usual combiner adds up: no need to look closer

@@ -10,7 +10,7 @@
 # (make itself ends with 2 in either case; it prints this status as "Error 3".)
 set -u
 cd "$(dirname "$0")/.."
-unit="strace sudo screen sshd=openssh-server"
+unit="strace sudo screen sshd=openssh-server zstd bzip2 xz=xz-utils"
 containers="podman runc conmon iptables mmdebstrap ssh=openssh-client nft=nftables nsenter=util-linux ip=iproute2
 /usr/lib/podman/netavark=netavark /usr/lib/podman/aardvark-dns=aardvark-dns
 /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring"

@@ -53,7 +53,7 @@ def test_precedence_and_deployed_cluster(home: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("MRCORE_CONFIG", str(one))
     settings = load_settings()
     assert (settings.cluster_name, settings.local) == ("office", False)
-    assert server_memory_bytes(settings.model_copy(update={"memory_bytes": 600}), settings.nodes[1]) == 200
+    assert server_memory_bytes(settings.model_copy(update={"memory_bytes": 600 << 20}), settings.nodes[1]) == 200 << 20
     local = load_settings(two)
     assert (local.local, local.node_timeout_seconds, local.home) == (True, 3, tmp_path / "other")
 

@@ -245,7 +245,7 @@ def test_word_count_with_a_memory_budget_so_small_that_it_spills_again_and_again
         "".join(" ".join(words[start : start + 10]) + "\n" for start in range(0, len(words), 10))
     )
     home = tmp_path_factory.mktemp("home")
-    for small in started(home, 1, 2, memory_bytes=88 << 20):
+    for small in started(home, 1, 2, memory_bytes=128 << 20):
         counts, items = small.run("word_count", [tmp_path / "words"], combine_function_name=None)
         assert sorted(items) == [(word, len(ones)) for word, ones in grouped((word, 1) for word in words)]
         assert counts["spills"] > 30  # by memory alone; the tests above count items, and spill hundreds of times

@@ -23,8 +23,8 @@ from mrcore.cli import main
 from mrcore.config import Settings
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.file_transfer import FileTransfer
-from mrcore.inputs import rendezvous
 from mrcore.launchers import local
+from mrcore.listing import rendezvous
 from mrcore.rpc.channel import Stream
 from mrcore.rpc.client import Client
 from mrcore.rpc.tls import Pki

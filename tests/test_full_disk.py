@@ -11,7 +11,7 @@ import pytest
 from clusters import TestCluster
 from conftest import wait_until
 
-from mrcore import manage_cluster
+from mrcore import preflight
 from mrcore.config import Settings
 from mrcore.launchers import local
 from mrcore.runner import Runner
@@ -63,7 +63,7 @@ def test_a_full_disk_holds_the_queue_and_the_job_goes_on_when_there_is_room(
         return str((scheduler.state()["hold"] or {}).get("reason", ""))
 
     wait_until(lambda: "MiB of free disk" in reason(), 30, "preflight notices the short disk")
-    monkeypatch.setattr(manage_cluster, "MIN_FREE_DISK_BYTES", 0)
+    monkeypatch.setattr(preflight, "MIN_FREE_DISK_BYTES", 0)
     wait_until(lambda: "is full" in reason(), 60, "the task meets the full disk")
     assert str(cluster.settings.nodes[0].compute_dir) in reason()
     resize(cluster, "200m")

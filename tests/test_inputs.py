@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import fcntl
 import gzip
 import itertools
 import lzma
@@ -20,8 +19,7 @@ from hypothesis import strategies as st
 from oracle import lines_of
 
 from mrcore.errors import JobFault
-from mrcore.inputs import SAMPLE_BLOCK_BYTES, Reader, Sample, cut_lines, list_inputs, plan_bundles, rendezvous
-from mrcore.paths import Layout
+from mrcore.inputs import SAMPLE_BLOCK_BYTES, Reader, Sample, cut_lines, plan_bundles
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -57,14 +55,6 @@ def expected(content: bytes) -> list[tuple[int, bytes]]:
         got.append((offset, line))
         offset += len(line)
     return got
-
-
-def listed(folder: Path, *entries: str, **job: Any) -> dict[str, Any]:
-    return list_inputs({"input_dirs": list(entries), **job}, Layout(folder), ["n0", "n1", "n2"], "n0")
-
-
-def names(listing: dict[str, Any]) -> list[str]:
-    return [os.path.basename(path) for path, *_ in listing["files"]]
 
 
 # --- Lines -----------------------------------------------------------------------------------------------------------
@@ -192,71 +182,6 @@ def test_a_file_that_shrinks_or_is_replaced_fails(tmp_path: Path) -> None:
         lines([before])
 
 
-# --- Listing ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_one_level_and_skips_are_counted(tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    (folder / "sub").mkdir(parents=True)
-    for name in ("a", "b.gz", ".hidden", "c.partial", "sub/deep", "locked", "name with\nnewline"):
-        (folder / name).write_text("x\n")
-    os.mkfifo(folder / "fifo")
-    with (folder / "locked").open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        listing = listed(tmp_path, str(folder))
-    assert names(listing) == ["a", "b.gz", "name with\nnewline"]
-    assert listing["skipped"] == {"dotfile": 1, "partial": 1, "locked by its writer": 1}
-    assert listing["matched"] == {str(folder): 3} and not listing["faults"]
-    assert "locked" in names(listed(tmp_path, str(folder)))
-
-
-def test_entries_that_overlap_list_a_file_once(tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "a").write_text("x")
-    twice = listed(
-        tmp_path, str(folder), f"{folder}/", f"{tmp_path}//in", f"{folder}/a", f"{folder}/./a", f"{folder}/*"
-    )
-    assert names(twice) == ["a"]
-    assert set(twice["matched"].values()) == {1}
-
-
-def test_globs_files_and_relative_entries(tmp_path: Path) -> None:
-    base = tmp_path / "cluster"
-    for name in ("logs/a.txt", "logs/x/b.txt", "logs/x/y/c.txt", "logs/x/y/d.csv", "logs/[odd].txt"):
-        (base / name).parent.mkdir(parents=True, exist_ok=True)
-        (base / name).write_text("x")
-    assert names(listed(tmp_path, "logs/**/*.txt")) == ["[odd].txt", "a.txt", "b.txt", "c.txt"]
-    assert names(listed(tmp_path, "logs/*.txt")) == ["[odd].txt", "a.txt"]
-    assert names(listed(tmp_path, "logs/[odd].txt")) == ["[odd].txt"]
-    assert names(listed(tmp_path, "logs/x/b.txt", "logs/x/y")) == ["b.txt", "c.txt", "d.csv"]
-    assert listed(tmp_path, "logs/none*", "nowhere")["matched"] == {"logs/none*": 0, "nowhere": 0}
-
-
-def test_what_cannot_be_read_or_named_is_a_fault(tmp_path: Path) -> None:
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    listing = listed(tmp_path, str(tmp_path))
-    assert [fault for fault in listing["faults"] if "dangling cannot be read" in fault]
-    (tmp_path / "dangling").unlink()
-    (tmp_path / os.fsdecode(b"caf\xe9")).write_text("x")
-    faults = listed(tmp_path, str(tmp_path))["faults"]
-    assert len(faults) == 1 and "is not UTF-8: rename the file" in faults[0] and "caf\\xe9" in faults[0]
-
-
-def test_shared_files_are_dealt_to_one_node_each(tmp_path: Path) -> None:
-    for number in range(60):
-        (tmp_path / f"f{number}").write_text("x")
-    nodes = ["n0", "n1", "n2"]
-    dealt = [
-        names(list_inputs({"input_dirs": [str(tmp_path)], "shared_input": True}, Layout(tmp_path), nodes, node))
-        for node in nodes
-    ]
-    assert sorted(itertools.chain(*dealt)) == sorted(f"f{number}" for number in range(60))
-    assert all(dealt)
-    moved = sum(rendezvous(f"f{n}", nodes) != rendezvous(f"f{n}", [*nodes, "n3"]) for n in range(1000))
-    assert 180 < moved < 320
-
-
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +216,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("by_lines", [True, False])
 def test_a_sample_is_reproducible_whatever_the_cuts(big: Path, by_lines: bool) -> None:
-    sample = Sample(0.1, 7, by_lines)
+    sample = Sample(0.1, 7, by_lines, "")
     size, step = big.stat().st_size, SAMPLE_BLOCK_BYTES
     whole = lines([piece(big)], sample=sample)
     for width in (step, 3 * step, 50 * step):
@@ -299,47 +224,64 @@ def test_a_sample_is_reproducible_whatever_the_cuts(big: Path, by_lines: bool) -
         assert lines(cut, sample=sample, block_bytes=10_000) == whole
     every = dict(expected(big.read_bytes()))
     assert len(dict(whole)) == len(whole) and all(every[offset] == line for offset, line in whole)
-    assert lines([piece(big)], sample=Sample(0.1, 8, by_lines)) != whole
+    assert lines([piece(big)], sample=Sample(0.1, 8, by_lines, "")) != whole
 
 
 def test_the_share_of_a_sample_is_as_asked(big: Path) -> None:
     for p in (0.01, 0.2):
-        kept = len(lines([piece(big)], sample=Sample(p, 3, by_lines=True)))
+        kept = len(lines([piece(big)], sample=Sample(p, 3, by_lines=True, base_dir="")))
         assert abs(kept - 200_000 * p) < 5 * (200_000 * p) ** 0.5
     # By blocks, over 40 seeds: some 250 blocks each, so the mean of 40 shares lies within 5 of its deviations.
-    shares = [len(lines([piece(big)], sample=Sample(0.1, seed, by_lines=False))) / 200_000 for seed in range(40)]
+    shares = [
+        len(lines([piece(big)], sample=Sample(0.1, seed, by_lines=False, base_dir=""))) / 200_000 for seed in range(40)
+    ]
     assert abs(sum(shares) / 40 - 0.1) < 5 * (0.1 * 0.9 / 250 / 40) ** 0.5
 
 
 def test_a_sample_by_blocks_reads_about_its_share(big: Path) -> None:
     read = lines_read = 0
     for seed in range(10):
-        one = reader(sample=Sample(0.05, seed, by_lines=False))
+        one = reader(sample=Sample(0.05, seed, by_lines=False, base_dir=""))
         lines_read += sum(len(block) for _, block in one.blocks(piece(big)))
         read += one.bytes_read
     assert lines_read <= read < 1.25 * lines_read
 
 
-def test_files_of_one_name_in_many_folders_are_thinned_independently(tmp_path: Path) -> None:
-    kept = 0
-    for number in range(1000):
-        folder = tmp_path / f"day-{number}"
-        folder.mkdir()
-        (folder / "data.log").write_text("one line\n")
-        kept += len(lines([piece(folder / "data.log")], sample=Sample(0.5, 1, by_lines=True)))
-    assert 400 < kept < 600
+def test_each_file_is_thinned_by_itself_whatever_the_end_of_its_path(tmp_path: Path) -> None:
+    """The whole path counts: by its last parts alone, all of these would keep the same lines."""
+    kept = []
+    for seed in range(8):
+        kept.append(0)
+        for number in range(300):
+            path = tmp_path / f"h{number}/var/log/app.log"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{line}\n" for line in range(10)))
+            kept[-1] += len(lines([piece(path)], sample=Sample(0.1, seed, True, str(tmp_path / "base"))))
+    assert all(abs(each - 300) < 5 * (3000 * 0.1 * 0.9) ** 0.5 for each in kept) and len(set(kept)) > 1
 
 
-def test_a_sample_does_not_depend_on_the_node_s_folder(big: Path, tmp_path: Path) -> None:
-    other = tmp_path / "elsewhere" / "cluster" / "logs" / "big"
-    other.parent.mkdir(parents=True)
-    other.write_bytes(big.read_bytes()[: 20 * SAMPLE_BLOCK_BYTES])
-    sample = Sample(0.3, 1, by_lines=True)
-    assert lines([piece(other)], sample=sample)[:1000] == lines([piece(big)], sample=sample)[:1000]
+def test_a_sample_does_not_depend_on_the_node_s_folder_and_only_on_that(big: Path, tmp_path: Path) -> None:
+    def sampled(base: str, path: str) -> list[tuple[int, bytes]]:
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(big.read_bytes()[: 5 * SAMPLE_BLOCK_BYTES])
+        return lines([piece(file)], sample=Sample(0.3, 1, True, str(tmp_path / base)))
+
+    here = sampled("n0/cluster", "n0/cluster/logs/big")
+    assert sampled("n1/cluster", "n1/cluster/logs/big") == here
+    assert sampled("n1/cluster/", "n1/cluster/logs/big") == here
+    others = [
+        sampled("n1/cluster", "n1/cluster/x/logs/big"),  # the same end
+        sampled("n1/cluster", "n1/cluster/logs/small"),
+        sampled("n1/cluster", "n1/clusters/logs/big"),  # beside base_dir, not below
+        sampled("elsewhere", "n0/cluster/logs/big"),  # an absolute path
+        sampled("elsewhere", "n1/cluster/logs/big"),
+    ]
+    assert here not in others and len({tuple(each) for each in others}) == len(others)
 
 
 def test_a_compressed_file_is_thinned_by_lines(tmp_path: Path) -> None:
     path = tmp_path / "f.gz"
     path.write_bytes(gzip.compress(b"line\r\n" * 20_000))
     for by_lines in (True, False):
-        assert 1700 < len(lines([piece(path, 0, None)], sample=Sample(0.1, 1, by_lines))) < 2300
+        assert 1700 < len(lines([piece(path, 0, None)], sample=Sample(0.1, 1, by_lines, ""))) < 2300

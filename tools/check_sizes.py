@@ -43,6 +43,9 @@ FLOORS = [
         "procfs",
         "watched",
         "faults",
+        "forks",
+        "readers",
+        "globbing",
     },
     {
         "memory",
@@ -51,6 +54,7 @@ FLOORS = [
         "disk_sort",
         "sorter",
         "inputs",
+        "listing",
         "ledger",
         "output",
         "store",
@@ -63,7 +67,7 @@ FLOORS = [
     {"process", "trial"},
     {"rpc"},
     {"supervisor", "agent_files", "agent_moves", "node_agent", "cluster_server"},
-    {"launchers", "links", "manage_cluster", "outputs"},
+    {"launchers", "links", "preflight", "manage_cluster", "outputs"},
     {"transfer_crew", "file_transfer", "scripts", "hooks", "backup", "drain", "turns", "runner", "scheduler", "doctor"},
     {"cli_common", "cli_admin", "cli_cluster", "cli_files", "cli"},
 ]

@@ -61,7 +61,7 @@ VARIABLES: dict[str, Variable] = {
     "server_port": Variable(23456, _PORT, _integer(1024, 65535), one_for_all=False),
     "ssh_port": Variable(None, "a port from 1 to 65535", _integer(1, 65535), one_for_all=False),
     "compute_dir": Variable("/var/lib/mrcore/compute", _FOLDER, _folder, one_for_all=False),
-    "memory_bytes": Variable(None, "at least 33554432, or left out", _maybe(_integer(32 << 20, 1 << 60)),
+    "memory_bytes": Variable(None, "at least 67108864 for each server", _maybe(_integer(64 << 20, 1 << 60)),
                              one_for_all=False),
     "python": Variable("/usr/bin/python3", _FOLDER, _folder, one_for_all=False),
     "min_free_bytes": Variable(1 << 30, "a number of bytes", _integer(0, 1 << 60), one_for_all=False),
@@ -169,6 +169,8 @@ def _host(name: str, given: Mapping[str, Any]) -> tuple[Json, list[str]]:
         faults.append(
             f"Ports of {name} collide: choose mrcore_agent_port {agent} outside {first} to {last}, at most 65535."
         )
+    if (memory := values["memory_bytes"]) and count and memory < count * (64 << 20):
+        faults.append(f"mrcore_memory_bytes of {name} is {memory} for {count} servers: they need {count * (64 << 20)}.")
     return values, faults
 
 
