@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "mrcore"
 # The package was meant to stay below 6,000 lines. The engine alone does; the queue (transfers, scripts, increments,
 # backup) and the appliance (launching over SSH, submitters, doctor, projects' packages) took it past that.
 # Raise this number only together with what docs/architecture.md says of it.
-MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_CODE_LINES = 500, 70, 12_500
+MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_CODE_LINES = 500, 70, 12_300
 
 # Imports go down, or sideways without a circle (docs/architecture.md says what each module is for).
 FLOORS = [
