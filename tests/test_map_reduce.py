@@ -428,6 +428,11 @@ def test_whatever_can_be_called_with_two_arguments_is_a_function(tmp_path: Path,
         ("group.append((1, NotImplemented))", r"BadItem: the value NotImplemented .* \(reduce_functions.py, line 4\)"),
         ("raise BadItem('of mine')", r"BadItem: of mine \(reduce_functions.py, line 4\)"),
         ("return [('b', Odd(a=1))]", r"ZeroDivisionError: division by zero \(reduce_functions.py, line 6\)"),
+        ("import json; return json.loads('{')", r"JSONDecodeError: .* \(reduce_functions.py, line 4\)"),
+        (
+            "import shutil; return shutil.copy('/nowhere', '/x')",
+            r"FileNotFoundError: .* \(reduce_functions.py, line 4\)",
+        ),
         ("raise OSError(5, 'of mine')", r"OSError: \[Errno 5\] of mine \(reduce_functions.py, line 4\)"),
     ],
 )
