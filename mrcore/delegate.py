@@ -89,10 +89,15 @@ def submitter(settings: Settings) -> str | None:
 
 
 def _ourselves() -> str:
-    """The path of this command, as the sudoers rule knows it, too: sudo compares the file, not the way to it."""
+    """Return the path of this command as the sudoers rule has it: sudo 1.9.16 compares folders, not only the file.
+
+    Links to the command are followed, and links in its folders are not: a release may be switched meanwhile.
+    """
     called = Path(sys.argv[0])
     if called.name != "mrcore" or not called.is_file():
         called = Path(sys.executable).with_name("mrcore")
+    while called.is_symlink():
+        called = called.parent / called.readlink()
     return os.path.abspath(called)
 
 

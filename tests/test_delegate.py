@@ -117,6 +117,23 @@ def test_settings_named_by_the_environment_go_along(people: People) -> None:
     assert people.mrcore("alice", "show", "elsewhere").returncode == 2
 
 
+@pytest.mark.parametrize("links", [("/opt/current/bin/mrcore",), ("mine", "/opt/current/bin/mrcore"), ()])
+def test_sudo_is_given_the_path_of_its_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: tuple[str, ...]
+) -> None:
+    program = tmp_path / "opt/current/bin/mrcore"
+    (tmp_path / "opt/releases/1/bin").mkdir(parents=True)
+    (tmp_path / "opt/releases/1/bin/mrcore").touch()
+    (tmp_path / "opt/current").symlink_to("releases/1")
+    called = tmp_path / "bin/mrcore" if links else program
+    (tmp_path / "bin").mkdir()
+    for number, target in enumerate(links):
+        name = called if number == 0 else called.with_name(links[number - 1])
+        name.symlink_to(f"{tmp_path}{target}" if target.startswith("/") else target)
+    monkeypatch.setattr("sys.argv", [str(called), "queue"])
+    assert delegate._ourselves() == str(program)
+
+
 def runner(people: People) -> dict[str, object]:
     return json.loads(people.mrcore("mrcore", "queue", "--json").stdout)["runner"]
 

@@ -101,6 +101,12 @@ def test_daemons_answer(host: Host) -> None:
     assert host.run("mrcore cluster check").rc == 0
 
 
+def test_a_submitter_is_let_through_and_nobody_else(machine: Machine) -> None:
+    machine.run("useradd --create-home --groups mrcore-users sue; useradd --create-home mallory")
+    assert json.loads(machine.run("mrcore queue --json", user="sue").stdout)["jobs"] == []
+    assert "may not use this cluster" in machine.run("mrcore queue", user="mallory", status=2).stderr
+
+
 def test_a_job_is_done(machine: Machine) -> None:
     for name in ("job.yml", "map_functions.py", "reduce_functions.py"):
         text = (PROJECT / "projects/word_count" / name).read_text()
