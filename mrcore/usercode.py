@@ -172,6 +172,7 @@ def user_fault(error: BaseException, what: str, **details: Any) -> JobFault:
     if issubclass(kind, Interrupted) or is_disk_full(error):
         raise error
     frames = user_frames(error)
+    frames = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)] or frames
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     told = one_line(error, 300)
     message = f"{what}: {type_name(error)}{': ' if told else ''}{told}{where}"
