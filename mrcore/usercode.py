@@ -28,7 +28,7 @@ from mrcore.text import clean, one_line, type_name, unfit
 
 Function = Callable[[Any, Any], Any]
 COMBINE_VALUES = 4096
-MAX_FRAMES, MAX_STORIES = 100, 20  # of each exception, and exceptions, that a traceback shows
+MAX_FRAMES, MAX_NOTES, MAX_STORIES = 100, 10, 20  # of each exception, and exceptions, that a traceback shows
 _CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
 _WHILE_HANDLING = "\nDuring handling of the above exception, another exception occurred:\n\n"
 NOTHING = object()  # stands for what a function returns, until it has returned
@@ -203,6 +203,8 @@ def _story(error: BaseException, left: list[int]) -> str:
         frames = user_frames(current)
         text = "Traceback (your code, most recent call last):\n" if frames else ""
         text += "".join(traceback.format_list(frames)) + f"{type_name(current)}: {clean(current, 2000)}\n"
+        notes = _of(current, "__dict__").get("__notes__")
+        text += "".join(f"{clean(note, 1000)}\n" for note in notes[:MAX_NOTES]) if type(notes) is list else ""
         if issubclass(type(current), BaseExceptionGroup):
             members = BaseExceptionGroup.__dict__["exceptions"].__get__(current)
             for member in members[: left[0]]:

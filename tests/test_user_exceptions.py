@@ -179,6 +179,12 @@ def m(line, aux):
     assert places == sorted(places), text
 
 
+def test_notes_of_an_exception_are_told(tmp_path: Path) -> None:
+    code = "e = ValueError('x')\n    e.add_note('of record 7 \\x1b[31m')\n    e.__notes__ += [5, BadStr()]\n    raise e"
+    text = failed(tmp_path, f"{PREAMBLE}def m(line, aux):\n    {code}\n")["details"]["traceback"]
+    assert "ValueError: x\nof record 7 \\x1b[31m\n5\n<BadStr whose __str__ raises KeyboardInterrupt>" in text
+
+
 @pytest.mark.parametrize(
     "code",
     [
