@@ -170,9 +170,9 @@ def _reporter() -> Iterator[Callable[..., None]]:
     with console.status("waiting for jobs") if console.is_terminal else contextlib.nullcontext() as line:
 
         def say(text: str, err: bool) -> None:
-            stream = sys.stderr if err else sys.stdout
             if line is not None:  # or the text would stand behind the spinner, and rich would send it to stderr
                 line.stop()
+            stream = sys.stderr if err else sys.stdout  # now that rich has put ours back
             try:
                 click.echo(escaped(text), file=stream)
             except (OSError, ValueError):  # nobody reads it: the queue is drained all the same

@@ -22,7 +22,7 @@ from daemons import members
 from test_wire import FAST, Certificates, descriptors, drain, fake_server, make_certificates, tls_socket
 
 from mrcore import WIRE_VERSION
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, Unreachable
+from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, Refused, Unreachable
 from mrcore.rpc import data
 from mrcore.rpc.channel import Stream
 from mrcore.rpc.data import FAULT, LAST, MORE, PIECE, DataClient, DataHandler, Range, Relay, Upload
@@ -218,8 +218,8 @@ def test_a_flipped_bit_is_refused_before_it_is_delivered(
         (PIECE.pack(LAST, 1 << 31, 0), Refused, "garbled content"),
         (PIECE.pack(9, 1, 0), Refused, "garbled content"),
         (PIECE.pack(LAST, 4, 0) + b"abcd", Refused, "arrived corrupt"),
-        (PIECE.pack(FAULT, 2, zlib.crc32(b"[]")) + b"[]", Refused, "an error that is none"),
-        (PIECE.pack(FAULT, 1, zlib.crc32(b"{")) + b"{", Refused, "an error that is none"),
+        (PIECE.pack(FAULT, 2, zlib.crc32(b"[]")) + b"[]", Malformed, "an error that is none"),
+        (PIECE.pack(FAULT, 1, zlib.crc32(b"{")) + b"{", Malformed, "an error that is none"),
     ],
 )
 def test_a_bad_server_costs_the_stall_time_at_most(

@@ -151,7 +151,7 @@ def test_signals_and_the_terminal_are_the_commands_own(people: People, how: str)
             os.write(ours, b"\x03")
         else:
             process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(20) == (130 if how == "terminal" else 0)
     os.close(ours)
     os.close(theirs)
     assert not runner(people)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
+from daemons import members
 
 from mrcore import pki
 from mrcore.errors import Refused
@@ -101,7 +102,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     for name, role in (("n1", "node"), ("stranger", "node"), ("master", "master")):
         pki.issue(tmp_path / "ca", tmp_path / name, name, name, role, ["127.0.0.1"])  # type: ignore[arg-type]
     methods = {"fail": Method(lambda identity: [][1], "member")}
-    started = Server("127.0.0.1", 0, Pki(tmp_path / "n1", "n1"), {"n1"}, methods)
+    started = Server("127.0.0.1", 0, Pki(tmp_path / "n1", "n1"), members("n1"), methods)
     started.start()
     yield started
     started.close()

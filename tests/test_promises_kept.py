@@ -33,6 +33,7 @@ from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused
 from mrcore.launchers import local
 from mrcore.manage_cluster import ManageCluster
 from mrcore.paths import Layout
+from mrcore.preflight import Preflight
 from mrcore.process import Process
 from mrcore.rpc.client import Client
 from mrcore.rpc.service import Server
@@ -176,7 +177,7 @@ def test_no_more_ranges_are_asked_for_at_a_time_than_the_job_says(tmp_path: Path
         order = {"identity": identity, "job": {"simultaneous_files_in_redis": wanted}}
         process = Process(order, ours, Layout(tmp_path), fetch, "S_0")
         process._folder = tmp_path
-        lengths = process._fetch_from({"node": "n"}, [{"run": "x" * number} for number in range(10)])
+        lengths = process._fetch_from({"node": "n"}, [{"run": "x" * number} for number in range(10)], [10] * 10)
         assert asked == counts and lengths == list(range(10))
         assert (tmp_path / "fetched-n").read_bytes() == b"x" * sum(range(10))
     ours.close()
@@ -256,13 +257,13 @@ def test_a_sample_without_a_line_names_the_smallest_useful_value(cluster: TestCl
 def test_the_same_files_on_every_machine_are_refused_until_it_is_said_what_they_are(
     shared: bool | None, refused: bool
 ) -> None:
-    manager = cast(ManageCluster, SimpleNamespace(settings=SimpleNamespace(local=False)))
+    preflight = cast(Preflight, SimpleNamespace(_settings=SimpleNamespace(local=False)))
     listing = {"faults": [], "matched": {"/data": 2}, "fingerprint": "same"}
     job = {"input_dirs": ["/data"], "shared_input": shared}
     expected = pytest.raises(JobFault, match="set shared_input: true") if refused else contextlib.nullcontext()
     with expected:
-        ManageCluster._check_inputs(manager, job, [listing, listing])
-    ManageCluster._check_inputs(manager, job, [listing, listing | {"fingerprint": "other"}])
+        Preflight._check_inputs(preflight, job, [listing, listing])
+    Preflight._check_inputs(preflight, job, [listing, listing | {"fingerprint": "other"}])
 
 
 def test_output_that_a_restored_history_does_not_know_is_said_and_the_next_run_mends_it(

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import indent
 from typing import Any, TypeVar
 
 import paramiko
@@ -228,7 +229,7 @@ def _log_end(node: NodeSettings, shell: Connection, daemon: str) -> str:
     file = node.layout.logs_dir / f"{daemon}.log"
     with contextlib.suppress(MrcoreError):
         if tail := _run(shell, f"tail -n {LOG_LINES} -- {shlex.quote(str(file))}").strip():
-            return f"; the end of {file}:\n{tail}"
+            return f"; the end of {file}:\n{indent(tail, '  ', lambda line: True)}"
     return ""
 
 
