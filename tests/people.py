@@ -72,7 +72,8 @@ class People:
         """The command line that runs a command in this world as a user."""
         there = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt"]
         become = ["setpriv", "--reuid", user, "--regid", user, "--init-groups", "--"]  # in place, unlike runuser
-        return [*there, *become, "env", f"HOME={TOP}/home/{user}", *command]
+        ours = ["-u", "SUDO_USER"]  # of whoever runs the tests by sudo
+        return [*there, *become, "env", *ours, f"HOME={TOP}/home/{user}", *command]
 
     def shell(self, script: str, text: str = "", user: str = "root") -> str:
         """Run a script; gives what it printed."""
