@@ -41,7 +41,7 @@ class Server(Daemon):
     def start(self, act: str, **more: Any) -> tuple[Listener, Any]:
         listener = Listener(self.client())
         given = order(act, **more)
-        assert self.master.call("order", order=given) == {"accepted": True}
+        assert self.master.call("order", timeout_seconds=60, order=given) == {"accepted": True}
         return listener, given["identity"]
 
     def child(self) -> int:
