@@ -233,7 +233,7 @@ def queue(as_json: bool) -> None:
     if rows:
         print_table(rows, {key: title for key, title in columns.items() if any(row[key] is not None for row in rows)})
     else:
-        click.echo(f"the queue of {where} is empty: `mrcore submit FILE` queues a job")
+        click.echo(f"the queue of {one_line(where)} is empty: `mrcore submit FILE` queues a job")
     _print_fallen(fallen)
     if state["paused"]:
         click.echo("the queue is paused: `mrcore resume` goes on")
@@ -407,7 +407,7 @@ def _say_whose_code(folder: Path, as_root: bool) -> None:
             f"{who} may change {path}, and `mrcore try` would run that code as root: try it as another user "
             "(`runuser -u USER -- mrcore try …`), or say --as-root"
         )
-    click.echo(f"mrcore: runs code of {folder} with your rights; {who} may change {path}", err=True)
+    click.echo(f"mrcore: runs code of {one_line(folder)} with your rights; {who} may change {one_line(path)}", err=True)
 
 
 for each in (*cli_cluster.COMMANDS, *cli_admin.COMMANDS, *cli_files.COMMANDS):

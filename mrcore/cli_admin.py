@@ -126,7 +126,7 @@ def restore(file: Path, force: bool, unverified: bool, yes: bool) -> None:
 
     def agree(about: dict[str, Any]) -> None:
         moment = datetime.fromtimestamp(about["time"]).astimezone().isoformat(timespec="seconds")
-        click.echo(f"{file} is of {moment}; the jobs that wait in it: {len(about['jobs'])}", err=True)
+        click.echo(f"{one_line(file)} is of {moment}; the jobs that wait in it: {len(about['jobs'])}", err=True)
         for each in about["jobs"][:JOBS_TOLD]:
             script = f", {one_line(each['script'])}" if each["script"] else ""
             told = f"{one_line(each['job_name'])}: {one_line(each['job_type'])}{script}"

@@ -149,7 +149,8 @@ def _print_log(content: bytes, raw: bool) -> None:
     """Print the end of a log as it is, or so that no terminal obeys it; long lines are shortened then."""
     if not raw:
         lines = content.decode(errors="backslashreplace").replace("\r\n", "\n").split("\n")
-        content = "\n".join(clean(line) for line in lines).encode()
+        click.echo("\n".join(clean(line) for line in lines), nl=False)
+        return
     sys.stdout.flush()
     sys.stdout.buffer.write(content)
 

@@ -22,7 +22,7 @@ from mrcore.text import one_line
 
 MAX_FILES = 5_000_000  # of one walk, whoever is to read them
 ALIAS = "same file under another name"  # as the reason why a file is skipped
-MAX_FAULTS = 20  # that are told one by one
+MAX_FAULTS = 9  # that are told one by one, so that the count of the others is told, too, where nodes are put together
 
 Json = dict[str, Any]
 InputFile = tuple[str, int, int, int]  # path, size in bytes, mtime in ns, inode

@@ -154,7 +154,7 @@ ARGUMENT = st.binary(max_size=30).map(lambda text: text.replace(b"\0", b"")) | N
 @settings(BRIEF, max_examples=20)
 @given(st.sampled_from(sorted(cli.cli.commands)), st.lists(ARGUMENT, max_size=3))
 def test_arguments_of_random_bytes(quiet_home: Settings, command: str, arguments: list[bytes]) -> None:
-    if command in ("cluster", "run", "try", "attach"):  # which would start something, or run code
+    if command in ("cluster", "run", "try", "attach", "pause"):  # which would start something, run code, stop the queue
         command = "show"
     status, _, err = clean_run(command, "--", *arguments, cwd=Path.cwd())
     assert status in (0, 1, 2) and (err.count("\n") <= 2 or err.startswith("Usage: ")), err
@@ -315,7 +315,8 @@ def test_a_script_that_prints_random_bytes_fails_by_its_last_line(quiet_home: Se
     Path("script.py").write_text(f"import os, sys\nos.write(1, b'{said}')\nsys.exit(b'{said}' * 100_000)\n")
     scheduler = Scheduler(quiet_home)
     scheduler.submit_job({"job_type": "script", "job_name": "x", "script_location": "script.py", "run_once": True})
-    assert Runner(quiet_home).run(once=True) == {"failed": 1}
+    ended = Runner(quiet_home).run(once=True)
+    assert ended == {"failed": 1}, (scheduler.state(), scheduler.queue(), scheduler.history())
     drain(quiet_home)
 
 
