@@ -11,7 +11,7 @@ import click
 
 from mrcore.access import blocked
 from mrcore.cli_common import JSON, insist, print_json, settings_in_force
-from mrcore.errors import UsageError
+from mrcore.errors import ClusterFault, UsageError
 from mrcore.terminal import raw
 from mrcore.text import one_line
 
@@ -173,15 +173,23 @@ def rm(path: str, yes: bool, dry_run: bool) -> None:
 @click.option(
     "--wait", type=click.FloatRange(0), default=3600, show_default=True, help="Seconds for the run under way to end."
 )
+@YES
 @JSON
-def drain(node: str, only_list: bool, wait: float, as_json: bool) -> None:
-    """Move all that a NODE holds to the others; may be repeated. Exit status 1: something is left."""
+def drain(node: str, only_list: bool, wait: float, yes: bool, as_json: bool) -> None:
+    """Move all that a NODE holds, published output too, to the others; asks first, may be repeated.
+
+    Exit status 1: something is left.
+    """
     from mrcore import drain as work
 
     settings, said = settings_in_force(), [""]
     if only_list:
         told = work.look(settings, node)
     else:
+        if not (yes or as_json) and sys.stdin.isatty():
+            with contextlib.suppress(ClusterFault):  # it is gone: what was begun with it is ended all the same
+                _tell_drained(work.look(settings, node))
+        insist(yes, f"Move all of this from {one_line(node, 100)} to the other nodes?")
         with _bar() as (report, _):
 
             def progress(phase: str, **facts: int) -> None:

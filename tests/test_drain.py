@@ -256,7 +256,7 @@ def command(cluster: TestCluster, capfd: pytest.CaptureFixture[str], *arguments:
     keys = ("home", "projects_dir", "state_dir", "logs_dir")
     config.write_text(json.dumps({key: str(getattr(cluster.settings, key)) for key in keys}))
     with pytest.raises(SystemExit) as ended:
-        main(["--config", str(config), "drain", *arguments])
+        main(["--config", str(config), "drain", *([] if "--list" in arguments else ["--yes"]), *arguments])
     out, err = capfd.readouterr()
     return int(ended.value.code or 0), out, err
 

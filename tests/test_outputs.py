@@ -365,3 +365,18 @@ def test_a_comparison_names_each_file_once_and_rightly(
     right |= {("foreign", node, path) for node, path in there if wanted.get(path, ("",))[0] != node}
     assert said == right
     assert all(each["job"] == "a" for each in outputs.compare(known, files, "b"))
+
+
+def test_a_drain_asks_on_a_terminal_and_wants_yes_elsewhere(cluster: TestCluster) -> None:
+    made = counted(cluster, "moves")
+    node = made["parts"][0]["node"]
+    before = {path: path.read_bytes() for path in _paths(cluster, "moves/reduce/*")}
+    code, _, err = mrcore("drain", node)
+    assert code == 2 and "--yes" in err
+    code, shown = on_terminal("n", "drain", node)
+    assert code == 1 and "output of moves" in shown and f"Move all of this from {node}" in shown
+    assert {path: path.read_bytes() for path in _paths(cluster, "moves/reduce/*")} == before
+    code, shown = on_terminal("y", "drain", node)
+    assert code == 0 and {
+        part["node"] for part in (manifest.newest(cluster.settings.state_dir, "moves") or {})["parts"]
+    } == {each.name for each in cluster.settings.nodes if each.name != node}
