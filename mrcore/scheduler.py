@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
+import pwd
 import statistics
 import time
 from datetime import datetime
@@ -255,8 +255,9 @@ def _answer(job: dict[str, Any], replaced: bool, active: bool) -> dict[str, Any]
 
 
 def _user() -> str:
-    with contextlib.suppress(KeyError, OSError):  # a number that no user has, and no LOGNAME
-        return one_line(getpass.getuser(), 100)
+    """Return who submits: by the process's number, not by LOGNAME and USER, which anyone may set and sudo -E keeps."""
+    with contextlib.suppress(KeyError):  # a number that no user has
+        return one_line(pwd.getpwuid(os.getuid()).pw_name, 100)
     return str(os.getuid())
 
 

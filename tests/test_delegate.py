@@ -59,7 +59,7 @@ def test_a_submitters_file_is_read_as_the_submitter_and_runs_as_the_user(people:
 @pytest.mark.needs_root
 def test_who_the_user_himself_or_root_submits_for(people: People) -> None:
     text = script("own", script_location=str(TOP / "home/alice/script.py"))
-    assert people.mrcore("mrcore", "submit", "-", input=text).returncode == 0
+    assert people.mrcore("mrcore", "submit", "-", input=text).returncode == 0  # LOGNAME and USER are the caller's
     assert json.loads(people.mrcore("mrcore", "show", "own", "--json").stdout)["job"]["job_submitter"] == "mrcore"
     call = f"cd /; {TOP}/mrcore --config {TOP}/cluster.json submit -"
     people.shell(call, text)

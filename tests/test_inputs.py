@@ -256,7 +256,8 @@ def test_each_file_is_thinned_by_itself_whatever_the_end_of_its_path(tmp_path: P
             path = tmp_path / f"h{number}/var/log/app.log"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(f"{line}\n" for line in range(10)))
-            kept[-1] += len(lines([piece(path)], sample=Sample(0.1, seed, True, str(tmp_path / "base"))))
+            # Below base_dir, so that the draw does not depend on where this test runs: five sigma come up now and then.
+            kept[-1] += len(lines([piece(path)], sample=Sample(0.1, seed, True, str(tmp_path))))
     assert all(abs(each - 300) < 5 * (3000 * 0.1 * 0.9) ** 0.5 for each in kept) and len(set(kept)) > 1
 
 
