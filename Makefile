@@ -24,12 +24,13 @@ test-quick: ## run the unit tests that are not marked slow: an answer in under 5
 test-appliance: ## run the appliance's tests on containers only; ARGS=… see docs/testing.md
 	@scripts/test.sh --appliance $(ARGS)
 
-check: appliance ## format, lint, types, docstrings, import floors, sizes, YAML, playbooks and roles
+check: appliance ## format, lint, types, docstrings, imports between packages, sizes, YAML, playbooks and roles
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m ruff check --select D1 --ignore D104,D105,D107 mrcore
 	$(PY) -m mypy --strict mrcore
 	$(PY) tools/check_sizes.py
+	.venv/bin/lint-imports
 	.venv/bin/yamllint --strict .
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/ansible-lint --offline --strict
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from works import digest, make_inputs
 
-from mrcore import job as jobs
+from mrcore.cluster.manage_cluster import ManageCluster
 from mrcore.launchers import local
-from mrcore.manage_cluster import ManageCluster
+from mrcore.queue import job as jobs
 
 HERE = Path(__file__).resolve().parent
 SHARE = 0.01

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import mrcore
-from mrcore import manifest
+from mrcore.cluster.manage_cluster import ManageCluster
 from mrcore.launchers import local
-from mrcore.manage_cluster import ManageCluster
-from mrcore.scheduler import Runner, Scheduler
-from mrcore.validation import parse_yaml
+from mrcore.queue.scheduler import Runner, Scheduler
+from mrcore.settings.validation import parse_yaml
+from mrcore.state import manifest
 
 PROJECTS = Path(__file__).resolve().parents[1] / "projects"
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {

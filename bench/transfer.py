@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mrcore.config import Settings
-from mrcore.file_transfer import FileTransfer
 from mrcore.launchers import local
-from mrcore.rpc import tls
-from mrcore.rpc.tls import DATA_PROTOCOL, Pki
+from mrcore.settings.config import Settings
+from mrcore.transfer.file_transfer import FileTransfer
+from mrcore.wire import tls
+from mrcore.wire.tls import DATA_PROTOCOL, Pki
 
 LARGE_BYTES, SMALL_FILES, SMALL_BYTES = 1 << 30, 100_000, 1_000
 SCP_FILES, ROUNDS, BLOCK_BYTES = 200, 6, 1 << 20

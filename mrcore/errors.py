@@ -100,3 +100,8 @@ def unforeseen(error: BaseException, where: str = "internal error") -> MrcoreErr
         return ClusterFault(f"{where}: the machine cannot go on: {text.clean(error)}")
     frames = "".join(traceback.format_exception(error))
     return InternalError(f"{where}: {text.type_name(error)}: {text.one_line(error, 500)}", internal_traceback=frames)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether the disk is full, which is no fault of the job, whoever was writing."""
+    return issubclass(type(error), OSError) and OSError.__dict__["errno"].__get__(error) in (errno.ENOSPC, errno.EDQUOT)

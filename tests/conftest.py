@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from mrcore.config import Settings, load_settings
-from mrcore.scheduler import Scheduler
+from mrcore.queue.scheduler import Scheduler
+from mrcore.settings.config import Settings, load_settings
 
 
 def left_out() -> dict[str, str]:

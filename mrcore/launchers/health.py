@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from mrcore import RELEASE, WIRE_VERSION
-from mrcore.config import NodeSettings, Settings
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable
-from mrcore.rpc.client import Client
-from mrcore.rpc.tls import Pki, master_pki
+from mrcore.settings.config import NodeSettings, Settings
+from mrcore.wire.client import Client
+from mrcore.wire.tls import Pki, master_pki
 
 NODES_AT_ONCE = 64  # they only wait
 RETRY_SECONDS = 0.2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from mrcore import manifest
+from mrcore.state import manifest
 
 
 def removable(state_dir: Path, entries: Iterable[str]) -> list[str]:

@@ -26,12 +26,12 @@ from textwrap import indent
 from typing import Any
 
 import mrcore
-from mrcore import procfs
-from mrcore.config import LOCAL_SHAPE, NodeSettings, Settings, load_settings, server_memory_bytes
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers import leftovers
-from mrcore.paths import close_home, make_private, remove_tree, write_atomic
-from mrcore.watched import members_content, read_membership
+from mrcore.settings.config import LOCAL_SHAPE, NodeSettings, Settings, load_settings, server_memory_bytes
+from mrcore.system import procfs
+from mrcore.system.paths import close_home, make_private, remove_tree, write_atomic
+from mrcore.wire.members import members_content, read_membership
 
 READY_SECONDS = 60.0  # for all together: 96 servers on two cores took 4
 STOP_SECONDS, KILL_SECONDS = 10.0, 30.0
@@ -158,11 +158,11 @@ def status(settings: Settings) -> list[Json]:
 def _daemons(settings: Settings) -> list[_Daemon]:
     mark = cluster_id(settings.home)
     agents = [
-        _Daemon("agent", "mrcore.node_agent", node, node.agent_port, f"{mark}/agent@{node.address}")
+        _Daemon("agent", "mrcore.node.node_agent", node, node.agent_port, f"{mark}/agent@{node.address}")
         for node in settings.nodes
     ]
     return agents + [
-        _Daemon(server.name, "mrcore.cluster_server", server.node, server.port, f"{mark}/{server.name}")
+        _Daemon(server.name, "mrcore.node.cluster_server", server.node, server.port, f"{mark}/{server.name}")
         for server in settings.servers()
     ]
 
@@ -216,7 +216,7 @@ def _make_certificates(settings: Settings) -> dict[tuple[str, str], list[str]]:
 
     O is this cluster's alone, also when another one has a copy of the CA. Gives the serials by (role, name).
     """
-    from mrcore import pki  # only here: cryptography takes longer to load than a server to start
+    from mrcore.wire import pki  # only here: cryptography takes longer to load than a server to start
 
     authority, serials = settings.pki_dir / "ca.crt", dict[tuple[str, str], list[str]]()
     if not authority.exists():

@@ -26,10 +26,10 @@ import paramiko
 from fabric import Config, Connection
 from invoke.exceptions import CommandTimedOut
 
-from mrcore import logs
-from mrcore.config import NodeSettings, Settings
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
 from mrcore.launchers import health, leftovers
+from mrcore.settings.config import NodeSettings, Settings
+from mrcore.system import logs
 
 HELPER = ("sudo", "-n", "/opt/mrcore/bin/units")
 VERB_SECONDS = {"start": 60, "stop": 150, "kill": 60, "status": 30}

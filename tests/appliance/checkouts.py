@@ -31,7 +31,7 @@ def checkout(folder: Path, version: str, wire: int | None = None, broken: bool =
     project = folder / "pyproject.toml"
     project.write_text(re.sub(r'^version = ".*"', f'version = "{version}"', project.read_text(), flags=re.MULTILINE))
     if broken:  # where it says that it is ready: it can be imported, and does not run
-        agent = folder / "mrcore/node_agent.py"
+        agent = folder / "mrcore/node/node_agent.py"
         text, count = re.subn(
             r"procfs\.announce_ready\(\)", "raise SystemExit('this build does not start')", agent.read_text()
         )

@@ -8,8 +8,8 @@ import pytest
 from harness import AGENT_PORT, Machine, Operator, Person, wait_until
 
 from mrcore.errors import Refused, Unreachable
-from mrcore.rpc.client import Client
-from mrcore.rpc.tls import Pki
+from mrcore.wire.client import Client
+from mrcore.wire.tls import Pki
 
 FILES = 30  # so many that each of three nodes holds some of them
 FOLDER = "/var/lib/mrcore/compute/cluster/many"

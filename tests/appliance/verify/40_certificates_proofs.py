@@ -17,8 +17,8 @@ import pytest
 from harness import AGENT_PORT, SERVER_PORT, Machine, Operator, wait_until
 
 from mrcore.errors import Refused, Unreachable
-from mrcore.rpc.client import Client
-from mrcore.rpc.tls import RPC_PROTOCOL, Pki
+from mrcore.wire.client import Client
+from mrcore.wire.tls import RPC_PROTOCOL, Pki
 
 WRONG = ["foreign", "expired", "early", "stranger", "no-role", "unlisted", "second-master", "other-cluster"]
 

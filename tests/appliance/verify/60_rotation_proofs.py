@@ -9,8 +9,8 @@ import waiting
 from harness import AGENT_PORT, Machine, Operator, Person, wait_until
 
 from mrcore.errors import Refused
-from mrcore.rpc.client import Client
-from mrcore.rpc.tls import Pki
+from mrcore.wire.client import Client
+from mrcore.wire.tls import Pki
 
 # What a run that is killed was at: the new authority is trusted beside the old; some machine has its new pair.
 MOMENTS = ("Trust both authorities everywhere", "Put it in place")

@@ -1,0 +1,168 @@
+"""The operator's commands: settings, backup and restore, the ledger."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mrcore.admin import copies
+from mrcore.cli.common import (
+    ARGUMENTS,
+    JSON,
+    chosen_settings,
+    insist,
+    print_json,
+    print_table,
+    scheduler_in_force,
+    settings_in_force,
+    settings_of_caller,
+)
+from mrcore.text import one_line
+
+JOBS_TOLD = 100
+
+
+@click.command()
+@JSON
+def settings(as_json: bool) -> None:
+    """Print the settings in force, with all defaults, as YAML; exit status 2 names every fault of a file."""
+    from mrcore.settings.validation import dump_yaml
+
+    found = settings_of_caller().model_dump(mode="json")
+    if as_json:
+        return print_json(found)
+    click.echo(dump_yaml(found), nl=False)
+    return None
+
+
+@click.command()
+@click.option("--deep", is_flag=True, help="Also read all output of all jobs, as `mrcore cat` does.")
+@JSON
+def doctor(deep: bool, as_json: bool) -> int:
+    """Look for what is wrong or soon will be, and say what it means and what to do; exit status 1 if there is any."""
+    from mrcore.admin import doctor as examine
+
+    facts = examine.gather(settings_in_force(), deep)
+    findings = examine.judge(facts)
+    if as_json:
+        print_json({"findings": [each._asdict() for each in findings], "facts": facts})
+        return int(bool(findings))
+    for each in findings:
+        click.echo(f"{each.where}: {each.what}\n  means: {each.means}\n  do: {each.do}")
+    if not findings:
+        click.echo(f"nothing is wrong: {len(facts['nodes'])} nodes, {len(facts['servers'])} cluster servers, the queue")
+    return int(bool(findings))
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
+@click.option("--copy-to", "node", metavar="NODE", help="Keep a copy on this node, in backups/ of its compute_dir.")
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="Remove older ones of such a name, here and there.")
+@click.option("--signed", is_flag=True, help="What standard input holds is the backup: keep that.")
+def backup(file: Path, node: str | None, keep: int | None, signed: bool) -> None:
+    """Copy queue, history, ledger and manifests into one file (-: standard output, not signed), also while a Runner
+    runs, and sign it: on a deployed master that takes root, and the file is user mrcore's all the same."""
+    from mrcore.state import backup as backups
+
+    to_output = str(file) == "-"
+    if not signed and not to_output:
+        _signed_by_root()
+    settings = settings_in_force()
+    if node is not None:
+        settings.node(node)  # before anything is done
+    if to_output:
+        counts = backups.write(settings, sys.stdout.buffer)
+    else:
+        counts = backups.backup(settings, file, sys.stdin.buffer if signed else None)
+    click.echo(
+        f"{one_line(file)}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()), err=to_output
+    )
+    if not signed and not to_output and not backups.may_sign(settings):
+        click.echo("it is not signed, since only root can here: a restore will want --unverified", err=True)
+    gone = copies.prune(settings, file, keep) if keep else 0
+    if node is not None:
+        click.echo(f"a copy is on {node}: {one_line(copies.copy_to_node(settings, file, node))}")
+        gone += copies.prune(settings, file, keep, node) if keep else 0
+    if gone:
+        click.echo(f"older ones removed: {gone}")
+
+
+def _signed_by_root() -> None:
+    """If the caller has the key and the settings' user has not: have that user make the backup, sign it, and become
+    that user with it as standard input, to keep it. Else return."""
+    from mrcore.settings import sudo
+    from mrcore.state import backup as backups
+
+    settings = settings_of_caller()
+    if not sudo.is_needed(settings) or not backups.may_sign(settings):
+        return
+    with tempfile.TemporaryFile() as content, tempfile.TemporaryFile() as signed:
+        sudo.call(settings, [*chosen_settings(), "backup", "-"], content)
+        backups.sign(settings, content, signed)
+        signed.flush()
+        os.lseek(signed.fileno(), 0, os.SEEK_SET)
+        os.dup2(signed.fileno(), 0)
+    arguments = click.get_current_context().meta[ARGUMENTS]
+    sudo.hand_over(settings, [*chosen_settings(), *arguments, "--signed"])
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--force", is_flag=True, help="Replace the jobs and the history that there are.")
+@click.option("--unverified", is_flag=True, help="Also one whose signature is wrong or missing: see below.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def restore(file: Path, force: bool, unverified: bool, yes: bool) -> None:
+    """Bring back queue, history, ledger and manifests from a backup. No Runner may run.
+
+    Says which jobs would run, and asks. With --unverified whoever could write to FILE, such as every job on the node
+    that had it, decides what runs on the master.
+    """
+    from mrcore.state.backup import restore as read
+
+    def agree(about: dict[str, Any]) -> None:
+        moment = datetime.fromtimestamp(about["time"]).astimezone().isoformat(timespec="seconds")
+        click.echo(f"{one_line(file)} is of {moment}; the jobs that wait in it: {len(about['jobs'])}", err=True)
+        for each in about["jobs"][:JOBS_TOLD]:
+            script = f", {one_line(each['script'])}" if each["script"] else ""
+            told = f"{one_line(each['job_name'])}: {one_line(each['job_type'])}{script}"
+            click.echo(f"  {told}, submitted by {one_line(each['submitter'])}", err=True)
+        if len(about["jobs"]) > JOBS_TOLD:
+            click.echo(f"  and {len(about['jobs']) - JOBS_TOLD} more", err=True)
+        insist(yes, "Restore this? They run once a Runner does.")
+
+    about = read(settings_in_force(), file, force, not unverified, agree)
+    click.echo(f"restored as of {datetime.fromtimestamp(about['time']).astimezone().isoformat(timespec='seconds')}")
+
+
+@click.group()
+def ledger() -> None:
+    """What a job with hold_state has read of its inputs."""
+
+
+@ledger.command()
+@click.argument("job")
+@JSON
+def show(job: str, as_json: bool) -> None:
+    """List the files that a job has read, and how far."""
+    rows = scheduler_in_force().ledger(job)
+    if as_json:
+        return print_json(rows)
+    print_table(rows, {"path": "FILE", "holder": "NODE", "bytes": "READ", "modified": "MODIFIED"})
+    return None
+
+
+@ledger.command()
+@click.argument("job")
+def forget(job: str) -> None:
+    """Have a job's next run read all its inputs anew and replace its whole output."""
+    count = scheduler_in_force().forget_ledger(job)
+    click.echo(f"{job}: {count} files forgotten; its next run reads all its inputs and replaces its output")
+
+
+COMMANDS: list[click.Command] = [settings, doctor, backup, restore, ledger]

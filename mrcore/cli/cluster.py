@@ -1,0 +1,181 @@
+"""The commands about the cluster's daemons: start and stop them, look at them, read what they print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mrcore.cli.common import JSON, cluster_in_force, print_json, print_table, scheduler_of, settings_in_force
+from mrcore.errors import ClusterFault, UsageError
+from mrcore.system.logs import last_lines
+from mrcore.text import clean, one_line
+
+if TYPE_CHECKING:
+    from mrcore.settings.config import Settings
+
+
+@click.group()
+def cluster() -> None:
+    """Start, stop and look at the cluster's servers."""
+
+
+@cluster.command()
+@click.option("--nodes", type=click.IntRange(1, 250), help="Local nodes (127.0.0.1, 127.0.0.2, …).")
+@click.option("--servers", type=click.IntRange(1, 256), help="Cluster servers on each local node.")
+@click.option("--address", help="Address of the first local node.")
+@click.option("--agent-port", type=click.IntRange(1, 65535), help="Port of the node agents.")
+@click.option("--server-port", type=click.IntRange(1, 65535), help="Port of each node's first cluster server.")
+def start(**shape: Any) -> None:
+    """Start all servers; what runs already is left alone."""
+    settings = settings_in_force()
+    given = {key: value for key, value in shape.items() if value is not None}
+    if given:
+        if not settings.local:
+            raise UsageError("the shape of a deployed cluster stands in its settings: leave the options out")
+        from mrcore.launchers import local
+
+        local.configure(settings.home, **given)
+        settings = settings_in_force()
+    cluster_in_force(settings).start_cluster()
+    scheduler_of(settings).end_hold()  # which may have waited for this
+    servers = settings.servers()
+    click.echo(f"cluster {settings.cluster_name} is up: {len(settings.nodes)} nodes, {len(servers)} cluster servers")
+
+
+@cluster.command()
+def stop() -> None:
+    """Stop all servers gracefully."""
+    cluster_in_force().stop_cluster()
+    click.echo("the cluster is stopped")
+
+
+@cluster.command()
+def kill() -> None:
+    """End all servers and whatever they started, for certain."""
+    cluster_in_force().kill_cluster()
+    click.echo("the cluster is stopped")
+
+
+@cluster.command()
+@JSON
+def status(as_json: bool) -> None:
+    """Show every node agent and cluster server; status 1 when a node gives no answer."""
+    answer = cluster_in_force().status()
+    if as_json:
+        print_json(answer)
+    else:
+        print_table(answer, {key: key.upper() for row in answer for key in row if key != "reason"})
+    if reasons := {row["node"]: row["reason"] for row in answer if "reason" in row}:
+        told = "".join(f"\n  {node}: {reason}" for node, reason in reasons.items())
+        raise ClusterFault(f"no answer from {len(reasons)} of {len({row['node'] for row in answer})} nodes:{told}")
+
+
+@cluster.command()
+@click.argument("nodes", nargs=-1, metavar="[NODE…]")
+@click.option("--wait", type=click.FloatRange(0), default=0, metavar="SECONDS", help="For answers, all together.")
+@click.pass_context
+def check(context: click.Context, nodes: tuple[str, ...], wait: float) -> None:
+    """See whether all daemons (of these nodes) answer over TLS in the release of this command; else status 1."""
+    from mrcore.launchers import health
+
+    settings = settings_in_force()
+    found = health.check(settings, [settings.node(name) for name in nodes] or settings.nodes, wait)
+    for node, faults in found.items():
+        for fault in faults:
+            click.echo(f"{node}: {fault.text}", err=True)
+    if any(found.values()):
+        context.exit(1)
+    click.echo(f"all daemons of {', '.join(found)} answer")
+
+
+@click.command()
+@click.argument("server")
+def attach(server: str) -> None:
+    """Show the screen window of a cluster server, such as S_3; Ctrl-a d leaves it."""
+    settings = settings_in_force()
+    if settings.local:
+        raise UsageError(
+            f"the daemons of a local cluster have no windows: `mrcore logs {server}` shows what they print, "
+            "`mrcore try` debugs a function"
+        )
+    from mrcore.launchers import ssh
+
+    command = ssh.attach_command(settings, server)
+    os.execvp(command[0], command)
+
+
+@click.command()
+@click.argument("name", required=False, metavar="[SERVER|agent@NODE|JOB]")
+@click.option("--lines", type=click.IntRange(1), default=100, show_default=True, help="Last lines of each file.")
+@click.option("--raw", is_flag=True, help="Print the bytes as they are, control characters included.")
+def logs(name: str | None, lines: int, raw: bool) -> None:
+    """Print the end of a server's, an agent's or a job's log; without a name, list the logs.
+
+    What a terminal would obey is shown as \\x1b and the like, since anybody's data may be in a log.
+    """
+    settings = settings_in_force()
+    if name is not None and (daemon := _daemon(settings, name)):
+        if not settings.local:
+            from mrcore.launchers import ssh
+
+            return _print_log(ssh.read_log(settings, *daemon, lines).encode(errors="surrogateescape"), raw)
+        node = next(node for node in settings.nodes if node.name == daemon[0])
+        chosen = [file for file in [node.layout.logs_dir / f"{daemon[1]}.log"] if file.is_file()]
+    folders = [node.layout.logs_dir for node in settings.nodes if settings.local] + [settings.logs_dir]
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+    if name is None:
+        return _list_logs(settings, files)
+    if not daemon:
+        chosen = [file for file in files if file.stem == name or file.name == name]
+        of_script = [file for file in (settings.logs_dir / "scripts" / name).glob("*.log") if file.stem.isdecimal()]
+        chosen += sorted(of_script, key=lambda file: int(file.stem))[-1:]  # of its newest run
+    if not chosen:
+        names = {file.parent.name if file.stem.isdecimal() else file.stem for file in files if file.suffix == ".log"}
+        names |= set() if settings.local else {"agent@NODE", *(server.name for server in settings.servers())}
+        known = ", ".join(sorted(names)) or "none yet: `mrcore cluster start` makes them"
+        raise UsageError(f"there is no log of {name!r}; known: {known}")
+    for file in chosen:
+        if len(chosen) > 1:
+            click.echo(f"==> {one_line(file)} <==")
+        _print_log(last_lines(file, lines), raw)
+    return None
+
+
+def _print_log(content: bytes, raw: bool) -> None:
+    """Print the end of a log as it is, or so that no terminal obeys it; long lines are shortened then."""
+    if not raw:
+        lines = content.decode(errors="backslashreplace").replace("\r\n", "\n").split("\n")
+        click.echo("\n".join(clean(line) for line in lines), nl=False)
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
+
+
+def _daemon(settings: Settings, name: str) -> tuple[str, str] | None:
+    """Node and daemon that `S_3` or `agent@NODE` names; None when it names neither."""
+    kind, _, place = name.partition("@")
+    if kind == "agent" and place in [node.name for node in settings.nodes]:
+        return place, kind
+    return next(((server.node.name, name) for server in settings.servers() if server.name == name), None)
+
+
+def _list_logs(settings: Settings, files: list[Path]) -> None:
+    """Sizes and paths, also of the files on the nodes of a deployed cluster."""
+    for file in files:
+        click.echo(f"{file.stat().st_size:>12} {one_line(file)}")
+    if not settings.local:
+        from mrcore.launchers import ssh
+
+        found, faults = ssh.list_logs(settings)
+        for node, path, size in found:
+            click.echo(f"{size:>12} {node}:{one_line(path)}")
+        if faults:
+            told = "".join(f"\n  {node}: {reason}" for node, reason in faults.items())
+            raise ClusterFault(f"no answer from {len(faults)} of {len(settings.nodes)} nodes:{told}")
+
+
+COMMANDS = (cluster, attach, logs)

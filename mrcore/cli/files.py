@@ -1,0 +1,233 @@
+"""The commands that move files now, outside the queue: with progress on a terminal, one line in a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mrcore.cli.common import JSON, insist, print_json, settings_in_force
+from mrcore.errors import ClusterFault, UsageError
+from mrcore.system.permissions import blocked
+from mrcore.system.terminal import raw
+from mrcore.text import one_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from mrcore.transfer.file_transfer import FileTransfer
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[tuple[Callable[..., None], Progress]]:
+    """What shows how a transfer goes, if there is a terminal to show it on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(file=raw(sys.stderr))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("LIST", total=None)
+
+        def report(phase: str, files: int, sent_bytes: int, total_bytes: int) -> None:
+            what = f"{phase} {files:,} files" if files else phase
+            bar.update(shown, description=what, completed=sent_bytes, total=total_bytes or None)
+
+        yield report, bar
+
+
+@contextlib.contextmanager
+def _transfer(
+    local: str = "/", write: bool = False, agree: Callable[[dict[str, Any]], None] = lambda told: None
+) -> Iterator[FileTransfer]:
+    """A FileTransfer of the settings in force that shows how it goes; `agree` has the terminal for itself.
+
+    Raises UsageError if the user who runs it may not read, or fill, the local side, or while a drain goes on.
+    """
+    from mrcore.state.store import Store
+    from mrcore.transfer.file_transfer import FileTransfer
+
+    settings = settings_in_force()
+    if reason := blocked(local, write):
+        raise UsageError(reason)
+    with contextlib.closing(Store(settings.state_dir)) as store:
+        if reason := store.held_by_drain():
+            raise UsageError(f"{reason}; transfers have to wait for that")
+    with _bar() as (report, bar):
+
+        def agreed(told: dict[str, Any]) -> None:
+            bar.stop()
+            agree(told)
+            bar.start()
+
+        yield FileTransfer(settings, report, agree=agreed)
+
+
+def _say(verb: str, counts: dict[str, Any]) -> None:
+    more = "".join(f", {counts[key]:,} {text}" for key, text in _MORE.items() if counts.get(key))
+    click.echo(f"{verb} {counts['files']:,} files, {counts['bytes']:,} bytes{more}")
+
+
+def _tell_going(told: dict[str, Any], what: str) -> None:
+    click.echo(f"{what}:" if told["files"] else f"{what}: nothing", err=True)
+    for node, count in told["nodes"].items():
+        if count["files"]:
+            click.echo(f"  {node}: {count['files']:,} files, {count['bytes']:,} bytes", err=True)
+    for each in told["outputs"]:
+        click.echo(
+            f"  among them output of {each['job_name']} (run {each['run']}): {each['files']:,} parts, "
+            f"{each['bytes']:,} bytes",
+            err=True,
+        )
+
+
+_MORE = {"skipped": "unchanged", "removed": "others removed"}
+YES = click.option("--yes", is_flag=True, help="Do not ask.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only tell what would go.")
+ONE_BY_ONE = click.option("--one-by-one", is_flag=True, help="Not several files at once.")
+
+
+@click.command()
+@click.argument("local")
+@click.argument("folder")
+@click.option("--changed", is_flag=True, help="Send what is new or changed, instead of replacing FOLDER as a whole.")
+@click.option("--compress", is_flag=True, help="Let the files arrive as NAME.gz.")
+@ONE_BY_ONE
+@YES
+@DRY_RUN
+def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: bool, yes: bool, dry_run: bool) -> None:
+    """Spread a LOCAL folder's files over the nodes' FOLDER, such as inputs/logs.
+
+    Without --changed FOLDER is replaced: files that it has and LOCAL has not go, which is asked for first.
+    """
+
+    def agree(told: dict[str, Any]) -> None:
+        if told["files"] or dry_run:
+            _tell_going(told, f"files of {folder} that {local} does not have, and that would go")
+        if dry_run:
+            raise click.exceptions.Exit(0)
+        if told["files"]:
+            insist(yes, "Replace the folder?")
+
+    if one_by_one and compress:
+        raise click.UsageError("--compress goes with several files at once only: leave --one-by-one out")
+    with _transfer(local, agree=agree) as transfer:
+        if one_by_one:
+            counts = transfer.upload(local, folder, not changed)
+        else:
+            counts = transfer.upload_bulk(local, folder, not changed, compress)
+    _say("uploaded", counts)
+
+
+@click.command()
+@click.argument("folder")
+@click.argument("local")
+@click.option("--keep", is_flag=True, help="Keep what else lies in the LOCAL folder.")
+@ONE_BY_ONE
+def download(folder: str, local: str, keep: bool, one_by_one: bool) -> None:
+    """Fetch the nodes' FOLDER (such as JOB/reduce; wildcards count) into a LOCAL folder, which is cleared."""
+    with _transfer(local, write=True) as transfer:
+        counts = (transfer.download if one_by_one else transfer.download_bulk)(folder, local, not keep)
+    _say("downloaded", counts)
+
+
+@click.command(name="upload-auxiliary")
+@click.argument("file")
+@click.argument("name")
+def upload_auxiliary(file: str, name: str) -> None:
+    """Give every node a local JSON FILE as the auxiliary data NAME."""
+    with _transfer(file) as transfer:
+        _say("uploaded", transfer.upload_auxiliary(file, name))
+
+
+@click.command()
+@click.argument("path")
+@YES
+@DRY_RUN
+def rm(path: str, yes: bool, dry_run: bool) -> None:
+    """Remove a file or folder under the nodes' base_dir; wildcards count.
+
+    Asks before output that jobs have published goes, and before what a wildcard in the first part of PATH matches does.
+    """
+
+    def agree(told: dict[str, Any]) -> None:
+        if told["outputs"] or (told["everywhere"] and told["files"]):
+            _tell_going(told, f"{path} would remove")
+            insist(yes, "Remove all of this?")
+
+    with _transfer(agree=agree) as transfer:
+        told = transfer.delete_files(path, by=f"`mrcore rm {one_line(path, 200)}`", dry_run=dry_run)
+    if dry_run:
+        return _tell_going(told, f"{path} would remove")
+    return _say("removed", told)
+
+
+@click.command()
+@click.argument("node")
+@click.option(
+    "--list", "--dry-run", "only_list", is_flag=True, help="Only tell what the node holds; exit status 0: nothing."
+)
+@click.option(
+    "--wait", type=click.FloatRange(0), default=3600, show_default=True, help="Seconds for the run under way to end."
+)
+@YES
+@JSON
+def drain(node: str, only_list: bool, wait: float, yes: bool, as_json: bool) -> None:
+    """Move all that a NODE holds, published output too, to the others; asks first, may be repeated.
+
+    Exit status 1: something is left.
+    """
+    from mrcore.admin import drain as work
+
+    settings, said = settings_in_force(), [""]
+    if only_list:
+        told = work.look(settings, node)
+    else:
+        if not (yes or as_json) and sys.stdin.isatty():
+            with contextlib.suppress(ClusterFault):  # it is gone: what was begun with it is ended all the same
+                _tell_drained(work.look(settings, node))
+        insist(yes, f"Move all of this from {one_line(node, 100)} to the other nodes?")
+        with _bar() as (report, _):
+
+            def progress(phase: str, **facts: int) -> None:
+                if phase.startswith("waiting") and phase != said[0]:
+                    click.echo(f"{phase} to end", err=True)
+                said[0] = phase
+                report(phase, **facts)
+
+            told = work.drain(settings, node, progress, wait)
+    if as_json:
+        print_json(told)
+    else:
+        _tell_drained(told)
+    if not told["empty"]:
+        sys.exit(1)
+
+
+def _tell_drained(told: dict[str, Any]) -> None:
+    for target, count in sorted(told.get("moved", {}).items()):
+        _say(f"to {target}:", count)
+    for old, target, new in told.get("renamed", ()):
+        click.echo(one_line(f"{target} had a file {old} already: that of {told['node']} is {new} there now"))
+    for kind, count in told.get("kinds", {}).items():
+        if count["files"]:
+            _say(f"{told['node']} holds {kind}:", count)
+    for job in told.get("jobs", ()):
+        _say(f"  output of {job['job_name']}:", job)
+    for why in [*told.get("left", ()), *told.get("cannot_move", ())]:
+        click.echo(one_line(f"not moved: {why}"))
+    for each in told.get("faults", ()):
+        click.echo(f"output of {each['job']} on {told['node']} is {each['kind']}: {len(each['names'])} parts")
+    for each in told.get("elsewhere", ()):
+        click.echo(
+            f"job {each['job_name']} reads {one_line(each['input_dir'])} on {told['node']}, outside of base_dir: what "
+            "lies there is not moved; copy it yourself, or change the job"
+        )
+    if told["empty"]:
+        click.echo(f"{told['node']} holds nothing that would be lost with it")
+
+
+COMMANDS: list[click.Command] = [upload, download, upload_auxiliary, rm, drain]

@@ -1,0 +1,250 @@
+"""Input files: how they are cut into splits, and how a split's lines are read.
+
+A line belongs to the split that holds its first byte; only a newline ends a line. A file is read up to the size that
+it had when it was listed, so a growing log is fine; one that shrinks or is replaced meanwhile fails its split.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from mrcore.errors import JobFault
+from mrcore.system.readers import HEAD_BYTES, Damaged, decompress, format_of, no_text, open_regular
+
+SAMPLE_BLOCK_BYTES = 64 * 1024
+PROBE_BYTES = 4096  # read at a time to find where a line ends: a sampled block costs two such probes
+MIN_SPLIT_BYTES, MAX_SPLIT_BYTES = 1 << 20, 64 << 20
+SPLITS_PER_SERVER = 8  # so that a slow one delays the end by an eighth of a server's work at most
+OPEN_COST_BYTES = 16 * 1024  # opening a small file takes as long as reading about so many bytes
+THIN_BY_LINES_BELOW = 64 << 20  # a sample expected to be smaller than this is thinned line by line
+
+InputFile = tuple[str, int, int, int]  # path, size in bytes, mtime in ns, inode
+
+
+# --- Splits ----------------------------------------------------------------------------------------------------------
+
+
+def plan_bundles(files: Sequence[Sequence[Any]], servers: int, first_id: int = 0) -> list[dict[str, Any]]:
+    """Cut one node's files into bundles of splits, the unit that is handed to a map task.
+
+    A bundle is `{"id": n, "pieces": [[path, start, end, size, mtime_ns, inode]…]}` of 1 to 64 MiB, `end` None for a
+    compressed file, which is one split. Cuts fall on multiples of 64 KiB, so that a sample does not depend on them.
+    An InputFile may have a fifth field: the position from which to read it.
+    """
+    total = sum(max(size - sum(begin), OPEN_COST_BYTES) for _, size, _, _, *begin in files)
+    target = min(MAX_SPLIT_BYTES, max(MIN_SPLIT_BYTES, total // max(1, servers * SPLITS_PER_SERVER)))
+    target = -(-target // SAMPLE_BLOCK_BYTES) * SAMPLE_BLOCK_BYTES
+    bundles: list[dict[str, Any]] = []
+    pieces: list[list[Any]] = []
+    weight = 0
+
+    def close() -> None:
+        nonlocal pieces, weight
+        if pieces:
+            bundles.append({"id": first_id + len(bundles), "pieces": pieces})
+        pieces, weight = [], 0
+
+    for path, size, mtime_ns, inode, *begin in files:
+        if format_of(path):
+            pieces.append([path, 0, None, size, mtime_ns, inode])
+            weight += max(size * 4, OPEN_COST_BYTES)
+        else:
+            for start in range(sum(begin), size, target):
+                end = min(size, start + target)
+                if weight and weight + end - start > target:
+                    close()
+                pieces.append([path, start, end, size, mtime_ns, inode])
+                weight += max(end - start, OPEN_COST_BYTES)
+        if weight >= target:
+            close()
+    close()
+    return bundles
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A random share `p` of the lines; `by_lines` thins line by line, else whole 64 KiB blocks are kept or not.
+
+    The choice is made per aligned block of a file, from `seed` and the file's whole path, whatever the splits are. Of
+    a file in `base_dir` the path below it counts, so that it does not matter on which node the file lies.
+    """
+
+    p: float
+    seed: int
+    by_lines: bool
+    base_dir: str
+
+    def random(self, path: str, block: int) -> random.Random:
+        """Return the random numbers of one block of one file."""
+        return random.Random(f"{self.seed}:{path.removeprefix(self.base_dir.rstrip('/') + '/')}:{block}")
+
+
+class Reader:
+    """Reads splits as blocks of whole lines: `for offset, block in reader.blocks(piece)`.
+
+    `block` is bytes that end with a line's end (the file's last line may lack it), `offset` its place in the
+    (uncompressed) file. `bytes_read` counts what was read. Raises JobFault naming file and offset.
+    """
+
+    def __init__(self, *, max_line_bytes: int, block_bytes: int, sample: Sample | None = None) -> None:
+        self._max_line_bytes, self._block_bytes, self._sample = max_line_bytes, block_bytes, sample
+        self.bytes_read = 0
+
+    def blocks(self, piece: Sequence[Any]) -> Iterator[tuple[int, bytes]]:
+        """Read one piece of a bundle (see `plan_bundles`)."""
+        path, start, end, size, _, inode = piece
+        try:
+            with open(open_regular(path), "rb", buffering=0) as raw:
+                self._check_unchanged(raw, path, size, inode)
+                if end is None:
+                    yield from self._thinned(path, self._compressed(raw, path, size))
+                    self._check_unchanged(raw, path, size, inode)
+                    return
+                self._check_text(path, os.pread(raw.fileno(), HEAD_BYTES, 0))  # bad UTF-8 would not say what it is
+                if self._sample is not None and not self._sample.by_lines:
+                    yield from self._chosen_blocks(raw, path, start, end, size, self._sample)
+                else:
+                    yield from self._thinned(path, self._plain(raw, path, start, end, size))
+                self._check_unchanged(raw, path, size, inode)
+        except OSError as error:
+            raise JobFault(f"input file {path} cannot be read: {error.strerror or error}", file=path) from error
+
+    def _check_unchanged(self, raw: Any, path: str, size: int, inode: int) -> None:
+        now = os.fstat(raw.fileno())
+        if now.st_ino != inode or now.st_size < size:
+            what = "was replaced" if now.st_ino != inode else f"shrank from {size} to {now.st_size} bytes"
+            raise JobFault(f"input file {path} {what} since it was listed: run the job again", file=path)
+
+    def _check_text(self, path: str, head: bytes) -> None:
+        if what := no_text(head):
+            inside = "what is compressed in it " if format_of(path) else ""
+            raise JobFault(f"input file {path}: {inside}{what}", file=path)
+
+    def _plain(self, raw: Any, path: str, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
+        position = start
+        if start:
+            # The first line to start here follows the first newline at start - 1 or later.
+            raw.seek(start - 1)
+            position = start if raw.read(1) == b"\n" else self._line_end(raw, path, start, size)
+        raw.seek(position)
+        begin, pending = position, b""
+        while position < end:
+            fresh = raw.read(min(self._block_bytes, end - position))
+            if not fresh:
+                raise JobFault(f"input file {path} ended at byte {position}, before its listed size {size}", file=path)
+            position += len(fresh)
+            self.bytes_read += len(fresh)
+            cut = fresh.rfind(b"\n") + 1
+            if cut:
+                yield self._whole(path, begin, pending + fresh[:cut])
+                begin, pending = position - len(fresh) + cut, fresh[cut:]
+            else:
+                pending += fresh
+                self._check_line(path, begin, len(pending))
+        if pending:  # the last line that starts before `end` may reach past it
+            line_end = self._line_end(raw, path, position, size, begin)
+            raw.seek(position)
+            yield self._whole(path, begin, pending + raw.read(line_end - position))
+
+    def _line_end(self, raw: Any, path: str, position: int, size: int, begin: int | None = None) -> int:
+        """Give the offset behind the first newline at `position` or later, `size` when there is none.
+
+        The line's length is checked when its `begin` is given: the split that holds it reports it.
+        """
+        raw.seek(position)
+        while position < size:
+            fresh = raw.read(min(PROBE_BYTES, size - position))
+            if not fresh:
+                raise JobFault(f"input file {path} ended at byte {position}, before its listed size {size}", file=path)
+            self.bytes_read += len(fresh)
+            found: int = fresh.find(b"\n")
+            if found >= 0:
+                return position + found + 1
+            position += len(fresh)
+            if begin is not None:
+                self._check_line(path, begin, position - begin)
+        return size
+
+    def _whole(self, path: str, begin: int, block: bytes) -> tuple[int, bytes]:
+        if len(block) > self._max_line_bytes:
+            position = begin
+            for line in cut_lines(block):
+                self._check_line(path, position, len(line))
+                position += len(line)
+        return begin, block
+
+    def _check_line(self, path: str, begin: int, length: int) -> None:
+        if length > self._max_line_bytes:
+            raise JobFault(
+                f"input file {path}: the line at byte {begin} is longer than max_line_bytes "
+                f"({self._max_line_bytes:,}): is this a text file? If so, raise max_line_bytes",
+                file=path,
+                offset=begin,
+            )
+
+    def _compressed(self, raw: BinaryIO, path: str, size: int) -> Iterator[tuple[int, bytes]]:
+        form = format_of(path)
+        assert form is not None
+        blocks = decompress(raw, size, form, self._block_bytes)
+        begin, pending = 0, b""
+        while True:
+            try:
+                fresh = next(blocks, b"")
+            except Damaged as error:
+                raise JobFault(
+                    f"compressed input file {path} is damaged or cut off after {begin + len(pending):,} uncompressed "
+                    f"bytes: {error}; upload it again",
+                    file=path,
+                    offset=begin + len(pending),
+                ) from error
+            if not fresh:
+                break
+            if not begin and not pending:
+                self._check_text(path, fresh[:HEAD_BYTES])
+            self.bytes_read += len(fresh)
+            cut = fresh.rfind(b"\n") + 1
+            if cut:
+                yield self._whole(path, begin, pending + fresh[:cut])
+                begin, pending = begin + len(pending) + cut, fresh[cut:]
+            else:
+                pending += fresh
+                self._check_line(path, begin, len(pending))
+        if pending:
+            yield self._whole(path, begin, pending)
+
+    def _chosen_blocks(
+        self, raw: BinaryIO, path: str, start: int, end: int, size: int, sample: Sample
+    ) -> Iterator[tuple[int, bytes]]:
+        for begin in range(start, end, SAMPLE_BLOCK_BYTES):
+            if sample.random(path, begin // SAMPLE_BLOCK_BYTES).random() < sample.p:
+                yield from self._plain(raw, path, begin, min(end, begin + SAMPLE_BLOCK_BYTES), size)
+
+    def _thinned(self, path: str, blocks: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        if self._sample is None:
+            yield from blocks
+            return
+        number, draw = -1, self._sample.random(path, -1)
+        for offset, block in blocks:
+            for line in cut_lines(block):
+                if offset // SAMPLE_BLOCK_BYTES != number:
+                    number = offset // SAMPLE_BLOCK_BYTES
+                    draw = self._sample.random(path, number)
+                if draw.random() < self._sample.p:
+                    yield offset, line
+                offset += len(line)
+
+
+def cut_lines(block: bytes) -> list[bytes]:
+    """Cut a block into its lines, each with its newline."""
+    if b"\r" not in block:
+        return block.splitlines(keepends=True)
+    lines = [line + b"\n" for line in block.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    return lines if lines[-1] else lines[:-1]

@@ -1,0 +1,209 @@
+"""Reads splits and calls the map function on every line."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from mrcore import task
+from mrcore.engine.functions import NOTHING, Function, is_iterable, is_ours, raised_by_user, user_fault
+from mrcore.engine.inputs import Reader, cut_lines
+from mrcore.engine.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_item, is_plain_tuple
+from mrcore.engine.shuffler import DirectOutput, Shuffle
+from mrcore.errors import JobFault
+from mrcore.system import forks
+from mrcore.system.readers import unfinished_bytes
+from mrcore.text import clean
+
+LINES_PER_LOOK = 512  # at the memory
+SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers that frames must be sized
+
+
+def _line_offset(offset: int, text: str, stream: Iterator[str]) -> Callable[[], int]:
+    """Give a function that tells the byte offset of the line that was read last from `stream`."""
+    known = 0  # the character at byte `offset`: only what follows it is encoded again
+
+    def line_offset() -> int:
+        nonlocal known, offset
+        if isinstance(stream, io.StringIO):
+            start = text.rfind("\n", 0, max(0, stream.tell() - 1)) + 1
+            offset, known = offset + len(text[known:start].encode()), start
+        return offset
+
+    return line_offset
+
+
+class Map:
+    """Calls `function(line, auxiliary)` for the lines of splits and hands its items to `sink`.
+
+    `on_bad_text` says what happens to bytes that are no UTF-8: "fail" or "replace"; a character that a plain file ends
+    inside of is left out and counted in `unfinished_characters`. Items that got into the shuffle
+    unchecked (see `sorter`) are checked at the spill; when one is bad, the lines since the last spill are mapped again
+    with every item checked, only to name the line.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        name: str,
+        auxiliary: Any,
+        sink: Shuffle | DirectOutput,
+        reader: Reader,
+        *,
+        on_bad_text: str = "fail",
+    ) -> None:
+        self._function, self._name, self._auxiliary = function, name, auxiliary
+        self._sink, self._reader, self._on_bad_text = sink, reader, on_bad_text
+        self._snapshot = Snapshot()
+        self._since_spill: list[Sequence[Any]] = []
+        self._emit = self._to_shuffle if isinstance(sink, Shuffle) else self._to_parts
+        self.lines = self.items = self.unfinished_characters = 0
+        self._held = 0
+
+    def map(self, pieces: Sequence[Sequence[Any]]) -> dict[str, int]:
+        """Map the pieces of one bundle and give `{"lines", "items", "bytes"}` read and emitted by them.
+
+        Raises JobFault naming function, file, offset and line for whatever the user's code or data does wrong.
+        """
+        lines, items, read = self.lines, self.items, self._reader.bytes_read
+        for piece in pieces:
+            self._since_spill.append(piece)
+            self._map_piece(piece, self._emit)
+        return {"lines": self.lines - lines, "items": self.items - items, "bytes": self._reader.bytes_read - read}
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Seal the output and give its runs (or its parts, for a job without a reduce function)."""
+        try:
+            if isinstance(self._sink, DirectOutput):
+                return self._sink.close()
+            return self._sink.shuffle()
+        except (ValueError, OverflowError, TypeError) as error:
+            raise self._name_the_line(error) from error
+
+    def _map_piece(self, piece: Sequence[Any], emit: Any) -> None:
+        path = piece[0]
+        task.set_surroundings(input_file=path)
+        for block_offset, block in self._reader.blocks(piece):
+            if piece[2] is not None and block_offset + len(block) == piece[3] and (cut := unfinished_bytes(block)):
+                block = block[:-cut]  # a writer has flushed half a character: the rest is to come
+                self.unfinished_characters += 1
+            for offset, text in self._decode(path, block_offset, block) if block else ():
+                lines = text.count("\n") + (not text.endswith("\n"))
+                stream = io.StringIO(text, newline="\n") if lines > 1 else iter((text,))  # StringIO takes 4 bytes/char
+                task.set_offset(_line_offset(offset, text, stream))
+                forks.read_from(stream if isinstance(stream, io.StringIO) else None)
+                for _ in range(0, lines, LINES_PER_LOOK):
+                    self._note()
+                    emit(islice(stream, LINES_PER_LOOK))
+                    forks.check()
+                    self._sink.watch.look()  # its own thread may be kept waiting on a busy machine
+                self.lines += lines
+        task.set_offset(None)
+
+    def _note(self) -> None:
+        task.in_hand(f"map function {self._name}, the lines from byte {task.offset} of {task.input_file} on")
+
+    def _decode(self, path: str, offset: int, block: bytes) -> Iterator[tuple[int, str]]:
+        try:
+            yield offset, block.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self._on_bad_text == "replace":  # line by line: the replacements move what follows them
+                for line in cut_lines(block):
+                    yield offset, line.decode("utf-8", "replace")
+                    offset += len(line)
+                return
+            raise JobFault(
+                f"input file {path} is not UTF-8 at byte {offset + error.start} ({error.reason}): convert it, or set "
+                "on_bad_text: replace to read it with replacement characters",
+                file=path,
+                offset=offset + error.start,
+            ) from error
+
+    def _to_shuffle(self, stream: Iterator[str]) -> None:
+        """The hot loop: one dict operation per item that is a tuple of a scalar or flat key and a small scalar."""
+        assert isinstance(self._sink, Shuffle)
+        function, auxiliary = self._function, self._auxiliary
+        sorter, watch, limit = self._sink.sorter, self._sink.watch, self._sink.max_items
+        groups, held, spilled = sorter.groups, self._held, 0
+        line, item, items = "", None, NOTHING
+        try:
+            for line in stream:
+                item, items = None, NOTHING
+                items = function(line, auxiliary)
+                for item in items:
+                    if item.__class__ is tuple:
+                        key, value = item
+                        if (key.__class__ in SCALARS or is_plain_tuple(key)) and (
+                            value.__class__ in NUMBERISH or (value.__class__ is str and len(value) < SMALL_TEXT)
+                        ):
+                            groups[key].append(value)
+                        else:
+                            sorter.add(item)
+                    else:
+                        sorter.add(item)
+                    held += 1
+                    if watch.due or held >= limit:
+                        self._spill()
+                        spilled, held = spilled + held, 0
+        except BaseException as error:
+            raise self._fault(error, line, item, items) from error
+        self.items += spilled + held - self._held
+        self._held = held
+
+    def _to_parts(self, stream: Iterator[str]) -> None:
+        """Every item checked and written straight away: jobs without a reduce function, and `_name_the_line`."""
+        add = self._check_only if isinstance(self._sink, Shuffle) else self._sink.add
+        line, item, items = "", None, NOTHING
+        try:
+            for line in stream:
+                item, items = None, NOTHING
+                items = self._function(line, self._auxiliary)
+                for item in items:
+                    add(item)
+                    self.items += 1
+        except BaseException as error:
+            raise self._fault(error, line, item, items) from error
+
+    def _check_only(self, item: Any) -> None:
+        check_item(item, self._snapshot)
+
+    def _spill(self) -> None:
+        assert isinstance(self._sink, Shuffle)
+        try:
+            self._sink.spill()
+        except (ValueError, OverflowError, TypeError) as error:
+            raise self._name_the_line(error) from error
+        self._note()  # a combiner had others
+        del self._since_spill[:-1]  # the piece that is being read may go on
+
+    def _name_the_line(self, error: Exception) -> JobFault:
+        for piece in self._since_spill:
+            try:
+                self._map_piece(piece, self._to_parts)
+            except JobFault as named:
+                return named
+        return JobFault(f"map function {self._name}: {error}", function=self._name)
+
+    def _fault(self, error: BaseException, line: str, item: Any, items: Any) -> JobFault:
+        """Say what went wrong at a line: the function raised, or gave what is no item."""
+        where: dict[str, Any] = {"function": self._name, "file": task.input_file, "offset": task.offset}
+        where["line"] = clean(line, 500)
+        place = f"{where['file']}, byte {where['offset']}: {clean(line.rstrip(chr(10)), 120)!r}"
+        what = f"map function {self._name}"
+        if is_ours(error):
+            raise error
+        # What was raised before it had returned is its own as well: a function in C has no frame.
+        if raised_by_user(error) or items is NOTHING:
+            return user_fault(error, f"{what} failed at {place}", **where)
+        if issubclass(type(error), BadItem):
+            return JobFault(f"{what} emitted a bad item: {error}; at {place}", **where)
+        try:
+            if item is not None:
+                check_item(item, self._snapshot)
+        except BadItem as bad:
+            return JobFault(f"{what} emitted a bad item: {bad}; at {place}", **where)
+        if is_iterable(items):  # of what is in C, such as `map`
+            return user_fault(error, f"{what} failed at {place}", **where)
+        return JobFault(f"{what} returned no iterable of (key, value) pairs: {error}; at {place}", **where)

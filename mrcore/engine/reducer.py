@@ -1,0 +1,133 @@
+"""The read side of the shuffle: merge the runs of one partition, call the reduce function, write the parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mrcore import task
+from mrcore.engine.disk_list import DiskList
+from mrcore.engine.disk_sort import DiskSort, group_too_large
+from mrcore.engine.functions import NOTHING, Function, is_iterable, is_ours, raised_by_user, user_fault
+from mrcore.engine.memory import MemoryWatch
+from mrcore.engine.output import PartWriter
+from mrcore.engine.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe, nodes_of
+from mrcore.engine.shuffler import BATCH_ITEMS, BATCH_NODES
+from mrcore.errors import JobFault
+from mrcore.system import forks
+
+_UNCHECKED = object()  # stands for the value of an item that is not simply (this key, something)
+GROUPS_PER_NOTE = 256
+LARGE_GROUP = 4096  # values: it is looked whether they fit, and noted
+PAIR_BYTES = 72  # a (key, value) tuple and its place in the group's list
+
+
+class Reduce:
+    """Reduces one partition: `sort()` makes the runs ready to be merged, `reduce()` calls the function per group.
+
+    `disk_based_input` gives the function a DiskList as group; with `disk_based_output` its second argument becomes
+    `(empty DiskList, auxiliary)` and it returns the list that it filled.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        name: str,
+        auxiliary: Any,
+        sorter: DiskSort,
+        parts: PartWriter,
+        watch: MemoryWatch,
+        folder: Path,
+        *,
+        disk_based_input: bool = False,
+        disk_based_output: bool = False,
+    ) -> None:
+        self._function, self._name, self._auxiliary = function, name, auxiliary
+        self._sorter, self._parts, self._watch, self._folder = sorter, parts, watch, folder
+        self._disk_based_input, self._disk_based_output = disk_based_input, disk_based_output
+        self._snapshot = Snapshot()
+        self._batch: list[tuple[Key, Value]] = []
+        self._large = 0
+        self.groups = self.values = self.items = 0
+        self.keys_kept = True  # every item carries its group's key, in ascending order: `merge_output` relies on it
+
+    def sort(self) -> None:
+        """Bring the runs to a number that can be merged within the memory budget."""
+        self._sorter.prepare()
+
+    def reduce(self) -> list[dict[str, Any]]:
+        """Reduce all groups and give the finished parts. Raises JobFault naming function and key."""
+        for key, values in self._sorter.groups(self._disk_based_input):
+            if self.groups % GROUPS_PER_NOTE == 0 or len(values) > LARGE_GROUP:
+                what = f"the groups from key {describe(key)} on of partition {task.partition}"
+                task.in_hand(f"reduce function {self._name}, {what}")
+            self.groups += 1
+            self.values += len(values)
+            if isinstance(values, list):
+                if len(values) > LARGE_GROUP:
+                    self._check_fits(key, len(values))
+                group: Any = [(key, value) for value in values]
+            else:
+                group = values
+            self._reduce_group(key, group)
+            if self._watch.due:
+                self._flush(key)
+                self._watch.release()  # its new floor keeps this from happening at every group
+        self._flush(None)
+        return self._parts.close()
+
+    def _check_fits(self, key: Key, count: int) -> None:
+        if not self._watch.fits(count * PAIR_BYTES):
+            raise group_too_large(key, count, self._watch.budget_bytes)
+
+    def _reduce_group(self, key: Key, group: Any) -> None:
+        auxiliary = (DiskList(self._folder), self._auxiliary) if self._disk_based_output else self._auxiliary
+        item, items, key_nodes = None, NOTHING, nodes_of(key)
+        try:
+            items = self._function(group, auxiliary)
+            for item in items:
+                value = item[1] if item.__class__ is tuple and len(item) == 2 and item[0] is key else _UNCHECKED
+                if value.__class__ in NUMBERISH:  # what cannot be written is found when it is encoded
+                    self._batch.append(item)
+                    self._large += key_nodes
+                elif value.__class__ is str:
+                    self._batch.append(item)
+                    self._large += key_nodes + len(value)
+                else:
+                    checked = check_item(item, self._snapshot)
+                    self._large += self._snapshot.nodes + nodes_of(checked[0])
+                    self.keys_kept = self.keys_kept and checked[0] == key
+                    self._batch.append(checked)
+                if len(self._batch) >= BATCH_ITEMS or self._large > BATCH_NODES:
+                    self._flush(key)
+            if forks.in_child:
+                forks.check()
+        except BaseException as error:
+            raise self._fault(error, key, item, items) from error
+
+    def _flush(self, key: Key | None) -> None:
+        try:
+            self._parts.write(self._batch)
+        except (ValueError, OverflowError, TypeError) as error:
+            for item in self._batch:  # find it, to name it
+                try:
+                    check_item(item, self._snapshot)
+                except BadItem as bad:
+                    raise self._fault(bad, item[0], item, self._batch) from error
+            raise
+        self.items += len(self._batch)
+        self._batch, self._large = [], 0
+
+    def _fault(self, error: BaseException, key: Key, item: Any, items: Any) -> JobFault:
+        where = {"function": self._name, "key": describe(key)}
+        place, what = f"on the group of key {where['key']}", f"reduce function {self._name}"
+        if is_ours(error):
+            raise error
+        # What was raised before it had returned is its own as well: a function in C has no frame.
+        if raised_by_user(error) or items is NOTHING:
+            return user_fault(error, f"{what} failed {place}", **where)
+        if issubclass(type(error), BadItem):
+            return JobFault(f"{what} returned a bad item {place}: {error}", **where)
+        if is_iterable(items):  # of what is in C, such as `map`
+            return user_fault(error, f"{what} failed {place}", **where)
+        return JobFault(f"{what} returned no iterable of pairs {place}: {error}", **where)

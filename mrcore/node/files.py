@@ -1,0 +1,279 @@
+"""The node agent's share in file transfers: lists, takes, gives and removes files of the node's own folders.
+
+Names come by RPC, are checked there, and get numbers; data requests carry nothing but these numbers.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import secrets
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mrcore.errors import ClusterFault, JobFault, Refused
+from mrcore.system.paths import PART, PARTIAL, Layout
+from mrcore.system.staging import File, Staging, checked_file, inside, newest, remove, walk
+from mrcore.wire.data import Range, Upload, checksum
+from mrcore.wire.tls import Identity
+
+FILES_A_PAGE = 5_000
+MAX_HELD = 8  # listings, and uploads, begun and not ended: one more drops the one that was used the longest ago
+INCOMING_SECONDS = 86_400.0  # how long what an upload left when it was cut off can be resumed
+
+Json = dict[str, Any]
+Listed = list[tuple[str, File, int]]  # a file's path, whole or under base_dir; the file; inode
+
+
+@dataclass
+class Incoming:
+    """An upload under way: the batches announced, and the files that came."""
+
+    staging: Staging
+    announced: int = 0
+    batches: dict[int, list[File]] = field(default_factory=dict)
+    files: list[File] = field(default_factory=list)
+
+
+class FileMethods:
+    """The part of a node agent that moves files; all of it is for the master only. Names are relative to base_dir."""
+
+    RPC = "exists list_files file_checksum begin_upload announce commit_upload drop_upload delete_files"
+
+    def __init__(self, layout: Layout, node: str) -> None:
+        self._layout, self._node = layout, node
+        self._held: dict[str, Listed] = {}
+        self._uploads: dict[str, Incoming] = {}
+        self._files_lock = threading.Lock()  # the two above
+        self._publishing = threading.Lock()
+        self.sweep_incoming()
+
+    def sweep_incoming(self) -> int:
+        """Remove what uploads left that were cut off more than INCOMING_SECONDS ago; gives how many."""
+        with self._files_lock:
+            active = {upload.staging.folder for upload in self._uploads.values()}
+            folders = [each for each in self._layout.incoming_dir.iterdir() if each not in active]
+            old = [each for each in folders if time.time() - newest(each) > INCOMING_SECONDS]
+            for each in old:
+                remove(each)
+        return len(old)
+
+    # ---- RPC
+
+    def list_files(
+        self, caller: Identity, path: str, wildcards: bool = False, listing: str | None = None, start: int = 0
+    ) -> Json:
+        """List the files below a folder, or what a name with wildcards matches, at most FILES_A_PAGE a call.
+
+        Gives {"listing" (for the next page and for GETs), "files" ([name, size, mtime_ns, mode], …, the name
+        relative to the folder or to where the wildcards begin), "next" (start of the next page or None)}. Raises
+        JobFault, Refused.
+        """
+        if listing is None:
+            every = {each[0]: each for name in self._matching(path, wildcards) for each in self._below(path, name)}
+            listing = secrets.token_hex(8)
+            self._hold(self._held, listing, list(every.values()))
+        found = self._get(self._held, listing)
+        page = [file for _, file, _ in found[start : start + FILES_A_PAGE]]
+        end = start + len(page)
+        return {"listing": listing, "files": page, "next": end if end < len(found) else None}
+
+    def exists(self, caller: Identity, path: str) -> bool:
+        """Whether something has exactly this name: on one node it means that wildcards in it are none, on any."""
+        return os.path.lexists(inside(self._layout.base_dir, path))
+
+    def file_checksum(self, caller: Identity, listing: str, number: int, length: int) -> int:
+        """The crc32 of the first bytes of a listed file: whether what the master has of it is the same."""
+        path = self._listed(listing, number, length)[0]
+        with path.open("rb") as stream:
+            return checksum(stream.fileno(), length)
+
+    def begin_upload(self, caller: Identity, folder: str | None) -> Json:
+        """Begin an upload into a folder (None: auxiliary data). An earlier one into it is void, but can be resumed.
+
+        Gives {"upload", "disk_free_bytes"}. Raises JobFault when a symbolic link is on the way, Refused.
+        """
+        target = self._layout.auxiliary_dir if folder is None else inside(self._layout.base_dir, f"{folder}/x").parent
+        incoming = self._layout.incoming_dir / hashlib.blake2b(os.fsencode(target), digest_size=16).hexdigest()
+        self.sweep_incoming()
+        with self._files_lock:
+            for token in [key for key, each in self._uploads.items() if each.staging.target == target]:
+                del self._uploads[token]
+        token = secrets.token_hex(8)
+        self._hold(self._uploads, token, Incoming(self._on_disk(Staging, incoming, target)))
+        return {"upload": token, "disk_free_bytes": shutil.disk_usage(incoming).free}
+
+    def announce(self, caller: Identity, upload: str, files: list[Any]) -> int | None:
+        """Files, [name, size, mtime_ns, mode] each, of which the next PUT will hold the contents one after the other.
+
+        Gives the batch's number for {"batch": [upload, number]}, or None for a single file that is here already.
+        """
+        incoming, checked = self._get(self._uploads, upload), [checked_file(file) for file in files]
+        with self._files_lock:
+            if len(checked) == 1 and incoming.staging.has(checked[0]):
+                incoming.files += checked
+                return None
+            incoming.announced += 1
+            incoming.batches[incoming.announced] = checked
+            number: int = incoming.announced
+        return number
+
+    def commit_upload(self, caller: Identity, upload: str, replace: bool) -> int:
+        """Give all files their names; with `replace` everything else in the folder goes then. Gives how many went."""
+        incoming = self._get(self._uploads, upload)
+        with self._publishing:
+            removed: int = self._on_disk(incoming.staging.publish, incoming.files, replace)
+        self._uploads.pop(upload, None)
+        return removed
+
+    def drop_upload(self, caller: Identity, upload: str) -> None:
+        """Forget an upload with all that came."""
+        if incoming := self._uploads.pop(upload, None):
+            self._on_disk(incoming.staging.drop)
+
+    def delete_files(
+        self,
+        caller: Identity,
+        path: str,
+        wildcards: bool = False,
+        dry_run: bool = False,
+        leave: list[Any] | None = None,
+    ) -> Json:
+        """Remove a file, a folder with all in it, or what a name with wildcards matches; links are not followed.
+
+        Gives {"files", "bytes", "outputs" ([job, run, files, bytes] of what are published parts by their names)}; with
+        `dry_run` that is all. Parts of other [job, run]s than those of `leave` refuse it. Raises JobFault, Refused;
+        nothing is removed then.
+        """
+        root = self._layout.base_dir
+        found = [inside(root, name) for name in self._matching(path, wildcards)]
+        going = {name: size for each in found for name, size in self._on_disk(_sizes, each)}
+        outputs: dict[tuple[str, int], list[int]] = {}
+        for name, size in going.items():
+            if part := PART.fullmatch(os.path.relpath(name, root)):
+                each = outputs.setdefault((part[1], int(part[3])), [0, 0])
+                each[:] = each[0] + 1, each[1] + size
+        if not dry_run:
+            if new := outputs.keys() - {(job, run) for job, run in leave or ()}:
+                job, run = min(new)
+                raise Refused(f"node {self._node}: {path!r} holds output of {job} (run {run}) by now: look again")
+            for top in found:
+                if os.path.lexists(top):  # else it went with its folder
+                    self._on_disk(remove, top)
+        told = [[*key, *counts] for key, counts in sorted(outputs.items())]
+        return {"files": len(going), "bytes": sum(going.values()), "outputs": told}
+
+    # ---- data requests
+
+    def give_file(self, listing: str, number: int, offset: int) -> list[Range]:
+        """What a GET of {"file": [listing, number, offset]} asks for: a listed file from a byte on."""
+        path, size = self._listed(listing, number, offset)
+        return [Range(path, offset, size - offset, "file")]
+
+    def take_batch(self, upload: str, number: int) -> Upload:
+        """Where a PUT of {"batch": [upload, number]} goes. A single file can be resumed, several are unpacked."""
+        incoming = self._get(self._uploads, upload)
+        files, staging = incoming.batches.get(number), incoming.staging
+        if not files:
+            raise Refused(f"node {self._node}: batch {number!r:.20} was not announced, or is here already")
+        single = len(files) == 1
+        partial = staging.partial(files[0]) if single else staging.folder / f"{upload}-{number}{PARTIAL}"
+
+        def finish() -> None:
+            if partial.stat().st_size != sum(file[1] for file in files):
+                raise Refused(f"a batch of {partial.stat().st_size} bytes is not what was announced")
+            if single:
+                staging.take(files[0])
+            else:
+                self._on_disk(_unpack, partial, staging, files)
+            with self._files_lock:
+                incoming.files += incoming.batches.pop(number)
+
+        return Upload(partial, finish, resume=single, flush=single)
+
+    # ---- inside
+
+    def _matching(self, path: str, wildcards: bool) -> list[str]:
+        """The names that exist of one that may have wildcards; what is hidden is matched by its own dot only."""
+        full = inside(self._layout.base_dir, path)
+        if wildcards:
+            if "**" in path.split("/"):  # which glob lets follow links: without an end, should they lead back
+                for folder, folders, _ in os.walk(self._layout.base_dir / root_of(path)):
+                    if links := [each for each in folders if os.path.islink(f"{folder}/{each}")]:
+                        raise JobFault(
+                            f"{folder}/{links[0]} is a symbolic link, in which `**` might not end: remove it"
+                        )
+            found = glob.glob(path, root_dir=self._layout.base_dir, recursive=True)
+            names = {name.rstrip("/") for name in found} - {""}  # `x/**` gives x/ whether there is one or not
+            return sorted(name for name in names if os.path.lexists(self._layout.base_dir / name))
+        return [path] if os.path.lexists(full) else []
+
+    def _below(self, path: str, name: str) -> Listed:
+        root = self._layout.base_dir
+        inside(root, name)
+        top = root_of(path) if name != path else (name if (root / name).is_dir() else name.rpartition("/")[0])
+        begin = len(top) + 1 if top else 0
+        found: Listed = []
+        for (path, *facts, mode), inode in self._on_disk(list, walk(root, name)):
+            # The mode of a part is what the daemons' umask left of a new file's: its copy is a new file, too.
+            found.append((path, (path[begin:], *facts, 0o666 if PART.fullmatch(path) else mode), inode))
+        return found
+
+    def _listed(self, listing: str, number: int, length: int) -> tuple[Path, int]:
+        """A listed file's path and size, if it is the same still and `length` is in it."""
+        found = self._get(self._held, listing)
+        if type(number) is not int or not 0 <= number < len(found):
+            raise Refused(f"node {self._node}: the listing has no file {number!r:.20}")
+        name, (_, size, *_), inode = found[number]
+        path = self._layout.base_dir / name
+        status = self._on_disk(os.lstat, path)
+        if status.st_ino != inode or status.st_size < size:
+            raise ClusterFault(f"node {self._node}: {path} was replaced or cut since it was listed: try again")
+        if type(length) is not int or not 0 <= length <= size:
+            raise Refused(f"node {self._node}: {path} has no byte {length!r:.20}")
+        return path, size
+
+    def _hold(self, kept: dict[str, Any], token: str, value: Any) -> None:
+        with self._files_lock:
+            kept[token] = value
+            while len(kept) > MAX_HELD:
+                del kept[next(iter(kept))]
+
+    def _get(self, kept: dict[str, Any], token: Any) -> Any:
+        with self._files_lock:
+            if not isinstance(token, str) or token not in kept:
+                raise Refused(f"node {self._node}: this transfer is not known any more: begin anew, it resumes")
+            kept[token] = kept.pop(token)  # used now
+            return kept[token]
+
+    def _on_disk(self, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            raise ClusterFault(f"node {self._node}: {error.filename or 'disk'}: {error.strerror or error}") from None
+
+
+def root_of(path: str) -> str:
+    """The folders of a name before the first with a wildcard."""
+    parts = path.split("/")
+    return "/".join(parts[: next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts))])
+
+
+def _sizes(path: Path) -> list[tuple[str, int]]:
+    """Every file of a folder, or the one file, with its bytes; of a link its own."""
+    if path.is_symlink() or not path.is_dir():
+        return [(str(path), path.lstat().st_size)] if os.path.lexists(path) else []
+    names = (f"{folder}/{each}" for folder, _, names in os.walk(path) for each in names)
+    return [(name, os.lstat(name).st_size) for name in names]
+
+
+def _unpack(partial: Path, staging: Staging, files: list[File]) -> None:
+    with partial.open("rb") as stream:
+        for file in files:
+            staging.put(file, stream.read(file[1]))
+    partial.unlink()

@@ -1,0 +1,166 @@
+"""The client's side of `mr-rpc/1`, and how both protocols connect.
+
+Nothing is ever sent twice: a call whose connection breaks raises Unreachable, and whoever called decides. The next
+call connects afresh. A connection that died while idle is noticed before a call is sent on it.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+from time import monotonic
+from typing import Any
+
+from rpyc import VoidService
+
+from mrcore import WIRE_VERSION, messages
+from mrcore.errors import Malformed, MrcoreError, Refused, Unreachable, UsageError
+from mrcore.text import one_line
+from mrcore.wire import tls
+from mrcore.wire.channel import Connection, Stream, load_json
+from mrcore.wire.members import watch_membership
+from mrcore.wire.tls import LIMITS, RPC_PROTOCOL, Limits, Pki
+
+
+class Caller:
+    """What both clients share: one server, the name that its certificate must have, one connection kept for reuse."""
+
+    ALPN = ""
+
+    def __init__(
+        self, address: str, port: int, pki: Pki, server_name: str | None = None,
+        connect_timeout_seconds: float = 5, call_timeout_seconds: float = 10, *, limits: Limits = LIMITS,
+    ) -> None:  # fmt: skip
+        self.address, self.port, self.limits = address, port, limits
+        self._name, self._connect_seconds = server_name or address, connect_timeout_seconds
+        self._call_seconds = call_timeout_seconds
+        self._context = tls.watch_files(pki, lambda: tls.client_context(pki, self.ALPN))
+        self._membership = watch_membership(pki.members) if pki.members is not None else None
+        self._meant = server_name  # whose certificate it must be; None: of any node at the address
+        self._made_with: ssl.SSLContext | None = None  # the context of the stream
+        self._stream: Stream | None = None
+        self._lock = threading.Lock()
+
+    def certificate_ends(self) -> float | None:
+        """When the certificate ends that the server showed on this connection, seconds since 1970; None: not asked."""
+        shown = self._stream.sock.getpeercert() if self._stream is not None else None
+        return ssl.cert_time_to_seconds(str(shown["notAfter"])) if shown else None
+
+    def _objection(self, stream: Stream) -> str | None:
+        """Return why the server of this stream is not to be trusted (any more), None: it is."""
+        server = tls.peer_identity(stream.sock)
+        if server.role != "node" or (self._meant is not None and server.name != self._meant):
+            return f"there answers {server.name}, a {server.role}, not the node {self._meant or self._name}"
+        who = self._membership() if self._membership is not None else None
+        return who.objection(server.role, server.name, server.serial, server.cluster) if who else None
+
+    def _is_good(self, stream: Stream) -> bool:
+        """Whether a kept stream may be used still: nothing unasked for (its end), both certificates as they are now."""
+        return not stream.readable() and self._context() is self._made_with and not self._objection(stream)
+
+    def _connect(self) -> Stream:
+        """Give a stream that the server has welcomed, all within the time to connect. Raises Unreachable, Refused."""
+        peer, deadline = f"{self.address}:{self.port}", monotonic() + self._connect_seconds
+        doing = f"connect within {self._connect_seconds:g} s"
+        try:
+            raw = socket.create_connection((self.address, self.port), self._connect_seconds)
+            try:
+                tls.tune(raw)
+                self._made_with = self._context()
+                sock = self._made_with.wrap_socket(raw, server_hostname=self._name, do_handshake_on_connect=False)
+            except BaseException:
+                raw.close()
+                raise
+        except (OSError, ValueError) as error:  # ValueError: no name that a certificate could have
+            raise Unreachable(f"{peer} did not answer: {doing}: {error}") from error
+        stream = Stream(sock, self.limits, peer)
+        try:
+            with stream.within(deadline - monotonic(), doing):
+                stream.step(sock.do_handshake)
+                greeting = stream.receive_json(self._connect_seconds, doing)
+            if why := self._objection(stream):
+                raise Refused(f"{peer} is not trusted: {why}")
+            if "error" in greeting:
+                raise messages.error(greeting["error"], self._name)
+            if greeting.get("welcome") != WIRE_VERSION or sock.selected_alpn_protocol() != self.ALPN:
+                raise Refused(f"{peer} speaks wire version {greeting.get('welcome')}, this side {WIRE_VERSION}")
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+
+class Client(Caller):
+    """Calls the methods of one server. Connects at the first call, and again after trouble.
+
+    `server_name`: the name in the server's certificate, by default the address. Raises UsageError (bad files). May be
+    shared by threads, but makes one call at a time: a thread that waits long (a long poll) wants a client of its own.
+    """
+
+    ALPN = RPC_PROTOCOL
+    _connection: Connection | None = None
+    _closed = False
+
+    def call(self, method: str, *, timeout_seconds: float | None = None, **arguments: Any) -> Any:
+        """Give the method's result. `arguments` and result are what JSON can say.
+
+        Raises what the method raised (of `errors`), Refused, Unreachable (no answer within `timeout_seconds`, which
+        does not count the time to connect), UsageError (the request is too large), TypeError (is no JSON).
+        """
+        text = json.dumps(arguments)
+        if len(text) >= self.limits.frame_bytes - self.limits.frame_room_bytes:
+            raise UsageError(f"{method}: arguments of {len(text)} bytes exceed the frame limit")
+        seconds = self._call_seconds if timeout_seconds is None else timeout_seconds
+        if not self._lock.acquire(timeout=seconds):
+            raise Unreachable(
+                f"{self.address}:{self.port}: another call held the connection: {method} in {seconds:g} s"
+            )
+        try:
+            stream, connection = self._ready()
+            if self._closed:  # looked at after the stream is where close() finds it
+                raise Unreachable(f"{self.address}:{self.port} was not asked: this client is closed")
+            with stream.within(seconds, f"{method} within {seconds:g} s"):
+                most = min(messages.most_bytes(method), self.limits.frame_bytes)
+                answer = load_json(connection.call(method, text, most), self.limits)
+        except Refused as error:
+            self._drop()
+            raise Refused(f"node {self._name}: {error.message}", **error.details) from error
+        except MrcoreError:
+            self._drop()
+            raise
+        except BaseException as error:  # an answer may still be under way: never reuse the connection
+            self._drop()
+            if isinstance(error, Exception):
+                what = f"{self.address}:{self.port} garbled its answer to {method}"
+                raise Malformed(f"node {self._name}: {what}: {one_line(repr(error), 300)}", node=self._name) from error
+            raise
+        finally:
+            self._lock.release()
+        if type(answer) is not dict or not answer.keys() & {"error", "result"}:
+            raise Malformed(f"node {self._name} answered {method} with something that is no answer", node=self._name)
+        if "error" in answer:
+            raise messages.error(answer["error"], self._name, method)
+        return messages.checked(method, arguments, answer["result"], self._name)
+
+    def close(self) -> None:
+        """End for good, without waiting; a call that another thread has under way raises Unreachable."""
+        self._closed, stream = True, self._stream
+        if stream is not None:
+            stream.abort()
+        if self._lock.acquire(blocking=False):  # else the call that is ended drops the connection
+            self._drop()
+            self._lock.release()
+
+    def _ready(self) -> tuple[Stream, Connection]:
+        if self._stream is None or self._connection is None or not self._is_good(self._stream):
+            self._drop()
+            self._stream = self._connect()
+            self._connection = Connection(VoidService(), self._stream)
+        return self._stream, self._connection
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self._stream = None
