@@ -448,9 +448,13 @@ def test_logs_shows_nothing_that_a_terminal_obeys_unless_asked(
     assert shown("--lines", "1") == "ü \\u202e\n".encode()
     capfd.readouterr()
     done = subprocess.run(
-        [sys.executable, "-c", "from mrcore.cli.main import main; main()", "--config", str(config), "logs", "S_0", "--raw"],
-        capture_output=True, check=True,
-    )  # fmt: skip
+        [
+            *(sys.executable, "-c", "from mrcore.cli.main import main; main()"),
+            *("--config", str(config), "logs", "S_0", "--raw"),
+        ],
+        capture_output=True,
+        check=True,
+    )
     assert done.stdout == content
 
 
