@@ -91,6 +91,21 @@ def test_limits_are_those_of_the_code(name: str, value: str) -> None:
     assert found == float(number.replace(",", "")) * UNITS[unit], f"docs/architecture.md says {value}"
 
 
+def test_every_word_of_the_glossary_is_used() -> None:
+    """In the package, or in two places of the documents but the glossary itself; and each has one row."""
+    text, glossary = text_of("docs/architecture.md").split("## Glossary")
+    rows = [re.sub(r" \(.*?\)", "", row[0]).split(", ") for row in tables(glossary)[1:]]
+    words = [word for row in rows for word in row]
+    assert len(words) > 60 and len(set(words)) == len(words)
+    code = "\n".join(path.read_text(encoding="utf-8") for path in PROJECT.glob("mrcore/**/*.py"))
+    prose = text + "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS if path.name != "architecture.md")
+    for word in words:
+        spelt = re.sub("[ -]", "[ _-]", word)
+        used = re.compile(rf"(?<![a-z]){spelt}(s|es)?(?![a-z])", re.IGNORECASE)
+        assert used.search(code) or len(used.findall(prose)) > 1, f"nobody says {word!r}"
+    assert rows == sorted(rows, key=lambda row: row[0].lower()), "in the order of the alphabet"
+
+
 def test_there_are_limits() -> None:
     assert len(limits()) > 25
 
