@@ -143,10 +143,17 @@ def test_the_backup(made: dict[str, Any] | None, said: str) -> None:
     assert said in found.what and "mrcore backup" in found.do
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[TestCluster]:
-    with TestCluster(tmp_path, nodes=2, servers=1) as made:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    with TestCluster(tmp_path_factory.mktemp("cluster"), nodes=2, servers=1) as made:
         yield made
+
+
+@pytest.fixture
+def cluster(shared: TestCluster) -> TestCluster:
+    """The module's cluster, with all daemons running again that a test has stopped."""
+    local.start_cluster(shared.settings)
+    return shared
 
 
 def test_a_real_cluster(
@@ -197,11 +204,13 @@ def test_a_fresh_home_and_a_stopped_cluster_are_told_to_start(cluster: TestClust
         assert (code, text.split("\n")[0]) == (1, "local cluster: it is not started")
         assert "do: `mrcore cluster start`" in text
         assert not [word for word in NOT_LOCAL if word in text]
-    Scheduler(cluster.settings).submit_job(cluster.job(job_name="waits"))
+    scheduler = Scheduler(cluster.settings)
+    scheduler.submit_job(cluster.job(job_name="waits"))
     code, text = said("doctor", MRCORE_HOME=home)
     assert code == 1 and "its jobs wait" in text and "`mrcore run`" in text
     assert not [word for word in NOT_LOCAL if word in text]
     assert json.loads(said("doctor", "--json", MRCORE_HOME=home)[1])["facts"]["nodes"] == {}
+    scheduler.delete_job("waits")
 
 
 def test_a_local_cluster_of_which_part_is_gone_is_told_to_start_it(cluster: TestCluster) -> None:

@@ -95,7 +95,7 @@ def quiet_home() -> Iterator[Settings]:
         os.environ.update(before)
 
 
-@settings(QUIET, max_examples=60)
+@settings(QUIET, max_examples=30)
 @given(st.binary(max_size=200) | ANY_TEXT.map(lambda text: f"job_name: {text}\n".encode(errors="surrogatepass")))
 def test_job_files_of_random_bytes(quiet_home: Settings, content: bytes) -> None:
     Path("job.yml").write_bytes(content)
@@ -103,7 +103,7 @@ def test_job_files_of_random_bytes(quiet_home: Settings, content: bytes) -> None
     assert (code, out, err.count("\n")) == (2, "", 1), err
 
 
-@settings(QUIET, max_examples=40)
+@settings(QUIET, max_examples=20)
 @given(st.dictionaries(KEYS, ANY_VALUE, max_size=3), st.booleans(), st.dictionaries(ANY_TEXT, ANY_VALUE, max_size=1))
 def test_jobs_of_random_values(quiet_home: Settings, values: dict[str, Any], known: bool, more: dict[str, Any]) -> None:
     job = BASE | values | ({} if known else more) | {"run_once": True}
@@ -119,7 +119,7 @@ def test_jobs_of_random_values(quiet_home: Settings, values: dict[str, Any], kno
         drain(quiet_home)
 
 
-@settings(QUIET, max_examples=40)
+@settings(QUIET, max_examples=20)
 @given(ANY_TEXT | NASTY, ANY_VALUE, st.sampled_from([JobFault, MrcoreError, ValueError, KeyboardInterrupt, OSError]))
 def test_errors_of_random_text(quiet_home: Settings, text: str, value: Any, kind: type[BaseException]) -> None:
     class Cluster(FakeCluster):
@@ -151,7 +151,7 @@ ARGUMENT = st.binary(max_size=30).map(lambda text: text.replace(b"\0", b"")) | N
 ).map(lambda text: text.encode(errors="surrogatepass"))
 
 
-@settings(BRIEF, max_examples=20)
+@settings(BRIEF, max_examples=10)
 @given(st.sampled_from(sorted(cli.cli.commands)), st.lists(ARGUMENT, max_size=3))
 def test_arguments_of_random_bytes(quiet_home: Settings, command: str, arguments: list[bytes]) -> None:
     if command in ("cluster", "run", "try", "attach", "pause"):  # which would start something, run code, stop the queue
@@ -174,7 +174,7 @@ VARIABLES = [
 ]
 
 
-@settings(BRIEF, max_examples=20)
+@settings(BRIEF, max_examples=10)
 @given(
     st.dictionaries(st.sampled_from(VARIABLES), ARGUMENT, min_size=1, max_size=4),
     st.sampled_from(["queue", "settings", "run"]),
