@@ -317,7 +317,7 @@ def test_parts_are_served_to_nodes_too_which_merge_them(agent: Agent) -> None:
     ],
 )
 def test_names_that_would_leave_their_folder_are_refused(agent: Agent, method: str, arguments: Any) -> None:
-    with pytest.raises(Refused, match="not a valid|not arguments of this method"):
+    with pytest.raises(Refused, match=r"not a valid|not arguments of this method"):
         agent.master.call(method, **arguments)
 
 

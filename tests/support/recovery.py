@@ -1,13 +1,16 @@
 """The scenario of test_recovery, as a process that can be killed anywhere and started again: it goes on where it was.
 
-`python recovery.py CONFIG NAME`. Steps: submit three jobs, delete one, drain the queue (the cluster is away at first),
-give more input and submit again, drain the queue. Each step may be repeated, as a user would who got no answer.
+`python recovery.py CONFIG NAME [FILE]`; FILE gets how often it came to each failpoint. Steps: submit three jobs, delete
+one, run the queue (the cluster is away at first), give more input and submit again, run the queue. Each step may be
+repeated, as a user would who got no answer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from mrcore.errors import Unreachable, UsageError
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings, load_settings
+from mrcore.system import failpoints
 
 FIRST, SECOND = "the first words of the first file\n" * 40, "the second file has more words\n" * 30
 
@@ -82,4 +86,13 @@ def main(config: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    passed, point = Counter(dict.fromkeys(failpoints.POINTS, 0)), failpoints.point
+
+    def counted(name: str) -> None:
+        passed[name] += 1
+        point(name)
+
+    failpoints.point = counted
+    main(*sys.argv[1:3])
+    for file in sys.argv[3:]:
+        Path(file).write_text(json.dumps(passed))

@@ -133,7 +133,7 @@ def test_errors_of_ours_travel_whole_and_others_as_internal_errors(
     with pytest.raises(InternalError, match=r"fail failed at .*ZeroDivisionError: one by zero; its log has") as other:
         client.call("fail", kind="other")
     assert "Traceback" in caplog.text and not other.value.details  # the log has what the wire does not carry
-    with pytest.raises(Refused, match="order: not arguments of this method: .*surplus"):
+    with pytest.raises(Refused, match=r"order: not arguments of this method: .*surplus"):
         client.call("order", surplus=1)
     with pytest.raises(Refused, match="no method 'nothing'"):
         client.call("nothing")
