@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Bring files, folders and links into the state that a role wants, in one call: each task of Ansible is a round trip."""
+"""Bring files, folders and links into the state that a role wants, in one call: each task is a round trip."""
 
 from __future__ import annotations
 
