@@ -47,7 +47,7 @@ def run(
     return done.returncode, sorted(log.read_text().splitlines()) if log.exists() else [], done.stderr
 
 
-def test_all_is_run_and_the_scenario_fresh_has_the_quick_unit_tests(tmp_path: Path) -> None:
+def test_all_is_run(tmp_path: Path) -> None:
     status, called, said = run(tmp_path)
     assert (status, called, said) == (0, [SLOW, APPLIANCE], "")
     steps = (PROJECT / "tests/appliance/fresh.py").read_text()
