@@ -1,7 +1,7 @@
 """Names the units of mrcore's daemons that run since before their spec, unit or release was written.
 
-With the argument `reload` systemd reads its units first. Times, not what this deploy has changed: the next one makes good
-what one left that was cut off before restarting.
+With the argument `reload` systemd reads its units first. Times, not what this deploy has changed: the next one makes
+good what one left that was cut off before restarting.
 """
 
 import os
