@@ -1,7 +1,8 @@
 #!/bin/sh
 # Runs the tests for make.
 #
-#   scripts/test.sh                     the unit tests, then the appliance's on containers
+#   scripts/test.sh                     all: the appliance's on containers, of which `fresh` runs the quick unit tests, and
+#                                       the slow ones beside them; without containers all unit tests run here
 #   scripts/test.sh ARGUMENT…           only the unit tests that these arguments of pytest choose
 #   scripts/test.sh --appliance [STEP…] only the appliance's; see tests/appliance/run.py
 #
@@ -16,8 +17,10 @@ containers="podman runc conmon iptables mmdebstrap ssh=openssh-client nft=nftabl
 /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring"
 MRCORE_NOT_RUN=$(mktemp)
 export MRCORE_NOT_RUN
-trap 'rm -f "$MRCORE_NOT_RUN"' EXIT
+beside_status=$(mktemp)
+trap 'wait; rm -f "$MRCORE_NOT_RUN" "$beside_status"' EXIT
 failed=no
+fresh_ran=no
 
 prepare() { # 0: all there; 3: not, and we may not install it
     # shellcheck disable=SC2068  # a list of words
@@ -37,6 +40,10 @@ run_unit() {
     prepare $unit # without them the tests that need them are left out, and told
     .venv/bin/python -m pytest -n 2 "$@"
     judge $?
+    run_as_root "$@"
+}
+
+run_as_root() {
     if [ "$(id -u)" != 0 ] && sudo -n true 2>/dev/null; then # what only root can do, with the right to become root
         sudo -n -E .venv/bin/python -m pytest -q -p no:cacheprovider "$@" -m needs_root
         status=$?
@@ -50,10 +57,18 @@ run_appliance() {
         status=$?
     else
         .venv/bin/python tests/appliance/run.py inventories || failed=yes
+        status=3
         echo "the scenarios on containers: the packages named above are missing" >>"$MRCORE_NOT_RUN"
-        status=0
     fi
-    case $status in 0 | 3) ;; 130) exit 130 ;; *) failed=yes ;; esac
+    case $status in 0) fresh_ran=yes ;; 3) ;; 130) exit 130 ;; *) failed=yes && fresh_ran=yes ;; esac
+}
+
+start_beside() { # the slow unit tests, with their name before each line, as run.py shows its scenarios
+    prepare $unit
+    { # a shell has what it starts with & ignore Ctrl-C
+        env --default-signal=INT .venv/bin/python -m pytest -n 2 -m slow 2>&1
+        echo $? >"$beside_status"
+    } | awk '{ print "unit      | " $0; fflush() }' &
 }
 
 if [ "${1:-}" = --appliance ]; then
@@ -62,8 +77,11 @@ if [ "${1:-}" = --appliance ]; then
 elif [ $# -gt 0 ]; then
     run_unit "$@"
 else
-    run_unit
+    start_beside
     run_appliance
+    wait
+    judge "$(cat "$beside_status")"
+    if [ $fresh_ran = yes ]; then run_as_root; else run_unit -m "not slow"; fi
 fi
 
 if [ -s "$MRCORE_NOT_RUN" ]; then

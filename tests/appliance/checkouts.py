@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
-from lab import PROJECT
+from lab import PROJECT, LabError
 
 SKIPPED = {".git", ".venv", ".mrcore", "bench", "build", "__pycache__"}
 
@@ -37,4 +39,15 @@ def checkout(folder: Path, version: str, wire: int | None = None, broken: bool =
         )
         assert count == 1, "the place to break is gone"
         agent.write_text(text)
+    return folder
+
+
+def committed(folder: Path, commit: str) -> Path:
+    """The files of a commit of this repository, as somebody has them who cloned it then."""
+    shutil.rmtree(folder, ignore_errors=True)
+    done = subprocess.run(["git", "-C", str(PROJECT), "archive", commit], capture_output=True)
+    if done.returncode:
+        raise LabError(f"MRCORE_TEST_UPGRADE_FROM={commit}: {done.stderr.decode(errors='replace').strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        tar.extractall(folder, filter="data")
     return folder

@@ -6,6 +6,7 @@
     tests/appliance/run.py cluster create prepare converge     some of its steps; the machines stay
     tests/appliance/run.py cluster shell          a shell in which molecule, podman and proofs know this lab
     tests/appliance/run.py fresh debian12 debian13       a scenario without Molecule: on these systems
+    tests/appliance/run.py upgrade                with MRCORE_TEST_UPGRADE_FROM=COMMIT: from there to this checkout
     tests/appliance/run.py clean                  remove the machines of all scenarios
 
 Exit status: 0, 1 (something failed), 130 (interrupted), 3: it could not run here (no rights, no containers). See
@@ -32,7 +33,9 @@ import yaml
 from lab import BIN, HERE, PROJECT, Failed, Lab, LabError, image_name, leftovers, require_containers, require_image
 
 # Each lane one after the other, the lanes beside one another: Ansible waits for machines half of the time.
-LANES = (("cluster",), ("roles", "documents", "fresh"))
+UPGRADE_FROM = "MRCORE_TEST_UPGRADE_FROM"  # a commit: with it the scenario `upgrade` is one of all
+UPGRADE = ("upgrade",) if os.environ.get(UPGRADE_FROM) else ()
+LANES = (("cluster", *UPGRADE), ("roles", "documents", "fresh"))
 SCENARIOS = tuple(each for lane in LANES for each in lane)
 NOT_HERE = 3
 STRAYS_SECONDS = 10.0  # for what is told to end, before it is killed
@@ -194,9 +197,13 @@ def not_here(reason: str) -> int:
 def main() -> int:
     """Do what the arguments say; give the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenario", nargs="?", choices=[*SCENARIOS, "scenarios", "inventories", "clean"])
+    parser.add_argument(
+        "scenario", nargs="?", choices=[*sorted({*SCENARIOS, "upgrade"}), "scenarios", "inventories", "clean"]
+    )
     parser.add_argument("steps", nargs="*", help="steps of Molecule, or shell; of fresh: systems")
     chosen = parser.parse_args()
+    if chosen.scenario == "upgrade" and not UPGRADE:
+        parser.error(f"which commit does the upgrade come from? Say {UPGRADE_FROM}=COMMIT.")
     ready_for_signals()
     try:
         if chosen.scenario in (None, "inventories"):
@@ -220,7 +227,7 @@ def main() -> int:
 def as_root(name: str, steps: Sequence[str]) -> int:
     """Run one scenario, or all, with the rights to."""
     if name == "clean":
-        for each in SCENARIOS:
+        for each in {*SCENARIOS, "upgrade"}:
             Lab.of(each).remove()
         return 0
     chosen = SCENARIOS if name == "scenarios" else (name,)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkout import module
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mrcore.wire.members import Membership, read_membership
 
@@ -20,8 +27,121 @@ def test_the_bundle_is_what_the_folder_holds(tmp_path: Path) -> None:
     assert plugin.mrcore_authority(str(tmp_path)) == "new\nold\n"
 
 
+KEY = ec.generate_private_key(ec.SECP256R1())
+NAMES = [x509.DNSName("w1"), x509.IPAddress(ipaddress.ip_address("10.0.0.1"))]
+USAGES = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+
+
+def name(*values: str) -> x509.Name:
+    oids = (NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME)
+    return x509.Name([x509.NameAttribute(oid, value) for oid, value in zip(oids, values, strict=False)])
+
+
+def pem(thing: Any) -> str:
+    text: str = thing.public_bytes(serialization.Encoding.PEM).decode()
+    return text
+
+
+def certificate(days: float, serial: int = 0x0A1B) -> str:
+    now, whose = datetime.now(UTC), name("prod", "node", "w1")
+    made = x509.CertificateBuilder().subject_name(whose).issuer_name(whose).public_key(KEY.public_key())
+    made = made.serial_number(serial).not_valid_before(now - timedelta(days=9))
+    return pem(made.not_valid_after(now + timedelta(days=days)).sign(KEY, hashes.SHA256()))
+
+
+def request(**changed: Any) -> str:
+    """What a node's own module asks for, with changes: subject, names, authority, usages, further extensions."""
+    usage = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "key_cert_sign", "crl_sign",
+         "encipher_only", "decipher_only"), False,
+    )  # fmt: skip
+    usage |= {"digital_signature": True} | changed.get("usage", {})
+    extensions = [
+        x509.SubjectAlternativeName(changed.get("names", NAMES)),
+        x509.BasicConstraints(ca=changed.get("authority", False), path_length=None),
+        x509.KeyUsage(**usage),
+        x509.ExtendedKeyUsage(changed.get("purposes", USAGES)),
+        x509.SubjectKeyIdentifier.from_public_key(KEY.public_key()),
+        *changed.get("further", ()),
+    ]
+    builder = x509.CertificateSigningRequestBuilder(name(*changed.get("subject", ("prod", "node", "w1"))))
+    for each in extensions[changed.get("without", 0) :]:
+        builder = builder.add_extension(each, critical=True)
+    return pem(builder.sign(KEY, hashes.SHA256()))
+
+
+def asked(text: str) -> Any:
+    return plugin.mrcore_request(text, ["prod", "node", "w1"], ["DNS:w1", "IP:10.0.0.1"])
+
+
 def test_serials_are_told_as_the_daemons_compare_them() -> None:
-    assert plugin.mrcore_serial(0x0A1B) == "A1B"
+    assert plugin.mrcore_serial(certificate(1)) == "A1B"
+    assert plugin.mrcore_serial("no certificate") == ""
+
+
+def test_a_certificate_is_renewed_before_it_ends_and_when_it_cannot_be_read() -> None:
+    assert [plugin.mrcore_ends_within(certificate(10), days) for days in (9, 11)] == [False, True]
+    assert plugin.mrcore_ends_within("no certificate", 1)
+
+
+def test_the_controller_has_a_copy_only_when_it_is_the_same(tmp_path: Path) -> None:
+    assert not plugin.mrcore_keeps(str(tmp_path), "A1", "text\n")
+    (tmp_path / "A1.crt").write_text("text\n")
+    assert plugin.mrcore_keeps(str(tmp_path), "A1", "text\n") and not plugin.mrcore_keeps(str(tmp_path), "A1", "text")
+
+
+def test_a_request_for_what_the_machine_is_fits() -> None:
+    subject = [["organizationName", "prod"], ["organizationalUnitName", "node"], ["commonName", "w1"]]
+    assert asked(request()) == {"fits": True, "subject": subject, "names": ["DNS:w1", "IP:10.0.0.1"]}
+    assert asked(request(purposes=USAGES[::-1]))["fits"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"subject": ("prod", "master", "w1")},
+        {"subject": ("prod", "node", "w2")},
+        {"subject": ("test", "node", "w1")},
+        {"subject": ("prod", "node")},
+        {"names": [*NAMES, x509.DNSName("w2")]},
+        {"names": NAMES[:1]},
+        {"names": [x509.DNSName("w1"), x509.DNSName("10.0.0.1")]},
+        {"authority": True},
+        {"usage": {"key_cert_sign": True}},
+        {"purposes": [*USAGES, ExtendedKeyUsageOID.CODE_SIGNING]},
+        {"further": [x509.OCSPNoCheck()]},
+        {"without": 1},
+    ],
+)
+def test_a_request_for_anything_else_does_not(changed: dict[str, Any]) -> None:
+    assert asked(request(**changed))["fits"] is False
+
+
+def test_what_is_no_request_or_has_another_signature_does_not_fit() -> None:
+    body = request().splitlines()
+    body[-2] = body[-2][:4] + ("A" if body[-2][4] != "A" else "B") + body[-2][5:]
+    assert asked("\n".join(body))["fits"] is False
+    assert (
+        "no request" in asked("-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----")["subject"]
+    )
+    assert asked("")["fits"] is False
+
+
+def test_a_pair_is_whole_when_its_halves_belong_together_and_the_key_is_closed(tmp_path: Path) -> None:
+    stem = str(tmp_path / "backup")
+    assert not plugin.mrcore_pair_is_whole(stem)
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (tmp_path / "backup.key").write_bytes(KEY.private_bytes(serialization.Encoding.PEM, *form))
+    (tmp_path / "backup.key").chmod(0o600)
+    assert not plugin.mrcore_pair_is_whole(stem)
+    for key, whole in ((ec.generate_private_key(ec.SECP256R1()), False), (KEY, True)):
+        public = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        (tmp_path / "backup.pub").write_bytes(public)
+        assert plugin.mrcore_pair_is_whole(stem) is whole
+    (tmp_path / "backup.key").chmod(0o640)
+    assert not plugin.mrcore_pair_is_whole(stem)
 
 
 class Controller:

@@ -17,18 +17,20 @@ case "$*" in *{missing}*) exit 3 ;; esac
 PYTHON = """#!/bin/sh
 echo "$*" >>"$LOG"
 case "$*" in
+    *pytest*"not slow"*) exit 0 ;;
     *pytest*) [ -z "$LEFT_OUT" ] || echo "the tests marked needs_strace" >>"$MRCORE_NOT_RUN"; exit $UNIT ;;
     *run.py*) [ "$APPLIANCE" != 3 ] || echo "the scenarios: no rights" >>"$MRCORE_NOT_RUN"; exit $APPLIANCE ;;
 esac
 """
 UNIT, APPLIANCE = "-m pytest -n 2", "tests/appliance/run.py"
+SLOW, QUICK = f"{UNIT} -m slow", f"{UNIT} -m not slow"
 
 
 def run(
     folder: Path, *arguments: str, missing: str = "nothing", unit: int = 0, appliance: int = 0,
     left_out: bool = False, ci: bool = False,
 ) -> tuple[int, list[str], str]:  # fmt: skip
-    """Exit status, what was called, what was said."""
+    """Exit status, what was called (sorted: some of it runs beside the rest), what was said."""
     for name, text in (("scripts/setup.sh", SETUP.format(missing=missing)), (".venv/bin/python", PYTHON)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -42,12 +44,14 @@ def run(
     command = ["/bin/sh", str(folder / "scripts/test.sh"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     log = folder / "log"
-    return done.returncode, log.read_text().splitlines() if log.exists() else [], done.stderr
+    return done.returncode, sorted(log.read_text().splitlines()) if log.exists() else [], done.stderr
 
 
 def test_all_is_run(tmp_path: Path) -> None:
     status, called, said = run(tmp_path)
-    assert (status, called, said) == (0, [UNIT, APPLIANCE], "")
+    assert (status, called, said) == (0, [SLOW, APPLIANCE], "")
+    steps = (PROJECT / "tests/appliance/fresh.py").read_text()
+    assert '("make test-quick", " passed")' in steps
     assert not list(tmp_path.glob("tmp*")), "nothing is left behind"
 
 
@@ -63,16 +67,16 @@ def test_the_appliance_alone(tmp_path: Path) -> None:
 def test_without_the_right_to_install_the_rest_is_run_and_told(tmp_path: Path, ci: bool) -> None:
     status, called, said = run(tmp_path, missing="podman", ci=ci)
     if ci:
-        assert status == 1 and called == [UNIT]
+        assert status == 1 and called == [SLOW]
     else:
-        assert status == 3 and called == [UNIT, f"{APPLIANCE} inventories"]
+        assert status == 3 and called == [QUICK, SLOW, f"{APPLIANCE} inventories"]
         assert said.startswith("NOT RUN:\n  the scenarios on containers: ")
 
 
 @pytest.mark.parametrize(("ci", "expected"), [(False, 3), (True, 1)])
 def test_what_tests_say_they_left_out_is_told_at_the_end(tmp_path: Path, ci: bool, expected: int) -> None:
     status, called, said = run(tmp_path, left_out=True, appliance=1 if ci else 3, ci=ci)
-    assert status == expected and called == [UNIT, APPLIANCE]
+    assert status == expected and called == [*([] if ci else [QUICK]), SLOW, APPLIANCE]
     assert "NOT RUN:" in said and "needs_strace" in said
     assert ci or "the scenarios: no rights" in said
 
@@ -82,13 +86,13 @@ def test_a_failure_is_1_whatever_else_was_left_out_and_the_rest_is_run(
     tmp_path: Path, unit: int, appliance: int
 ) -> None:
     status, called, _ = run(tmp_path, unit=unit, appliance=appliance)
-    assert status == 1 and called == [UNIT, APPLIANCE]
+    assert status == 1 and called == [*([QUICK] if appliance == 3 else []), SLOW, APPLIANCE]
 
 
 def test_interrupted_is_interrupted(tmp_path: Path) -> None:
     assert run(tmp_path, appliance=130)[0] == 130
     (tmp_path / "log").unlink()
-    assert run(tmp_path, unit=2)[:2] == (130, [UNIT]), "nothing else begins after Ctrl-C"
+    assert run(tmp_path, unit=2, appliance=3)[:2] == (130, [SLOW, APPLIANCE]), "nothing else begins after Ctrl-C"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Names the units of mrcore's daemons that run since before their spec, unit or release was written.
 
-Times, not what this deploy has changed: the next one makes good what one left that was cut off before restarting.
+With the argument `reload` systemd reads its units first. Times, not what this deploy has changed: the next one makes
+good what one left that was cut off before restarting.
 """
 
 import os
@@ -18,6 +19,8 @@ def files_of(unit):
 
 
 def main():
+    if sys.argv[1:] == ["reload"]:
+        subprocess.run(["systemctl", "daemon-reload"], check=True)
     shown = ["systemctl", "show", "--timestamp=unix", "--property=Id,ActiveState,ExecMainStartTimestamp"]
     units = ["mrcore-agent.service", *(f"mrcore-server@{path.stem}.service" for path in sorted(SPECS.glob("S_*.json")))]
     done = subprocess.run([*shown, *units], stdout=subprocess.PIPE, check=True, text=True)
