@@ -41,7 +41,7 @@ def test_the_first_error_ends_the_rest_and_what_is_under_way_is_waited_for() -> 
 
     with pytest.raises(ValueError, match="the first"):
         on_nodes(range(10), work, 2)
-    assert begun == [0, 1] and ended == [1]
+    assert 2 <= len(begun) <= 4 and sorted(ended) == sorted(begun)[1:]
 
 
 @pytest.mark.parametrize("who", ["work", "tick"])
