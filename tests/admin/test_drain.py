@@ -22,8 +22,9 @@ from conftest import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrcore.admin import drain
-from mrcore.admin.drain import Held, Room, cut, plan, renamed
+from mrcore.admin import drain, drain_plan
+from mrcore.admin.drain_plan import Held, Room, plan, renamed
+from mrcore.admin.drain_steps import Steps
 from mrcore.cli.main import main
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers import local
@@ -32,7 +33,7 @@ from mrcore.settings.config import Settings
 from mrcore.state import manifest
 from mrcore.state.store import Store
 from mrcore.system import failpoints, procfs
-from mrcore.transfer.file_transfer import MIN_FREE_DISK_BYTES
+from mrcore.transfer.batches import MIN_FREE_DISK_BYTES, cut
 
 MERGE = {"hold_state": True, "merge_output": True}
 ACCUMULATE = {"hold_state": True, "delete_job_data": False}
@@ -231,7 +232,7 @@ def test_a_plan_balances_bytes(sizes: list[int], nodes: int) -> None:
 @given(FILES, st.integers(1, 5), st.integers(0, 200), st.integers(1, 200))
 def test_steps_are_bounded(files: list[Held], max_files: int, max_bytes: int, alone: int) -> None:
     moves = plan(files, {"n2": Room(0, 1 << 40)}, (), "n1")[0]
-    pieces = [*cut(moves, max_files, max_bytes, alone)]
+    pieces = [*cut(moves, lambda move: move.size, max_files, max_bytes, alone)]
     assert [move for piece in pieces for move in piece] == moves
     for piece in pieces:
         assert len(piece) <= max_files and (len(piece) == 1 or sum(move.size for move in piece) <= max_bytes)
@@ -424,7 +425,7 @@ def test_without_room_nothing_is_moved(
 ) -> None:
     cluster.write_inputs({"f": "x"}, node=0)
     with monkeypatch.context() as context:
-        context.setattr(drain, "MIN_FREE_DISK_BYTES", 1 << 60)
+        context.setattr(drain_plan, "MIN_FREE_DISK_BYTES", 1 << 60)
         told = drain.drain(settings, "node-0")
     assert told["left"] == ["inputs/text/f: every other node is short of disk for its 1 bytes"] and not told["empty"]
     assert every_file(settings) == {("inputs/text/f", b"x"): 1}
@@ -456,7 +457,7 @@ def test_inputs_outside_of_base_dir_are_told(cluster: TestCluster, settings: Set
 
 CODE = """
 import sys
-from mrcore.admin import drain
+from mrcore.admin import drain, drain_plan
 from mrcore.config import load_settings
 drain.STEP_FILES = 4
 settings = load_settings(sys.argv[1]).model_copy(update={"local": False})
@@ -578,7 +579,7 @@ def test_what_is_written_to_meanwhile_stays_and_is_moved_as_it_is_then(
     node = job.holder()
     (base,) = [each.layout.base_dir for each in settings.nodes if each.name == node]
     grown = sorted((base / f"inputs/{job.name}").iterdir())[0]
-    remove, times = drain._Drain._remove, []
+    remove, times = Steps._remove, []
 
     def late(self: Any, *arguments: Any) -> Any:
         if grown.exists() and len(times) < 2:
@@ -587,7 +588,7 @@ def test_what_is_written_to_meanwhile_stays_and_is_moved_as_it_is_then(
                 stream.write("written late\n")
         return remove(self, *arguments)
 
-    monkeypatch.setattr(drain._Drain, "_remove", late)
+    monkeypatch.setattr(Steps, "_remove", late)
     assert drain.drain(settings, node)["empty"] and len(times) == 2
     every = [path.name for path in job.paths()]
     assert sorted(every) == sorted(texts(6)) and job.words()["late"] == 2

@@ -27,9 +27,10 @@ from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.settings.config import Settings
 from mrcore.state import manifest
 from mrcore.system.staging import Staging
-from mrcore.transfer import file_transfer
+from mrcore.transfer import batches
+from mrcore.transfer.download import GATHERING
 from mrcore.transfer.file_transfer import FileTransfer
-from mrcore.transfer.session import Crew
+from mrcore.transfer.session import Session
 from mrcore.wire.channel import Stream
 from mrcore.wire.client import Client
 from mrcore.wire.tls import Pki
@@ -242,13 +243,13 @@ def test_a_name_that_a_node_gives_is_checked_here(
     cluster: TestCluster, transfer: FileTransfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     cluster.write_inputs({"x": "text"}, node=1, entry="inputs/evil")
-    call = Crew.call
+    call = Session.call
 
-    def evil(crew: Crew, node: Any, method: str, **arguments: Any) -> Any:
-        answer = call(crew, node, method, **arguments)
+    def evil(session: Session, node: Any, method: str, **arguments: Any) -> Any:
+        answer = call(session, node, method, **arguments)
         return answer | {"files": [[name, 4, 0, 0o600] for _ in answer["files"]]} if method == "list_files" else answer
 
-    monkeypatch.setattr(Crew, "call", evil)
+    monkeypatch.setattr(Session, "call", evil)
     with pytest.raises(Refused, match="not a name inside"):
         transfer.download("inputs/evil", str(tmp_path / "target"))
     assert not (tmp_path / "stolen").exists()
@@ -334,14 +335,14 @@ def test_delete_takes_wildcards_and_follows_no_link(
 
 
 def at_bytes(count: int, action: Any) -> Any:
-    """A stand-in for Crew.moved that acts once, when so many bytes went over the wire."""
-    moved, seen = Crew.moved, [0]
+    """A stand-in for Session.moved that acts once, when so many bytes went over the wire."""
+    moved, seen = Session.moved, [0]
 
-    def acting(crew: Crew, more: int) -> None:
+    def acting(session: Session, more: int) -> None:
         before, seen[0] = seen[0], seen[0] + more
         if before < count <= seen[0]:
             action()
-        moved(crew, more)
+        moved(session, more)
 
     return acting
 
@@ -366,11 +367,11 @@ def test_an_agent_killed_in_mid_file(
         return transfer.download("inputs/killed", str(tmp_path / "back"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Crew, "moved", at_bytes(LARGE_BYTES // 2, lambda: os.kill(cluster.agent_pid(holder), 9)))
+        patch.setattr(Session, "moved", at_bytes(LARGE_BYTES // 2, lambda: os.kill(cluster.agent_pid(holder), 9)))
         with pytest.raises(Unreachable, match=f"node node-{holder}"):
             move()
     assert on_nodes(cluster.settings, "inputs/killed") == before
-    assert [name for name in read(tmp_path / "back") if not name.startswith(file_transfer.GATHERING)] == []
+    assert [name for name in read(tmp_path / "back") if not name.startswith(GATHERING)] == []
     local.start_cluster(cluster.settings)
     counts = move()
     assert counts["sent_bytes"] < counts["bytes"] - LARGE_BYTES // 4  # it went on where it was
@@ -380,16 +381,15 @@ def test_an_agent_killed_in_mid_file(
 
 KILLED = """
 import os, sys
-from mrcore.config import load_settings
-from mrcore.file_transfer import FileTransfer
-from mrcore.transfer_crew import Crew
-moved, seen = Crew.moved, [0]
-def dying(crew, more):
+from mrcore import FileTransfer, load_settings
+from mrcore.transfer.session import Session
+moved, seen = Session.moved, [0]
+def dying(session, more):
     seen[0] += more
     if seen[0] > int(sys.argv[1]):
         os.kill(os.getpid(), 9)
-    moved(crew, more)
-Crew.moved = dying
+    moved(session, more)
+Session.moved = dying
 getattr(FileTransfer(load_settings()), sys.argv[2])(*sys.argv[3:])
 """
 
@@ -408,7 +408,7 @@ def test_a_client_killed_in_mid_file(cluster: TestCluster, transfer: FileTransfe
         assert together(cluster.settings, "inputs/dead") == {}
         assert staged(cluster.settings)
     else:
-        assert [name for name in read(target) if not name.startswith(file_transfer.GATHERING)] == []
+        assert [name for name in read(target) if not name.startswith(GATHERING)] == []
     counts = getattr(transfer, way)(*arguments)
     assert counts["sent_bytes"] < counts["bytes"] - LARGE_BYTES // 4
     assert (together(cluster.settings, "inputs/dead") if way == "upload_bulk" else read(target)) == contents
@@ -420,7 +420,7 @@ def test_what_was_staged_and_went_bad_is_found_and_sent_anew(
 ) -> None:
     content = os.urandom(LARGE_BYTES)
     source, stop = write(tmp_path / "source", {"large": content}), threading.Event()
-    monkeypatch.setattr(Crew, "moved", at_bytes(LARGE_BYTES // 2, stop.set))
+    monkeypatch.setattr(Session, "moved", at_bytes(LARGE_BYTES // 2, stop.set))
     with pytest.raises(MrcoreError, match="was stopped"):
         FileTransfer(cluster.settings, stop=stop).upload(source, "inputs/bad")
     (partial,) = staged(cluster.settings)
@@ -484,7 +484,7 @@ def test_short_of_disk_is_the_clusters_fault_and_leaves_nothing(
     transfer.upload(source, "inputs/short")
     before = together(cluster.settings, "inputs/short")
     with monkeypatch.context() as patch:
-        patch.setattr(file_transfer, "MIN_FREE_DISK_BYTES", 1 << 60)
+        patch.setattr(batches, "MIN_FREE_DISK_BYTES", 1 << 60)
         with pytest.raises(ClusterFault, match=r"node node-\d has .* make room"):
             transfer.upload(source, "inputs/short")
         with pytest.raises(ClusterFault, match="the master has"):
@@ -611,7 +611,7 @@ def test_a_transfer_job_is_cancelled_within_a_second(
         asked.append(time.monotonic())
         Scheduler(cluster.settings).cancel("slow")
 
-    monkeypatch.setattr(Crew, "moved", at_bytes(LARGE_BYTES // 4, freeze))
+    monkeypatch.setattr(Session, "moved", at_bytes(LARGE_BYTES // 4, freeze))
     job(cluster.settings, job_name="slow", transfer_type="upload", input_dir=source, output_dir="inputs/slow")
     try:
         assert Runner(cluster.settings).run(once=True) == {"cancelled": 1}
@@ -682,18 +682,17 @@ def test_the_request_for_numbers_that_were_not_given_is_refused(cluster: TestClu
     cluster.write_inputs({"x": "text"}, node=0, entry="inputs/numbers")
     client, node = agent(cluster), cluster.settings.nodes[0]
     listing = client.call("list_files", path="inputs/numbers")["listing"]
-    crew = Crew(cluster.settings, lambda phase, **facts: None, threading.Event())
-    with crew:
+    with Session(cluster.settings) as session:
         for asked in ([listing, 1, 0], [listing, -1, 0], ["no", 0, 0], [listing, 0, 5], [listing, "0", 0], [listing]):
-            with pytest.raises(Refused):
-                crew.data(node).get([{"file": asked}], lambda index, chunk: None)
+            with pytest.raises(Refused), session.data(node) as channel:
+                channel.get([{"file": asked}], lambda index, chunk: None)
         upload = client.call("begin_upload", folder="inputs/numbers")["upload"]
         for batch in ([upload, 1], ["no", 1], [upload, "1"], [upload]):
-            with pytest.raises(Refused):
-                crew.data(node).put({"batch": batch}, b"text")
+            with pytest.raises(Refused), session.data(node) as channel:
+                channel.put({"batch": batch}, b"text")
         number = client.call("announce", upload=upload, files=[["a", 2, 0, 0o600], ["b", 1, 0, 0o600]])
-        with pytest.raises(Refused, match="not what was announced"):
-            crew.data(node).put({"batch": [upload, number]}, b"text")
+        with pytest.raises(Refused, match="not what was announced"), session.data(node) as channel:
+            channel.put({"batch": [upload, number]}, b"text")
         for files in (
             [["a", -1, 0, 0]], [["a", 1, 0]], ["a"], [["a", "1", 0, 0]], [["a", 1 << 63, 0, 0]], [["a", 1, 0, 0o4755]]
         ):  # fmt: skip

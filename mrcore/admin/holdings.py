@@ -1,0 +1,128 @@
+"""What a node holds that would be lost with it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypedDict
+
+from mrcore.engine.listing import gather
+from mrcore.errors import UsageError
+from mrcore.settings.config import NodeSettings, Settings
+from mrcore.settings.validation import nearest
+from mrcore.state import moves, outputs
+from mrcore.state.store import Store
+from mrcore.system.paths import PART
+from mrcore.system.staging import File
+from mrcore.transfer.session import Session, pages
+
+
+class Count(TypedDict):
+    """How much there is of something."""
+
+    files: int
+    bytes: int
+
+
+class Holdings(TypedDict, total=False):
+    """What `mrcore drain` reports, as JSON; the last three only when files were moved."""
+
+    node: str
+    empty: bool
+    kinds: dict[str, Count]  # "input", "output", "auxiliary" (what no other node has)
+    jobs: list[dict[str, Any]]  # whose output: job_name, files, bytes
+    cannot_move: list[str]  # no plain files
+    elsewhere: list[dict[str, str]]  # input_dirs of queued jobs outside of base_dir: job_name, input_dir
+    faults: list[dict[str, Any]]  # parts that should be here, and are missing or damaged; see `outputs.compare`
+    moved: dict[str, Count]  # by node
+    renamed: list[tuple[str, str, str]]  # name, node, new name
+    left: list[str]  # why
+
+
+class Listed(NamedTuple):
+    """A file by its number in a listing."""
+
+    listing: str
+    number: int
+    file: File
+
+
+class Nodes:
+    """The nodes of a cluster, of which `source` is looked at or emptied, and calls to their agents."""
+
+    def __init__(self, settings: Settings, node: str) -> None:
+        names = [each.name for each in settings.nodes]
+        if node not in names:
+            raise UsageError(f"there is no node {node!r}{nearest(node, names)}")
+        self.session, self.settings = Session(settings), settings
+        self.source = settings.node(node)
+        self.others = [each for each in settings.nodes if each is not self.source]
+
+    def pages(self, node: NodeSettings, auxiliary: bool = False) -> Iterator[Any]:
+        """Return what a node holds page by page, as `holdings` does."""
+        return pages(functools.partial(self.session.call, node), "holdings", auxiliary=auxiliary)
+
+    def only_here(self) -> list[Listed]:
+        """Return the auxiliary data that no other node has."""
+        others = {file[0] for node in self.others for page in self.pages(node, True) for file in page["files"]}
+        files = [(page["listing"], file) for page in self.pages(self.source, True) for file in page["files"]]
+        listed = [Listed(token, number, File(*file[:4])) for number, (token, file) in enumerate(files)]
+        return [each for each in listed if each.file.name not in others]
+
+    def holdings(self) -> Holdings:
+        """Return what `source` holds."""
+        kinds: dict[str, Count] = {kind: {"files": 0, "bytes": 0} for kind in ("input", "output", "auxiliary")}
+        jobs: dict[str, Any] = {}
+        wrong: list[str] = []
+        sizes: dict[str, int] = {}
+        for page in self.pages(self.source):
+            wrong += page.get("faults", [])
+            for name, size, *_ in page["files"]:
+                part = PART.fullmatch(name)
+                add(kinds["output" if part else "input"], size)
+                if part:
+                    sizes[name] = size
+                    add(jobs.setdefault(part[1], {"job_name": part[1], "files": 0, "bytes": 0}), size)
+        for listed in self.only_here():
+            add(kinds["auxiliary"], listed.file.size)
+        known = {self.source.name: outputs.named(self.settings).get(self.source.name, {})}
+        different = outputs.compare(known, {self.source.name: sizes}, None)
+        return {
+            "node": self.source.name,
+            "empty": not wrong and not any(kind["files"] for kind in kinds.values()),
+            "kinds": kinds,
+            "jobs": [*jobs.values()],
+            "cannot_move": wrong,
+            "elsewhere": self._elsewhere(),
+            "faults": [each for each in different if each["kind"] != "foreign"],
+        }
+
+    def _elsewhere(self) -> list[dict[str, str]]:
+        """Return what queued jobs read here that lies outside of base_dir, so that nothing else knows of it."""
+        if self.settings.local:
+            return []
+        with contextlib.closing(Store(self.settings.state_dir)) as store:
+            specs = [spec for spec in moves.waiting_jobs(store) if not spec["shared_input"]]
+        elsewhere: list[dict[str, str]] = []
+        call, name = functools.partial(self.session.call, self.source), self.source.name
+        inside = f"{self.source.layout.base_dir}/"
+        for spec in specs:
+            entries = [entry for entry in spec["input_dirs"] if entry.startswith("/") and not entry.startswith(inside)]
+            if entries:
+                listing = gather(call, {"input_dirs": entries, "shared_input": False}, [name], name)
+                matched = [entry for entry in entries if listing["matched"].get(entry)]
+                elsewhere += [{"job_name": spec["job_name"], "input_dir": entry} for entry in matched]
+        return elsewhere
+
+
+def add(count: Count, size: int) -> None:
+    """Count a file of so many bytes."""
+    count["files"], count["bytes"] = count["files"] + 1, count["bytes"] + size
+
+
+def look(settings: Settings, node: str) -> Holdings:
+    """Return what a node holds that would be lost with it."""
+    nodes = Nodes(settings, node)
+    with nodes.session:
+        return nodes.holdings()
