@@ -7,16 +7,17 @@ the new nodes then remove ("take back").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from mrcore.admin.holdings import Count, add
+from mrcore.admin.holdings import add
 from mrcore.errors import ClusterFault
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import ledger, manifest, moves
 from mrcore.state.moves import Mark, Move
 from mrcore.state.store import Store
 from mrcore.system.paths import PART
-from mrcore.transfer.session import Session
+from mrcore.transfer.session import Counts, Session
 
 
 def by_target(step: Iterable[Move]) -> dict[str, list[Move]]:
@@ -33,8 +34,8 @@ class Steps:
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings, self._store = settings, store
         self._nodes = {node.name: node for node in settings.nodes}
-        self.moved: dict[str, Count] = {}
-        self.renamed: list[tuple[str, str, str]] = []
+        self.moved: dict[str, Counts] = {}
+        self.renamed: list[list[str]] = []
         self.left: dict[str, str] = {}  # by name: why a file did not move in this round
 
     @property
@@ -66,15 +67,9 @@ class Steps:
 
     def _publish(self, session: Session, mark: Mark, step: Sequence[Move]) -> list[Move]:
         """Give the files their names on their new nodes, let manifests and ledger say so; return those that moved."""
-
-        def ask(target: str, group: list[Move]) -> Sequence[bool]:
-            if target not in self._nodes:
-                return [False] * len(group)
-            files = [[move.new_name, move.size, move.mtime_ns, move.mode, move.new_inode] for move in group]
-            answers: list[bool] = session.call(self._nodes[target], "publish_moves", source=mark.source, files=files)
-            return answers
-
-        done, lost = _ask(step, ask)  # what is lost is where it was
+        files = {move: [move.new_name, move.size, move.mtime_ns, move.mode, move.new_inode] for move in step}
+        done, lost = self._ask(session, "publish_moves", files, absent=False, source=mark.source)
+        # What is lost is where it was.
         self.left |= {move.name: f"{move.name}: {move.target} could not give it the name" for move in lost}
         self._enter(mark, done, lost)
         self._write_down("remove", done, [_places(mark, move) for move in done])
@@ -83,21 +78,20 @@ class Steps:
     def _remove(self, session: Session, mark: Mark, step: Sequence[Move]) -> list[Move]:
         """Have the old node remove its files; return those that it keeps, as they were written to, which go back."""
         source = self._nodes.get(mark.source or "")
-
-        def ask(target: str, group: list[Move]) -> Sequence[bool]:
-            if source is None:  # gone for good: what the new nodes have is all there is
-                return [True] * len(group)
-            if target not in self._nodes:  # gone, too: what the old node still has is the only copy
-                return [not taken for taken in session.call(source, "taken", names=[move.name for move in group])]
-            files = [[move.name, move.size, move.mtime_ns, move.mode, move.inode] for move in group]
-            answers: list[bool] = session.call(source, "remove_moves", files=files)
-            return answers
-
-        gone, kept = _ask(step, ask)
-        for move in gone:
+        # Where its new node is gone, what the old one still has is the only copy; where that is gone, the new one's.
+        only = [move for move in step if move.target not in self._nodes]
+        both = [move for move in step if move.target in self._nodes]
+        kept: list[Move] = []
+        if source is not None:
+            files = [[move.name, move.size, move.mtime_ns, move.mode, move.inode] for move in both]
+            removed = session.call(source, "remove_moves", files=files)
+            taken = session.call(source, "taken", names=[move.name for move in only])
+            kept = [move for move, gone in zip(both, removed, strict=True) if not gone]
+            kept += [move for move, here in zip(only, taken, strict=True) if here]
+        for move in set(step) - set(kept):
             add(self.moved.setdefault(move.target, {"files": 0, "bytes": 0}), move.size)
             if move.new_name != move.name:
-                self.renamed.append((move.name, move.target, move.new_name))
+                self.renamed.append([move.name, move.target, move.new_name])
         if kept:
             self.left |= {move.name: f"{move.name}: it is locked, or was written to meanwhile" for move in kept}
             self._enter(mark, (), kept)
@@ -106,20 +100,25 @@ class Steps:
 
     def _take_back(self, session: Session, step: Sequence[Move]) -> None:
         """Remove from their new nodes files that stay where they were."""
-
-        def ask(target: str, group: list[Move]) -> Sequence[bool]:
-            if target not in self._nodes:
-                return [True] * len(group)
-            files = [[move.new_name, move.size, move.new_mtime_ns, move.mode, move.new_inode] for move in group]
-            answers: list[bool] = session.call(self._nodes[target], "remove_moves", files=files)
-            return answers
-
-        if stuck := _ask(step, ask)[1]:
+        files = {move: [move.new_name, move.size, move.new_mtime_ns, move.mode, move.new_inode] for move in step}
+        if stuck := self._ask(session, "remove_moves", files, absent=True)[1]:
             name, target = stuck[0].new_name, stuck[0].target
             raise ClusterFault(
                 f"{name!r} is written to on {target} and on the drained node at once: end who writes there, remove it "
                 f"from {target}, and drain again"
             )
+
+    def _ask(
+        self, session: Session, method: str, files: Mapping[Move, list[Any]], absent: bool, **more: Any
+    ) -> tuple[list[Move], list[Move]]:
+        """Ask each new node about its files; return the moves with the answer yes, and no. `absent`: of no node."""
+        answers: dict[Move, bool] = {}
+        for target, step in by_target(files).items():
+            said = [absent] * len(step)
+            if node := self._nodes.get(target):
+                said = session.call(node, method, files=[files[move] for move in step], **more)
+            answers |= zip(step, said, strict=True)
+        return [move for move, yes in answers.items() if yes], [move for move, yes in answers.items() if not yes]
 
     def _enter(self, mark: Mark, moved: Iterable[Move], kept: Iterable[Move]) -> None:
         """Have the manifests say where committed parts are: on their new nodes, or where they were."""
@@ -149,13 +148,3 @@ def _places(mark: Mark, move: Move, back: bool = False) -> Places:
     if back:
         return new, old, move.new_mtime_ns, move.mtime_ns, move.inode
     return old, new, move.mtime_ns, move.new_mtime_ns, move.new_inode
-
-
-def _ask(step: Iterable[Move], ask: Callable[[str, list[Move]], Sequence[bool]]) -> tuple[list[Move], list[Move]]:
-    """Ask about the files of each new node; return those for which the answer is yes, and the others."""
-    answers = [
-        (move, yes)
-        for target, group in by_target(step).items()
-        for move, yes in zip(group, ask(target, group), strict=True)
-    ]
-    return [move for move, yes in answers if yes], [move for move, yes in answers if not yes]

@@ -15,14 +15,7 @@ from mrcore.state import moves, outputs
 from mrcore.state.store import Store
 from mrcore.system.paths import PART
 from mrcore.system.staging import File
-from mrcore.transfer.session import Session, pages
-
-
-class Count(TypedDict):
-    """How much there is of something."""
-
-    files: int
-    bytes: int
+from mrcore.transfer.session import Counts, Session, pages
 
 
 class Holdings(TypedDict, total=False):
@@ -30,13 +23,13 @@ class Holdings(TypedDict, total=False):
 
     node: str
     empty: bool
-    kinds: dict[str, Count]  # "input", "output", "auxiliary" (what no other node has)
+    kinds: dict[str, Counts]  # "input", "output", "auxiliary" (what no other node has)
     jobs: list[dict[str, Any]]  # whose output: job_name, files, bytes
     cannot_move: list[str]  # no plain files
     elsewhere: list[dict[str, str]]  # input_dirs of queued jobs outside of base_dir: job_name, input_dir
     faults: list[dict[str, Any]]  # parts that should be here, and are missing or damaged; see `outputs.compare`
-    moved: dict[str, Count]  # by node
-    renamed: list[tuple[str, str, str]]  # name, node, new name
+    moved: dict[str, Counts]  # by node
+    renamed: list[list[str]]  # name, node, new name
     left: list[str]  # why
 
 
@@ -72,7 +65,7 @@ class Nodes:
 
     def holdings(self) -> Holdings:
         """Return what `source` holds."""
-        kinds: dict[str, Count] = {kind: {"files": 0, "bytes": 0} for kind in ("input", "output", "auxiliary")}
+        kinds: dict[str, Counts] = {kind: {"files": 0, "bytes": 0} for kind in ("input", "output", "auxiliary")}
         jobs: dict[str, Any] = {}
         wrong: list[str] = []
         sizes: dict[str, int] = {}
@@ -116,7 +109,7 @@ class Nodes:
         return elsewhere
 
 
-def add(count: Count, size: int) -> None:
+def add(count: Counts, size: int) -> None:
     """Count a file of so many bytes."""
     count["files"], count["bytes"] = count["files"] + 1, count["bytes"] + size
 

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,12 +141,7 @@ class FileMethods:
             self._on_disk(incoming.staging.drop)
 
     def delete_files(
-        self,
-        caller: Identity,
-        path: str,
-        wildcards: bool = False,
-        dry_run: bool = False,
-        leave: list[Any] | None = None,
+        self, caller: Identity, path: str, wildcards: bool = False, dry_run: bool = False, leave: Sequence[Any] = ()
     ) -> Json:
         """Remove a file, a folder with all in it, or what a name with wildcards matches; links are not followed.
 
@@ -161,7 +157,7 @@ class FileMethods:
             if part := PART.fullmatch(os.path.relpath(name, root)):
                 outputs.setdefault((part[1], int(part[3])), []).append(size)
         if not dry_run:
-            if new := outputs.keys() - {(job, run) for job, run in leave or ()}:
+            if new := outputs.keys() - {(job, run) for job, run in leave}:
                 job, run = min(new)
                 raise Refused(f"node {self._node}: {path!r} holds output of {job} (run {run}) by now: look again")
             for top in tops:
@@ -220,15 +216,12 @@ class FileMethods:
         inside(root, name)
         top = root_of(path) if name != path else (name if (root / name).is_dir() else name.rpartition("/")[0])
         begin = len(top) + 1 if top else 0
-        # The mode of a part is what the daemons' umask left of a new file's: its copy is a new file, too.
-        return [
-            Listed(
-                file.name,
-                file._replace(name=file.name[begin:], mode=0o666 if PART.fullmatch(file.name) else file.mode),
-                inode,
-            )
-            for file, inode in self._on_disk(list, walk(root, name))
-        ]
+        listed: list[Listed] = []
+        for file, inode in self._on_disk(list, walk(root, name)):
+            # The mode of a part is what the daemons' umask left of a new file's: its copy is a new file, too.
+            mode = 0o666 if PART.fullmatch(file.name) else file.mode
+            listed.append(Listed(file.name, file._replace(name=file.name[begin:], mode=mode), inode))
+        return listed
 
     def _listed(self, listing: str, number: int, length: int) -> tuple[Path, int]:
         """Return a listed file's path and size, if it is the same still and `length` is in it."""
@@ -245,13 +238,12 @@ class FileMethods:
 
     def _staging(self, folder: str | None, source: str | None = None) -> Staging:
         """Return where an upload into a folder gathers, or that of files of another node, which keep their modes."""
-        base, key = self._layout.base_dir, os.fsencode(f"moved from {source}")
-        target = base if source is not None else self._layout.auxiliary_dir
+        target, key, mask = self._layout.base_dir, f"moved from {source}".encode(), 0o777
         if source is None:
-            target = inside(base, f"{folder}/x").parent if folder is not None else target
-            key = os.fsencode(target)
+            target = self._layout.auxiliary_dir if folder is None else inside(target, f"{folder}/x").parent
+            key, mask = os.fsencode(target), ON_NODES
         gathering = self._layout.incoming_dir / hashlib.blake2b(key, digest_size=16).hexdigest()
-        made: Staging = self._on_disk(Staging, gathering, target, ON_NODES if source is None else 0o777)
+        made: Staging = self._on_disk(Staging, gathering, target, mask)
         return made
 
     def _page(self, listing: str, start: int) -> tuple[list[Listed], int | None]:

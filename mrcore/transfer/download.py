@@ -18,7 +18,7 @@ from mrcore.system import procfs
 from mrcore.system.paths import PARTIAL
 from mrcore.system.staging import File, Staging
 from mrcore.transfer.batches import SMALL_BYTES, check_free, checked, for_nodes, resumable
-from mrcore.transfer.session import Session
+from mrcore.transfer.session import Counts, Session
 from mrcore.wire.data import checksum
 
 GATHERING = f".mrcore-download{PARTIAL}"
@@ -33,7 +33,7 @@ class Remote(NamedTuple):
     local: File
 
 
-def download(session: Session, input_dir: str, output_dir: str, *, delete_files: bool, at_once: int) -> dict[str, int]:
+def download(session: Session, input_dir: str, output_dir: str, *, delete_files: bool, at_once: int) -> Counts:
     """Fetch a folder, a file or what wildcards match; return the counts. See `FileTransfer.download`."""
     path, target, settings = checked(input_dir, "input_dir"), Path(output_dir).expanduser().resolve(), session.settings
     if delete_files:

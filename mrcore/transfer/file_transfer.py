@@ -16,10 +16,8 @@ from mrcore.settings.config import Settings, load_settings
 from mrcore.state import outputs
 from mrcore.transfer.batches import AT_ONCE, checked
 from mrcore.transfer.download import download
-from mrcore.transfer.session import Json, Progress, Session, no_progress
+from mrcore.transfer.session import Counts, Json, Progress, Session, no_progress
 from mrcore.transfer.upload import Agree, upload, upload_auxiliary
-
-Counts = dict[str, int]
 
 
 class FileTransfer:

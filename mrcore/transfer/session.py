@@ -21,6 +21,7 @@ SLOW_CALL_SECONDS = 600.0  # listing, committing and removing 100,000 files on a
 NODES_AT_ONCE = 16
 
 Json = dict[str, Any]
+Counts = dict[str, int]  # files, bytes, and more
 Progress = Callable[..., None]  # of the phase, and files, sent_bytes, total_bytes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -146,7 +147,7 @@ class Session:
         with self._lock:
             self._files, self._bytes = self._files + files, self._bytes + size
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Counts:
         """Return what the history keeps."""
         return {"files": self._files, "bytes": self._bytes, "sent_bytes": self._sent_bytes, "skipped": 0}
 

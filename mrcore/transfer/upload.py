@@ -19,7 +19,7 @@ from mrcore.state import outputs
 from mrcore.system.readers import format_of
 from mrcore.system.staging import File, inside, walk
 from mrcore.transfer.batches import SMALL_BYTES, check_free, checked, for_nodes, resumable
-from mrcore.transfer.session import Session
+from mrcore.transfer.session import Counts, Session
 
 try:  # comes with xopen where it runs, and is four times as fast
     from isal.isal_zlib import compressobj
@@ -45,7 +45,7 @@ Plan = dict[str, list[Pair]]  # by node
 
 def upload(
     session: Session, input_dir: str, output_dir: str, *, replace: bool, compress: bool, at_once: int, agree: Agree
-) -> dict[str, int]:
+) -> Counts:
     """Send a folder or a file; return the counts. See `FileTransfer.upload`."""
     folder, source = checked(output_dir, "output_dir"), Path(input_dir).expanduser().resolve()
     if not source.exists():
@@ -68,7 +68,7 @@ def upload(
     return deliver(session, top, folder, plan, replace, at_once, look_again) | {"skipped": skipped}
 
 
-def upload_auxiliary(session: Session, path: Path, name: str, at_once: int) -> dict[str, int]:
+def upload_auxiliary(session: Session, path: Path, name: str, at_once: int) -> Counts:
     """Send one file to every node's auxiliary data, under this name; return the counts."""
     file = next(walk(path.parent, path.name))[0]
     pair = Pair(file, file._replace(name=checked(f"{name}.data", "auxiliary_data_name")))
@@ -99,7 +99,7 @@ def plan_upload(nodes: list[str], pairs: list[Pair], held: Held, replace: bool) 
 def deliver(
     session: Session, source: Path, folder: str | None, plan: Plan, replace: bool, at_once: int,
     look_again: Callable[[], None] = lambda: None,
-) -> dict[str, int]:  # fmt: skip
+) -> Counts:  # fmt: skip
     """Stage all files on their nodes, then commit on all nodes; an error leaves the nodes as they were."""
     uploads = dict[str, str]()
 
