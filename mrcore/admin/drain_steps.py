@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mrcore.admin.holdings import add
 from mrcore.errors import ClusterFault
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import ledger, manifest, moves
 from mrcore.state.moves import Mark, Move
 from mrcore.state.store import Store
 from mrcore.system.paths import PART
-from mrcore.transfer.session import Counts, Session
+from mrcore.transfer.session import Counts, Session, add
 
 
 def by_target(step: Iterable[Move]) -> dict[str, list[Move]]:

@@ -15,7 +15,7 @@ from mrcore.state import moves, outputs
 from mrcore.state.store import Store
 from mrcore.system.paths import PART
 from mrcore.system.staging import File
-from mrcore.transfer.session import Counts, Session, pages
+from mrcore.transfer.session import Counts, Session, add, pages
 
 
 class Holdings(TypedDict, total=False):
@@ -107,11 +107,6 @@ class Nodes:
                 matched = [entry for entry in entries if listing["matched"].get(entry)]
                 elsewhere += [{"job_name": spec["job_name"], "input_dir": entry} for entry in matched]
         return elsewhere
-
-
-def add(count: Counts, size: int) -> None:
-    """Count a file of so many bytes."""
-    count["files"], count["bytes"] = count["files"] + 1, count["bytes"] + size
 
 
 def look(settings: Settings, node: str) -> Holdings:

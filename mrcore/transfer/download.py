@@ -33,7 +33,7 @@ class Remote(NamedTuple):
     local: File
 
 
-def download(session: Session, input_dir: str, output_dir: str, *, delete_files: bool, at_once: int) -> Counts:
+def download(session: Session, input_dir: str, output_dir: str, delete_files: bool, at_once: int) -> Counts:
     """Fetch a folder, a file or what wildcards match; return the counts. See `FileTransfer.download`."""
     path, target, settings = checked(input_dir, "input_dir"), Path(output_dir).expanduser().resolve(), session.settings
     if delete_files:

@@ -53,12 +53,12 @@ class FileTransfer:
         Names that several nodes have land in a folder per node. With `delete_files` nothing else is left there.
         """
         with self._session() as session:
-            return download(session, input_dir, output_dir, delete_files=delete_files, at_once=1)
+            return download(session, input_dir, output_dir, delete_files, 1)
 
     def download_bulk(self, input_dir: str, output_dir: str, delete_files: bool = True) -> Counts:
         """`download` with several files at once."""
         with self._session() as session:
-            return download(session, input_dir, output_dir, delete_files=delete_files, at_once=AT_ONCE)
+            return download(session, input_dir, output_dir, delete_files, AT_ONCE)
 
     def upload_auxiliary(self, input_file_name: str, auxiliary_data_name: str) -> Counts:
         """Send a local JSON file to every node as auxiliary data of this name."""
@@ -107,10 +107,8 @@ class FileTransfer:
 
     def _upload(self, input_dir: str, output_dir: str, replace: bool, compress: bool, at_once: int) -> Counts:
         with self._session() as session:
-            return upload(
-                session, input_dir, output_dir, replace=replace, compress=compress, at_once=at_once,
-                agree=self._agree or (lambda going: None),
-            )  # fmt: skip
+            agree = self._agree or (lambda going: None)
+            return upload(session, input_dir, output_dir, replace, compress, at_once, agree)
 
 
 def run(job: Json, settings: Settings, progress: Progress, stop: threading.Event) -> dict[str, Counts]:

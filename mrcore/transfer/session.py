@@ -31,6 +31,11 @@ def no_progress(phase: str, **counts: int) -> None:
     """Report nothing."""
 
 
+def add(counts: Counts, size: int) -> None:
+    """Count a file of so many bytes."""
+    counts["files"], counts["bytes"] = counts["files"] + 1, counts["bytes"] + size
+
+
 def pages(call: Callable[..., Any], method: str, **asked: Any) -> Iterator[Any]:
     """Ask for a listing of an agent page by page: `list_files`, `holdings`. Raises Refused for one without an end."""
     page, count = call(method, **asked), 0

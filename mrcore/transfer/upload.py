@@ -8,18 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mrcore.engine.listing import rendezvous
 from mrcore.errors import JobFault
-from mrcore.settings.config import NodeSettings, Settings
+from mrcore.settings.config import NodeSettings
 from mrcore.state import outputs
 from mrcore.system.readers import format_of
 from mrcore.system.staging import File, inside, walk
 from mrcore.transfer.batches import SMALL_BYTES, check_free, checked, for_nodes, resumable
-from mrcore.transfer.session import Counts, Session
+from mrcore.transfer.session import Counts, Session, add
 
 try:  # comes with xopen where it runs, and is four times as fast
     from isal.isal_zlib import compressobj
@@ -44,7 +44,7 @@ Plan = dict[str, list[Pair]]  # by node
 
 
 def upload(
-    session: Session, input_dir: str, output_dir: str, *, replace: bool, compress: bool, at_once: int, agree: Agree
+    session: Session, input_dir: str, output_dir: str, replace: bool, compress: bool, at_once: int, agree: Agree
 ) -> Counts:
     """Send a folder or a file; return the counts. See `FileTransfer.upload`."""
     folder, source = checked(output_dir, "output_dir"), Path(input_dir).expanduser().resolve()
@@ -56,14 +56,13 @@ def upload(
     if not pairs:
         raise JobFault(f"input_dir {source} holds no file")
     names = {pair.target.name for pair in pairs}
-    held = _held(session, folder)
-    _check_replaced(session.settings, folder, held, names, replace)
+    held = _look(session, folder, names, replace)
     agree(_lost(held, names, replace))
     plan, skipped = plan_upload([node.name for node in session.settings.nodes], pairs, held, replace)
 
     def look_again() -> None:  # a run may have published meanwhile
         if "/" not in folder.removesuffix("/reduce"):
-            _check_replaced(session.settings, folder, _held(session, folder), names, replace)
+            _look(session, folder, names, replace)
 
     return deliver(session, top, folder, plan, replace, at_once, look_again) | {"skipped": skipped}
 
@@ -166,29 +165,26 @@ def _pair(file: File, compress: bool) -> Pair:
     return Pair(file, file._replace(name=f"{file.name}.gz") if packed else file, packed)
 
 
-def _held(session: Session, folder: str) -> Held:
+def _look(session: Session, folder: str, names: set[str], replace: bool) -> Held:
+    """Return what a folder of the nodes holds. Raises JobFault if output of a job would go by the upload."""
     held: Held = {}
     for node, _, files in session.list_nodes(folder):
         for file in files:
             held.setdefault(file.name, {})[node.name] = file
-    return held
-
-
-def _check_replaced(settings: Settings, folder: str, held: Held, names: Iterable[str], replace: bool) -> None:
-    """Refuse to fill a folder again, or up, when output of a job would go by that."""
     lost = held if replace else held.keys() & names
-    if jobs := outputs.among(settings, [(node, f"{folder}/{name}") for name in lost for node in held[name]]):
+    parts = [(node, f"{folder}/{name}") for name in lost for node in held[name]]
+    if jobs := outputs.among(session.settings, parts):
         raise JobFault(
             f"output_dir {folder!r} holds output of {outputs.listed(jobs)}, which this upload would replace: "
             "choose another folder, or remove the output first"
         )
+    return held
 
 
 def _lost(held: Held, names: set[str], replace: bool) -> dict[str, Any]:
     """Return what goes from a folder that is filled again, and does not come back: see `outputs.going`."""
-    nodes: dict[str, dict[str, int]] = {}
+    nodes: dict[str, Counts] = {}
     for name in held.keys() - names if replace else ():
         for node, file in held[name].items():
-            count = nodes.setdefault(node, {"files": 0, "bytes": 0})
-            count["files"], count["bytes"] = count["files"] + 1, count["bytes"] + file.size
-    return {"files": sum(count["files"] for count in nodes.values()), "nodes": nodes, "outputs": []}
+            add(nodes.setdefault(node, {"files": 0, "bytes": 0}), file.size)
+    return {"files": sum(counts["files"] for counts in nodes.values()), "nodes": nodes, "outputs": []}
