@@ -122,7 +122,7 @@ def _compare_outputs(
     removed: dict[str, dict[str, int]] = {node: {} for node in known.keys() - {node.name for node in settings.nodes}}
     wrong = outputs.compare(known, held | removed, busy)
     if deep:
-        seen = {(each["node"], f"{each['job']}/reduce/{name}") for each in wrong for name in each["names"]}
+        seen = {(item["node"], f"{item['job']}/reduce/{name}") for item in wrong for name in item["names"]}
         unread = {
             node: {path: part for path, part in known.get(node, {}).items() if (node, path) not in seen}
             for node in held
@@ -296,15 +296,15 @@ def judge_backup(facts: Facts) -> Iterator[Finding]:
 
 def judge_outputs(facts: Facts) -> Iterator[Finding]:
     """Look for output that is not what manifests name, and for what lies beside it."""
-    for each in facts["outputs"]:
-        job, names = each["job"], each["names"]
+    for item in facts["outputs"]:
+        job, names = item["job"], item["names"]
         some = ", ".join(one_line(name, 200) for name in names[: outputs.NAMED])
         some += f" and {len(names) - outputs.NAMED} more" if len(names) > outputs.NAMED else ""
-        where, code = f"node {each['node']}", f"output {each['kind']}"
-        if each["kind"] == "unknown":
+        where, code = f"node {item['node']}", f"output {item['kind']}"
+        if item["kind"] == "unknown":
             what = f"what output it holds cannot be told: {some}"
             yield Finding(where, code, what, "parts may be missing", "fix that")
-        elif each["kind"] == "foreign":
+        elif item["kind"] == "foreign":
             yield Finding(
                 where,
                 code,
@@ -313,11 +313,11 @@ def judge_outputs(facts: Facts) -> Iterator[Finding]:
                 f"see what they are; `mrcore rm {job}/reduce/NAME` removes one",
             )
         else:
-            also = f" (of that name on {', '.join(each['elsewhere'])})" if each["elsewhere"] else ""
+            also = f" (of that name on {', '.join(item['elsewhere'])})" if item["elsewhere"] else ""
             yield Finding(
                 where,
                 code,
-                f"of the output of {job} {len(names)} parts are {each['kind']}: {some}{also}",
+                f"of the output of {job} {len(names)} parts are {item['kind']}: {some}{also}",
                 f"`mrcore cat {job}` fails, and whatever reads this output does, or reads too little",
                 f"run {job} again (one with hold_state after `mrcore ledger forget {job}`), or, if it is not wanted "
                 f"any more, `mrcore rm {job}/reduce`",

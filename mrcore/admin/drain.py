@@ -57,7 +57,7 @@ class _Drain:
         self._sent_bytes = self._total_bytes = 0
 
     def run(self, node: str, wait_seconds: float) -> Holdings:
-        steps, names = self._steps, [each.name for each in self._settings.nodes]
+        steps, names = self._steps, [known.name for known in self._settings.nodes]
         removed = node not in names and moves.read(self._store).source == node  # while a drain of it was cut off
         nodes = None if removed else Nodes(self._settings, node)
         with self._alone(node):
@@ -148,7 +148,7 @@ class _Drain:
                 _send(session, source, target, uploads[target.name], listing, files)
 
             batches = [(target, batch) for target in targets for batch in cut(targets[target], lambda move: move.size)]
-            session.each("TRANSFER", send, batches, AT_ONCE)
+            session.work_on("TRANSFER", send, batches, AT_ONCE)
             staged: list[Move] = []
             for target, group in targets.items():
                 there = session.call(target, "stage_moves", source=source.name, files=[_staged(move) for move in group])

@@ -113,10 +113,10 @@ class Steps:
         """Ask each new node about its files; return the moves with the answer yes, and no. `absent`: of no node."""
         answers: dict[Move, bool] = {}
         for target, step in by_target(files).items():
-            said = [absent] * len(step)
+            answer = [absent] * len(step)
             if node := self._nodes.get(target):
-                said = session.call(node, method, files=[files[move] for move in step], **more)
-            answers |= zip(step, said, strict=True)
+                answer = session.call(node, method, files=[files[move] for move in step], **more)
+            answers |= zip(step, answer, strict=True)
         return [move for move, yes in answers.items() if yes], [move for move, yes in answers.items() if not yes]
 
     def _enter(self, mark: Mark, moved: Iterable[Move], kept: Iterable[Move]) -> None:

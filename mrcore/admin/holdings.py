@@ -45,12 +45,12 @@ class Nodes:
     """The nodes of a cluster, of which `source` is looked at or emptied, and calls to their agents."""
 
     def __init__(self, settings: Settings, node: str) -> None:
-        names = [each.name for each in settings.nodes]
+        names = [known.name for known in settings.nodes]
         if node not in names:
             raise UsageError(f"there is no node {node!r}{nearest(node, names)}")
         self.session, self.settings = Session(settings), settings
         self.source = settings.node(node)
-        self.others = [each for each in settings.nodes if each is not self.source]
+        self.others = [known for known in settings.nodes if known is not self.source]
 
     def pages(self, node: NodeSettings, auxiliary: bool = False) -> Iterator[Any]:
         """Return what a node holds page by page, as `holdings` does."""
@@ -61,7 +61,7 @@ class Nodes:
         others = {file[0] for node in self.others for page in self.pages(node, True) for file in page["files"]}
         files = [(page["listing"], file) for page in self.pages(self.source, True) for file in page["files"]]
         listed = [Listed(token, number, File(*file[:4])) for number, (token, file) in enumerate(files)]
-        return [each for each in listed if each.file.name not in others]
+        return [item for item in listed if item.file.name not in others]
 
     def holdings(self) -> Holdings:
         """Return what `source` holds."""
@@ -88,7 +88,7 @@ class Nodes:
             "jobs": [*jobs.values()],
             "cannot_move": wrong,
             "elsewhere": self._elsewhere(),
-            "faults": [each for each in different if each["kind"] != "foreign"],
+            "faults": [item for item in different if item["kind"] != "foreign"],
         }
 
     def _elsewhere(self) -> list[dict[str, str]]:

@@ -83,10 +83,10 @@ class FileMethods:
         JobFault, Refused.
         """
         if listing is None:
-            every = {each.path: each for name in self._matching(path, wildcards) for each in self._below(path, name)}
+            every = {item.path: item for name in self._matching(path, wildcards) for item in self._below(path, name)}
             listing = self._hold(self._held, list(every.values()))
         page, following = self._page(listing, start)
-        return {"listing": listing, "files": [each.file for each in page], "next": following}
+        return {"listing": listing, "files": [item.file for item in page], "next": following}
 
     def exists(self, caller: Identity, path: str) -> bool:
         """Return whether something has exactly this name: if so on one node, wildcards in it are none on any."""
@@ -107,7 +107,7 @@ class FileMethods:
         self.sweep_incoming()
         staging = self._staging(folder, source)
         with self._files_lock:
-            for token in [key for key, each in self._uploads.items() if each.staging.folder == staging.folder]:
+            for token in [key for key, upload in self._uploads.items() if upload.staging.folder == staging.folder]:
                 del self._uploads[token]
         token = self._hold(self._uploads, Incoming(staging))
         return {"upload": token, "disk_free_bytes": shutil.disk_usage(staging.folder).free}
@@ -263,7 +263,7 @@ class FileMethods:
     def _get(self, kept: dict[str, Any], token: Any) -> Any:
         with self._files_lock:
             if not isinstance(token, str) or token not in kept:
-                raise Refused(f"node {self._node}: this transfer is not known any more: begin anew, it resumes")
+                raise Refused(f"node {self._node}: this transfer is not known any more: begin again, it resumes")
             kept[token] = kept.pop(token)  # used now
             return kept[token]
 

@@ -1,7 +1,7 @@
 """The node agent's share in a drain: lists all that the node holds, takes files for good, removes what others took.
 
 A file is staged on its new node first, as in any upload. From then on its inode there is known, and the name that it
-gets, so each of the further steps can be repeated after a death on either side: it finds what it did before. Nothing is
+gets, so each of the further steps can be repeated after a death on either side: it meets what it did before. Nothing is
 ever overwritten, and nothing is removed that is not as it was listed.
 """
 
@@ -41,7 +41,7 @@ class MoveMethods(FileMethods):
             listing = self._hold(self._held, [Listed(f"{root}/{file.name}", file, inode) for file, inode in files])
             about = {"count": len(files), "bytes": sum(file.size for file, _ in files), "faults": refused}
         page, following = self._page(listing, start)
-        held = [(*each.file, each.inode) for each in page]
+        held = [(*item.file, item.inode) for item in page]
         return about | {"listing": listing, "files": held, "next": following}
 
     def taken(self, caller: Identity, names: list[str]) -> list[bool]:

@@ -77,8 +77,8 @@ def walk(folder: Path, name: str = "", refused: list[str] | None = None) -> Iter
         return
     if file:
         yield file, inode
-    for each in below:
-        yield from walk(folder, f"{name}/{each}" if name else each, refused)
+    for entry in below:
+        yield from walk(folder, f"{name}/{entry}" if name else entry, refused)
 
 
 def _look(folder: Path, name: str) -> tuple[File | None, int, list[str]]:
@@ -190,9 +190,9 @@ class Staging:
         removed, begin = 0, len(str(self.target)) + 1
         for folder, folders, others in os.walk(self.target, topdown=False):
             relative = folder[begin:]
-            for each in others + [each for each in folders if os.path.islink(f"{folder}/{each}")]:
-                if (f"{relative}/{each}" if relative else each) not in names:
-                    os.unlink(f"{folder}/{each}")
+            for entry in others + [name for name in folders if os.path.islink(f"{folder}/{name}")]:
+                if (f"{relative}/{entry}" if relative else entry) not in names:
+                    os.unlink(f"{folder}/{entry}")
                     removed += 1
             if relative and not os.listdir(folder):
                 os.rmdir(folder)
@@ -210,7 +210,7 @@ def remove(path: Path) -> None:
 def newest(folder: Path) -> float:
     """Return when something was last written in a folder, in seconds since 1970."""
     with os.scandir(folder) as entries:
-        return max([folder.stat().st_mtime, *(each.stat(follow_symlinks=False).st_mtime for each in entries)])
+        return max([folder.stat().st_mtime, *(entry.stat(follow_symlinks=False).st_mtime for entry in entries)])
 
 
 def flush(folder: Path) -> None:

@@ -44,7 +44,7 @@ def for_nodes(items: Mapping[str, Sequence[Item]], size_of: Callable[[Item], int
     """Return (node, batch) of all items, by node: the nodes take turns, large files come first."""
     large_first = (sorted(files, key=lambda item: size_of(item) < SMALL_BYTES) for files in items.values())
     batches = [[(node, batch) for batch in cut(files, size_of)] for node, files in zip(items, large_first, strict=True)]
-    return [each for each in chain.from_iterable(zip_longest(*batches)) if each is not None]
+    return [item for item in chain.from_iterable(zip_longest(*batches)) if item is not None]
 
 
 def checked(name: str, key: str) -> str:

@@ -1,4 +1,4 @@
-"""From the nodes to the master: list, name each file here, fetch in batches into GATHERING, give all their names."""
+"""From the nodes to the master: list, name remote file here, fetch in batches into GATHERING, give all their names."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def download(session: Session, input_dir: str, output_dir: str, delete_files: bo
         _lock(stack, staging.folder)
         session.total_bytes = sum(remote.local.size for remote in remotes)
         check_free("the master", shutil.disk_usage(target).free, session.total_bytes)
-        by_node = {node.name: [each for each in remotes if each.node is node] for node in settings.nodes}
+        by_node = {node.name: [remote for remote in remotes if remote.node is node] for node in settings.nodes}
         batches = [batch for _, batch in for_nodes(by_node, lambda remote: remote.local.size)]
         with resumable(staging.drop):
-            session.each("TRANSFER", lambda batch: _fetch(session, staging, batch), batches, at_once)
+            session.work_on("TRANSFER", lambda batch: _fetch(session, staging, batch), batches, at_once)
             session.check_stop()
             session.report("PUBLISH")
             removed = staging.publish([remote.local for remote in remotes], delete_files)
@@ -63,15 +63,15 @@ def name_here(settings: Settings, path: str, listings: Iterable[tuple[NodeSettin
     job, _, last = path.rpartition("/")
     if last == "reduce" and manifest.newest(settings.state_dir, job):
         wanted = {(part["node"], part["name"]) for part in manifest.parts(settings.state_dir, job)}
-        remotes = [each for each in remotes if (each.node.name, each.local.name) in wanted]
-        if missing := wanted - {(each.node.name, each.local.name) for each in remotes}:
+        remotes = [remote for remote in remotes if (remote.node.name, remote.local.name) in wanted]
+        if missing := wanted - {(remote.node.name, remote.local.name) for remote in remotes}:
             node, name = min(missing)
             raise ClusterFault(f"part {name} of {job} is not on {node}: its run has not ended, or it was removed")
-    holders = Counter(each.local.name for each in remotes)
+    holders = Counter(remote.local.name for remote in remotes)
     for at, (node, *_, file) in enumerate(remotes):
         if holders[file.name] > 1:
             remotes[at] = remotes[at]._replace(local=file._replace(name=f"{node.name}/{file.name}"))
-    names = {each.local.name for each in remotes}
+    names = {remote.local.name for remote in remotes}
     if len(names) < len(remotes):
         raise JobFault(f"{path!r} has files in a folder that is named like a node: fetch a part of it at a time")
     if any(name.partition("/")[0] == GATHERING for name in names):

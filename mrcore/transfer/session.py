@@ -115,9 +115,9 @@ class Session:
 
     def on_all(self, phase: str, work: Callable[[NodeSettings], Result], may_stop: bool = True) -> list[Result]:
         """Return `work(node)` of all nodes."""
-        return self.each(phase, work, self.settings.nodes, NODES_AT_ONCE, may_stop)
+        return self.work_on(phase, work, self.settings.nodes, NODES_AT_ONCE, may_stop)
 
-    def each(
+    def work_on(
         self, phase: str, work: Callable[[Item], Result], items: Sequence[Item], at_once: int, may_stop: bool = True
     ) -> list[Result]:
         """Return `work(item)` of every item, `at_once` at a time; an error or a stop ends what is under way."""

@@ -117,7 +117,7 @@ def deliver(
     session.total_bytes = sum(pair.target.size for pairs in plan.values() for pair in pairs)
     with resumable(lambda: session.drop(uploads)):
         session.on_all("BEGIN", begin)
-        session.each("TRANSFER", send, for_nodes(plan, lambda pair: pair.target.size), at_once)
+        session.work_on("TRANSFER", send, for_nodes(plan, lambda pair: pair.target.size), at_once)
         look_again()
         session.check_stop()
         session.report("PUBLISH")
