@@ -177,6 +177,16 @@ def test_a_real_cluster(
     assert "nothing is wrong: 2 nodes, 2 cluster servers" in capfd.readouterr().out
 
 
+def test_a_daemon_that_is_not_the_one_that_is_meant_needs_other_certificates(cluster: TestCluster) -> None:
+    first, second = cluster.settings.nodes
+    meant = cluster.settings.model_copy(update={"nodes": (first, second.model_copy(update={"name": "another"}))})
+    gathered = doctor.gather(meant)
+    assert gathered["nodes"]["another"]["code"] == "certificate"
+    finding = only(judge(gathered))
+    assert (finding.where, finding.code) == ("node another", "node silent")
+    assert f"rm {cluster.settings.pki_dir}/ca.*" in finding.do
+
+
 def said(*arguments: str, **surroundings: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-c", "from mrcore.cli.main import main; main()", *arguments],
