@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import shutil
 import time
@@ -13,9 +14,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypedDict
 
+import msgspec
+
 from mrcore import VERSIONS
 from mrcore.errors import MrcoreError
 from mrcore.launchers import local
+from mrcore.messages.methods import HEALTH, HELLO, LIST_FILES, Method
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import outputs
@@ -65,8 +69,10 @@ def gather(settings: Settings, deep: bool = False) -> Facts:
     with contextlib.closing(scheduler.store):
         queue = scheduler.state() | {"jobs": len(scheduler.queue())}
     started = not settings.local or any(row["pid"] for row in local.status(settings))
-    daemons = [(node.name, node, node.agent_port, "health") for node in settings.nodes]
-    daemons += [(server.name, server.node, server.port, "hello") for server in settings.servers()]
+    daemons: list[tuple[str, NodeSettings, int, Method[Any]]] = [
+        (node.name, node, node.agent_port, HEALTH) for node in settings.nodes
+    ]
+    daemons += [(server.name, server.node, server.port, HELLO) for server in settings.servers()]
     keys = master_pki(settings) if started else None
     answers = on_nodes(daemons, lambda daemon: _ask(keys, *daemon[1:]), AT_ONCE) if keys else []
     named = [(daemon[0], answer) for daemon, answer in zip(daemons, answers, strict=False)]
@@ -90,11 +96,11 @@ def gather(settings: Settings, deep: bool = False) -> Facts:
     return {"master": master, "nodes": nodes, "servers": servers, "queue": queue, "outputs": wrong}
 
 
-def _ask(keys: Pki, node: NodeSettings, port: int, method: str) -> Json:
+def _ask(keys: Pki, node: NodeSettings, port: int, method: Method[Any]) -> Json:
     with contextlib.closing(Client(node.address, port, keys, node.name, ASK_SECONDS, ASK_SECONDS)) as client:
         begun = time.time()
         try:
-            answer: Json = client.call(method)
+            answer: Json = msgspec.to_builtins(client.call(method))
         except MrcoreError as error:
             return {"error": error.message, "code": error.details.get("code"), "node": node.name}
         if "time" in answer:  # the answer was made between `begun` and now
@@ -113,7 +119,10 @@ def _compare_outputs(
             Client(node.address, node.agent_port, keys, node.name, ASK_SECONDS, LIST_SECONDS)
         ) as client:
             try:
-                return {file.name: file.size for file in every_file(client.call, "*/reduce", True)[1]}
+                return {
+                    file.name: file.size
+                    for file in every_file(functools.partial(client.call, LIST_FILES), "*/reduce", True)[1]
+                }
             except MrcoreError as error:
                 return error.message
 

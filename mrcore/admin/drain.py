@@ -18,13 +18,14 @@ from mrcore.admin.drain_steps import Steps, by_target
 from mrcore.admin.holdings import Holdings, Nodes
 from mrcore.admin.holdings import look as look
 from mrcore.errors import ClusterFault, UsageError
+from mrcore.messages import methods
+from mrcore.messages.nodes import File
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import moves, outputs
 from mrcore.state.doorbell import Doorbell
 from mrcore.state.moves import Move
 from mrcore.state.store import Store
 from mrcore.system.paths import PART
-from mrcore.system.staging import File
 from mrcore.transfer.batches import AT_ONCE, cut
 from mrcore.transfer.session import Progress, Session, no_progress
 from mrcore.wire.data import Relay
@@ -105,32 +106,32 @@ class _Drain:
         """Auxiliary data belongs on every node: what only this one has goes to all others."""
         only = nodes.only_here()
         for target in nodes.others if only else ():
-            upload = nodes.session.call(target, "begin_upload", folder=None)["upload"]
+            upload = nodes.session.call(target, methods.BEGIN_UPLOAD, folder=None).upload
             for listing, number, file in only:
                 _send(nodes.session, nodes.source, target, upload, listing, [(number, file)])
-            nodes.session.call(target, "commit_upload", upload=upload, replace=False)
+            nodes.session.call(target, methods.COMMIT_UPLOAD, upload=upload, replace=False)
 
     def _round(self, nodes: Nodes) -> None:
         """Move what the node holds now, a page at a time."""
         rooms, start, source = {}, 0, nodes.source
         self._steps.left = {}
         for other in nodes.others:
-            health = nodes.session.call(other, "health")
-            rooms[other.name] = Room(next(nodes.pages(other))["bytes"], health["disk_free_bytes"])
+            free = nodes.session.call(other, methods.HEALTH).disk_free_bytes
+            rooms[other.name] = Room(next(nodes.pages(other)).bytes or 0, free)
         for page in nodes.pages(source):
-            self._total_bytes = page.get("bytes", self._total_bytes)
-            names = [file[0] for file in page["files"]]
+            self._total_bytes = self._total_bytes if page.bytes is None else page.bytes
+            names = [file.name for file in page.files]
             for room in rooms.values():
                 room.taken = set()
             _ask_taken(nodes, rooms, names)
             taken = set[str]().union(*(room.taken for room in rooms.values()))
             _ask_taken(nodes, rooms, [renamed(name, source.name) for name in taken])
             known = outputs.named(self._settings, {part[1] for name in names if (part := PART.fullmatch(name))})
-            planned, left = plan(page["files"], rooms, known.get(source.name, ()), source.name)
+            planned, left = plan(page.files, rooms, known.get(source.name, ()), source.name)
             self._steps.left |= left
             numbers = {name: start + at for at, name in enumerate(names)}
             for step in cut(planned, lambda move: move.size, STEP_FILES, STEP_BYTES, 1 << 63):
-                self._step(source, page["listing"], numbers, step)
+                self._step(source, page.listing, numbers, step)
             start += len(names)
 
     def _step(self, source: NodeSettings, listing: str, numbers: Mapping[str, int], step: Sequence[Move]) -> None:
@@ -138,7 +139,7 @@ class _Drain:
         targets = {self._settings.node(target): group for target, group in by_target(step).items()}
         with Session(self._settings, self._report) as session:  # its connections, one per thread, end with the step
             uploads = {
-                target.name: session.call(target, "begin_upload", folder=None, source=source.name)["upload"]
+                target.name: session.call(target, methods.BEGIN_UPLOAD, folder=None, source=source.name).upload
                 for target in targets
             }
 
@@ -151,9 +152,11 @@ class _Drain:
             session.work_on("TRANSFER", send, batches, AT_ONCE)
             staged: list[Move] = []
             for target, group in targets.items():
-                there = session.call(target, "stage_moves", source=source.name, files=[_staged(move) for move in group])
+                there = session.call(
+                    target, methods.STAGE_MOVES, source=source.name, files=[_staged(move) for move in group]
+                )
                 staged += [
-                    msgspec.structs.replace(move, new_inode=status[0], new_mtime_ns=status[1])
+                    msgspec.structs.replace(move, new_inode=status.inode, new_mtime_ns=status.mtime_ns)
                     for move, status in zip(group, there, strict=True)
                     if status
                 ]
@@ -173,7 +176,7 @@ def _staged(move: Move) -> File:
 def _ask_taken(nodes: Nodes, rooms: Mapping[str, Room], names: Sequence[str]) -> None:
     """Find out which of these names are taken, and where."""
     for other in nodes.others if names else ():
-        answers = nodes.session.call(other, "taken", names=names)
+        answers = nodes.session.call(other, methods.TAKEN, names=names)
         rooms[other.name].taken |= {name for name, taken in zip(names, answers, strict=True) if taken}
 
 
@@ -182,12 +185,12 @@ def _send(
     files: Sequence[tuple[int, File]],
 ) -> None:  # fmt: skip
     """Stream files of one node, by their numbers in its listing, into an upload of another."""
-    batch = session.call(target, "announce", upload=upload, files=[file for _, file in files])
+    batch = session.call(target, methods.ANNOUNCE, upload=upload, files=[file for _, file in files])
     if batch is None:  # it is there since an earlier try
         return
 
     def checksum(length: int) -> int:
-        return int(session.call(source, "file_checksum", listing=listing, number=files[0][0], length=length))
+        return session.call(source, methods.FILE_CHECKSUM, listing=listing, number=files[0][0], length=length)
 
     def feed(at: int, write: Callable[[memoryview], object]) -> None:
         def sink(_: int, chunk: memoryview) -> None:

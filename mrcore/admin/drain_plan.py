@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from mrcore.messages.nodes import HeldFile
 from mrcore.state.moves import Move
 from mrcore.system.readers import suffix_of
 from mrcore.transfer.batches import MIN_FREE_DISK_BYTES
-
-Held = Sequence[Any]  # name, size, mtime_ns, mode, inode
 
 
 @dataclass
@@ -33,7 +31,7 @@ def renamed(name: str, node: str) -> str:
 
 
 def plan(
-    files: Iterable[Held], rooms: Mapping[str, Room], parts: Container[str], node: str
+    files: Iterable[HeldFile], rooms: Mapping[str, Room], parts: Container[str], node: str
 ) -> tuple[list[Move], dict[str, str]]:
     """Choose for each file the node that holds the fewest bytes of those that have room and not its name already.
 
@@ -42,7 +40,8 @@ def plan(
     """
     moves: list[Move] = []
     left: dict[str, str] = {}
-    for name, size, mtime_ns, mode, inode in files:
+    for file in files:
+        name, size = file.name, file.size
         with_room = [other for other, room in rooms.items() if room.free - size >= MIN_FREE_DISK_BYTES]
         for new_name in (name,) if name in parts else (name, renamed(name, node)):
             if fitting := [other for other in with_room if new_name not in rooms[other].taken]:
@@ -50,7 +49,7 @@ def plan(
                 room = rooms[target]
                 room.held, room.free = room.held + size, room.free - size
                 room.taken.add(new_name)
-                moves.append(Move(name, size, mtime_ns, mode, inode, target, new_name))
+                moves.append(Move(name, size, file.mtime_ns, file.mode, file.inode, target, new_name))
                 break
         else:
             why = "has a file of that name" if with_room else f"is short of disk for its {size:,} bytes"

@@ -8,9 +8,10 @@ the new nodes then remove ("take back").
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from mrcore.errors import ClusterFault
+from mrcore.messages.methods import PUBLISH_MOVES, REMOVE_MOVES, TAKEN, Method
+from mrcore.messages.nodes import HeldFile
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import ledger, manifest, moves
 from mrcore.state.moves import Mark, Move
@@ -66,8 +67,7 @@ class Steps:
 
     def _publish(self, session: Session, mark: Mark, step: Sequence[Move]) -> list[Move]:
         """Give the files their names on their new nodes, let manifests and ledger say so; return those that moved."""
-        files = {move: [move.new_name, move.size, move.mtime_ns, move.mode, move.new_inode] for move in step}
-        done, lost = self._ask(session, "publish_moves", files, absent=False, source=mark.source)
+        done, lost = self._ask(session, PUBLISH_MOVES, {move: move.staged for move in step}, False, source=mark.source)
         # What is lost is where it was.
         self.left |= {move.name: f"{move.name}: {move.target} could not give it the name" for move in lost}
         self._enter(mark, done, lost)
@@ -82,9 +82,8 @@ class Steps:
         both = [move for move in step if move.target in self._nodes]
         kept: list[Move] = []
         if source is not None:
-            files = [[move.name, move.size, move.mtime_ns, move.mode, move.inode] for move in both]
-            removed = session.call(source, "remove_moves", files=files)
-            taken = session.call(source, "taken", names=[move.name for move in only])
+            removed = session.call(source, REMOVE_MOVES, files=[move.old for move in both])
+            taken = session.call(source, TAKEN, names=[move.name for move in only])
             kept = [move for move, gone in zip(both, removed, strict=True) if not gone]
             kept += [move for move, here in zip(only, taken, strict=True) if here]
         for move in set(step) - set(kept):
@@ -99,8 +98,7 @@ class Steps:
 
     def _take_back(self, session: Session, step: Sequence[Move]) -> None:
         """Remove from their new nodes files that stay where they were."""
-        files = {move: [move.new_name, move.size, move.new_mtime_ns, move.mode, move.new_inode] for move in step}
-        if stuck := self._ask(session, "remove_moves", files, absent=True)[1]:
+        if stuck := self._ask(session, REMOVE_MOVES, {move: move.new for move in step}, True)[1]:
             name, target = stuck[0].new_name, stuck[0].target
             raise ClusterFault(
                 f"{name!r} is written to on {target} and on the drained node at once: end who writes there, remove it "
@@ -108,7 +106,7 @@ class Steps:
             )
 
     def _ask(
-        self, session: Session, method: str, files: Mapping[Move, list[Any]], absent: bool, **more: Any
+        self, session: Session, method: Method[list[bool]], files: Mapping[Move, HeldFile], absent: bool, **more: object
     ) -> tuple[list[Move], list[Move]]:
         """Ask each new node about its files; return the moves with the answer yes, and no. `absent`: of no node."""
         answers: dict[Move, bool] = {}

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, TypedDict
 
 from mrcore.engine.listing import gather
 from mrcore.errors import UsageError
+from mrcore.messages.methods import HOLDINGS, LIST_INPUTS
+from mrcore.messages.nodes import File, HoldingsPage
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.settings.validation import nearest
 from mrcore.state import moves, outputs
 from mrcore.state.store import Store
 from mrcore.system.paths import PART
-from mrcore.system.staging import File
 from mrcore.transfer.session import Counts, Session, add, pages
 
 
@@ -52,15 +53,15 @@ class Nodes:
         self.source = settings.node(node)
         self.others = [known for known in settings.nodes if known is not self.source]
 
-    def pages(self, node: NodeSettings, auxiliary: bool = False) -> Iterator[Any]:
+    def pages(self, node: NodeSettings, auxiliary: bool = False) -> Iterator[HoldingsPage]:
         """Return what a node holds page by page, as `holdings` does."""
-        return pages(functools.partial(self.session.call, node), "holdings", auxiliary=auxiliary)
+        return pages(functools.partial(self.session.call, node, HOLDINGS), auxiliary=auxiliary)
 
     def only_here(self) -> list[Listed]:
         """Return the auxiliary data that no other node has."""
-        others = {file[0] for node in self.others for page in self.pages(node, True) for file in page["files"]}
-        files = [(page["listing"], file) for page in self.pages(self.source, True) for file in page["files"]]
-        listed = [Listed(token, number, File(*file[:4])) for number, (token, file) in enumerate(files)]
+        others = {file.name for node in self.others for page in self.pages(node, True) for file in page.files}
+        files = [(page.listing, file) for page in self.pages(self.source, True) for file in page.files]
+        listed = [Listed(token, number, file) for number, (token, file) in enumerate(files)]
         return [item for item in listed if item.file.name not in others]
 
     def holdings(self) -> Holdings:
@@ -70,13 +71,13 @@ class Nodes:
         wrong: list[str] = []
         sizes: dict[str, int] = {}
         for page in self.pages(self.source):
-            wrong += page.get("faults", [])
-            for name, size, *_ in page["files"]:
-                part = PART.fullmatch(name)
-                add(kinds["output" if part else "input"], size)
+            wrong += page.faults
+            for file in page.files:
+                part = PART.fullmatch(file.name)
+                add(kinds["output" if part else "input"], file.size)
                 if part:
-                    sizes[name] = size
-                    add(jobs.setdefault(part[1], {"job_name": part[1], "files": 0, "bytes": 0}), size)
+                    sizes[file.name] = file.size
+                    add(jobs.setdefault(part[1], {"job_name": part[1], "files": 0, "bytes": 0}), file.size)
         for listed in self.only_here():
             add(kinds["auxiliary"], listed.file.size)
         known = {self.source.name: outputs.named(self.settings).get(self.source.name, {})}
@@ -98,13 +99,13 @@ class Nodes:
         with contextlib.closing(Store(self.settings.state_dir)) as store:
             specs = [spec for spec in moves.waiting_jobs(store) if not spec["shared_input"]]
         elsewhere: list[dict[str, str]] = []
-        call, name = functools.partial(self.session.call, self.source), self.source.name
+        call, name = functools.partial(self.session.call, self.source, LIST_INPUTS), self.source.name
         inside = f"{self.source.layout.base_dir}/"
         for spec in specs:
             entries = [entry for entry in spec["input_dirs"] if entry.startswith("/") and not entry.startswith(inside)]
             if entries:
                 listing = gather(call, {"input_dirs": entries, "shared_input": False}, [name], name)
-                matched = [entry for entry in entries if listing["matched"].get(entry)]
+                matched = [entry for entry in entries if listing.matched.get(entry)]
                 elsewhere += [{"job_name": spec["job_name"], "input_dir": entry} for entry in matched]
         return elsewhere
 

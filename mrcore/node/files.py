@@ -17,25 +17,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from mrcore.errors import ClusterFault, JobFault, Refused
+from mrcore.messages.kinds import PAGE_FILES, Count, Token
+from mrcore.messages.nodes import File, FilePage, HeldFile, KeptRun, Output, Removal, UploadBegun
 from mrcore.system.paths import PART, PARTIAL, Layout
-from mrcore.system.staging import ON_NODES, File, Staging, checked_file, inside, newest, remove, walk
+from mrcore.system.staging import ON_NODES, Staging, inside, newest, remove, walk
 from mrcore.wire.data import Range, Upload, checksum
 from mrcore.wire.tls import Identity
 
-FILES_A_PAGE = 5_000
 MAX_HELD = 8  # listings, and uploads, begun and not ended: one more drops the one that was used the longest ago
 INCOMING_SECONDS = 86_400.0  # how long what an upload left when it was cut off can be resumed
-
-Json = dict[str, Any]
 
 
 class Listed(NamedTuple):
     """A file of a listing."""
 
     path: str  # whole, or under base_dir
-    file: File
-    inode: int
+    file: HeldFile  # with the name that it is listed by
 
 
 @dataclass
@@ -74,35 +74,34 @@ class FileMethods:
     # ---- RPC
 
     def list_files(
-        self, caller: Identity, path: str, wildcards: bool = False, listing: str | None = None, start: int = 0
-    ) -> Json:
-        """List the files below a folder, or what a name with wildcards matches, at most FILES_A_PAGE a call.
+        self, caller: Identity, path: str, wildcards: bool = False, listing: Token | None = None, start: Count = 0
+    ) -> FilePage:
+        """List the files below a folder, or what a name with wildcards matches, at most PAGE_FILES a call.
 
-        Return {"listing" (for the next page and for GETs), "files" ([name, size, mtime_ns, mode], …, the name
-        relative to the folder or to where the wildcards begin), "next" (start of the next page or None)}. Raises
-        JobFault, Refused.
+        Their names are relative to the folder, or to where the wildcards begin. Raises JobFault, Refused.
         """
         if listing is None:
             every = {item.path: item for name in self._matching(path, wildcards) for item in self._below(path, name)}
             listing = self._hold(self._held, list(every.values()))
         page, following = self._page(listing, start)
-        return {"listing": listing, "files": [item.file for item in page], "next": following}
+        files = [File(file.name, file.size, file.mtime_ns, file.mode) for file in page]
+        return FilePage(listing=listing, files=files, next=following)
 
     def exists(self, caller: Identity, path: str) -> bool:
         """Return whether something has exactly this name: if so on one node, wildcards in it are none on any."""
         return os.path.lexists(inside(self._layout.base_dir, path))
 
-    def file_checksum(self, caller: Identity, listing: str, number: int, length: int) -> int:
+    def file_checksum(self, caller: Identity, listing: Token, number: Count, length: Count) -> int:
         """Return the crc32 of the first bytes of a listed file: whether what the master has of it is the same."""
         path = self._listed(listing, number, length)[0]
         with path.open("rb") as stream:
             return checksum(stream.fileno(), length)
 
-    def begin_upload(self, caller: Identity, folder: str | None, source: str | None = None) -> Json:
+    def begin_upload(self, caller: Identity, folder: str | None, source: str | None = None) -> UploadBegun:
         """Begin an upload into a folder (None: auxiliary data), or, for a drain, of files of the node `source`.
 
-        An earlier one of the kind is void, but what came then counts. Return {"upload", "disk_free_bytes"}. Raises
-        JobFault when a symbolic link is on the way, Refused.
+        An earlier one of the kind is void, but what came then counts. Raises JobFault when a symbolic link is on the
+        way, Refused.
         """
         self.sweep_incoming()
         staging = self._staging(folder, source)
@@ -110,24 +109,24 @@ class FileMethods:
             for token in [key for key, upload in self._uploads.items() if upload.staging.folder == staging.folder]:
                 del self._uploads[token]
         token = self._hold(self._uploads, Incoming(staging))
-        return {"upload": token, "disk_free_bytes": shutil.disk_usage(staging.folder).free}
+        return UploadBegun(upload=token, disk_free_bytes=shutil.disk_usage(staging.folder).free)
 
-    def announce(self, caller: Identity, upload: str, files: list[Any]) -> int | None:
-        """Files, [name, size, mtime_ns, mode] each, of which the next PUT will hold the contents one after the other.
+    def announce(self, caller: Identity, upload: Token, files: list[File]) -> int | None:
+        """Announce files of which the next PUT will hold the contents one after the other.
 
         Return the batch's number for {"batch": [upload, number]}, or None for a single file that is here already.
         """
-        incoming, checked = self._get(self._uploads, upload), [checked_file(file) for file in files]
+        incoming = self._get(self._uploads, upload)
         with self._files_lock:
-            if len(checked) == 1 and incoming.staging.has(checked[0]):
-                incoming.files += checked
+            if len(files) == 1 and incoming.staging.has(files[0]):
+                incoming.files += files
                 return None
             incoming.announced += 1
-            incoming.batches[incoming.announced] = checked
+            incoming.batches[incoming.announced] = files
             number: int = incoming.announced
         return number
 
-    def commit_upload(self, caller: Identity, upload: str, replace: bool) -> int:
+    def commit_upload(self, caller: Identity, upload: Token, replace: bool) -> int:
         """Give all files their names; with `replace` everything else in the folder goes then. Return how many."""
         incoming = self._get(self._uploads, upload)
         with self._publishing:
@@ -135,19 +134,18 @@ class FileMethods:
         self._uploads.pop(upload, None)
         return removed
 
-    def drop_upload(self, caller: Identity, upload: str) -> None:
+    def drop_upload(self, caller: Identity, upload: Token) -> None:
         """Forget an upload with all that came."""
         if incoming := self._uploads.pop(upload, None):
             self._on_disk(incoming.staging.drop)
 
     def delete_files(
-        self, caller: Identity, path: str, wildcards: bool = False, dry_run: bool = False, leave: Sequence[Any] = ()
-    ) -> Json:
+        self, caller: Identity, path: str, wildcards: bool = False, dry_run: bool = False, leave: Sequence[KeptRun] = ()
+    ) -> Removal:
         """Remove a file, a folder with all in it, or what a name with wildcards matches; links are not followed.
 
-        Return {"files", "bytes", "outputs" ([job, run, files, bytes] of what are published parts by their names)}; with
-        `dry_run` that is all. Parts of other [job, run]s than those of `leave` refuse it. Raises JobFault, Refused;
-        nothing is removed then.
+        Return what it was, with what are published parts by their names; with `dry_run` that is all. Parts of other
+        runs than those of `leave` refuse it. Raises JobFault, Refused; nothing is removed then.
         """
         root = self._layout.base_dir
         tops = [inside(root, name) for name in self._matching(path, wildcards)]
@@ -157,14 +155,14 @@ class FileMethods:
             if part := PART.fullmatch(os.path.relpath(name, root)):
                 outputs.setdefault((part[1], int(part[3])), []).append(size)
         if not dry_run:
-            if new := outputs.keys() - {(job, run) for job, run in leave}:
+            if new := outputs.keys() - {(kept.job, kept.run) for kept in leave}:
                 job, run = min(new)
                 raise Refused(f"node {self._node}: {path!r} holds output of {job} (run {run}) by now: look again")
             for top in tops:
                 if os.path.lexists(top):  # else it went with its folder
                     self._on_disk(remove, top)
-        parts = [[*key, len(sizes), sum(sizes)] for key, sizes in sorted(outputs.items())]
-        return {"files": len(going), "bytes": sum(going.values()), "outputs": parts}
+        parts = [Output(job, run, len(sizes), sum(sizes)) for (job, run), sizes in sorted(outputs.items())]
+        return Removal(files=len(going), bytes=sum(going.values()), outputs=parts)
 
     # ---- data requests
 
@@ -217,10 +215,10 @@ class FileMethods:
         top = root_of(path) if name != path else (name if (root / name).is_dir() else name.rpartition("/")[0])
         begin = len(top) + 1 if top else 0
         listed: list[Listed] = []
-        for file, inode in self._on_disk(list, walk(root, name)):
+        for file in self._on_disk(list, walk(root, name)):
             # The mode of a part is what the daemons' umask left of a new file's: its copy is a new file, too.
             mode = 0o666 if PART.fullmatch(file.name) else file.mode
-            listed.append(Listed(file.name, file._replace(name=file.name[begin:], mode=mode), inode))
+            listed.append(Listed(file.name, msgspec.structs.replace(file, name=file.name[begin:], mode=mode)))
         return listed
 
     def _listed(self, listing: str, number: int, length: int) -> tuple[Path, int]:
@@ -230,7 +228,7 @@ class FileMethods:
             raise Refused(f"node {self._node}: the listing has no file {number!r:.20}")
         path, size = self._layout.base_dir / held[number].path, held[number].file.size
         status = self._on_disk(os.lstat, path)
-        if status.st_ino != held[number].inode or status.st_size < size:
+        if status.st_ino != held[number].file.inode or status.st_size < size:
             raise ClusterFault(f"node {self._node}: {path} was replaced or cut since it was listed: try again")
         if type(length) is not int or not 0 <= length <= size:
             raise Refused(f"node {self._node}: {path} has no byte {length!r:.20}")
@@ -246,10 +244,10 @@ class FileMethods:
         made: Staging = self._on_disk(Staging, gathering, target, mask)
         return made
 
-    def _page(self, listing: str, start: int) -> tuple[list[Listed], int | None]:
+    def _page(self, listing: str, start: int) -> tuple[list[HeldFile], int | None]:
         """Return a page of a listing, and where the next begins."""
-        held, end = self._get(self._held, listing), start + FILES_A_PAGE
-        return held[start:end], end if end < len(held) else None
+        held, end = self._get(self._held, listing), start + PAGE_FILES
+        return [item.file for item in held[start:end]], end if end < len(held) else None
 
     def _hold(self, kept: dict[str, Any], value: Any) -> str:
         """Keep a listing or an upload; return its token."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from typing import Any
 
 from mrcore.errors import JobFault
-from mrcore.node.files import FileMethods, Json, Listed
+from mrcore.messages.kinds import Count, Token
+from mrcore.messages.nodes import File, HeldFile, HoldingsPage, Staged
+from mrcore.node.files import FileMethods, Listed
 from mrcore.system import failpoints
-from mrcore.system.staging import File, Staging, checked_file, flush, inside, walk
+from mrcore.system.staging import Staging, flush, inside, walk
 from mrcore.wire.tls import Identity
 
 NAMED_ERRORS = 100
@@ -26,53 +27,53 @@ class MoveMethods(FileMethods):
 
     RPC = f"{FileMethods.RPC} holdings taken stage_moves publish_moves remove_moves"
 
-    def holdings(self, caller: Identity, auxiliary: bool = False, listing: str | None = None, start: int = 0) -> Json:
-        """List every file under base_dir, or all auxiliary data, at most FILES_A_PAGE a call.
+    def holdings(
+        self, caller: Identity, auxiliary: bool = False, listing: Token | None = None, start: Count = 0
+    ) -> HoldingsPage:
+        """List every file under base_dir, or all auxiliary data, at most PAGE_FILES a call; the first page has sums.
 
-        Return {"listing", "files" ([name, size, mtime_ns, mode, inode], …), "next"} and with the first page "count",
-        "bytes" (all files'), "faults" (what is no plain file, or has no name that can be sent: it is left alone).
+        Its `faults`: what is no plain file, or has no name that can be sent, and is left alone.
         """
-        about: Json = {}
+        count, size, refused = None, None, list[str]()
         if listing is None:
-            root, refused = self._layout.auxiliary_dir if auxiliary else self._layout.base_dir, list[str]()
+            root = self._layout.auxiliary_dir if auxiliary else self._layout.base_dir
             files = self._on_disk(list, walk(root, refused=refused))
             if len(refused) > NAMED_ERRORS:
                 refused[NAMED_ERRORS:] = [f"and {len(refused) - NAMED_ERRORS} more"]
-            listing = self._hold(self._held, [Listed(f"{root}/{file.name}", file, inode) for file, inode in files])
-            about = {"count": len(files), "bytes": sum(file.size for file, _ in files), "faults": refused}
+            listing = self._hold(self._held, [Listed(f"{root}/{file.name}", file) for file in files])
+            count, size = len(files), sum(file.size for file in files)
         page, following = self._page(listing, start)
-        held = [(*item.file, item.inode) for item in page]
-        return about | {"listing": listing, "files": held, "next": following}
+        return HoldingsPage(listing=listing, files=page, next=following, count=count, bytes=size, faults=refused)
 
     def taken(self, caller: Identity, names: list[str]) -> list[bool]:
         """Return whether something has each of these names, or is in the way of a folder that it needs."""
         return [self._is_taken(name) for name in names]
 
-    def stage_moves(self, caller: Identity, source: str, files: list[Any]) -> list[list[int] | None]:
-        """Flush what came; return the inode and mtime_ns of each of these files, None for one that is missing."""
+    def stage_moves(self, caller: Identity, source: str, files: list[File]) -> list[Staged | None]:
+        """Flush what came; return inode and time of each of these files, None for one that is missing."""
         staging = self._staging(None, source)
         self._on_disk(flush, staging.folder)
         failpoints.point("moved files staged")
-        statuses = [_status(staging.path(checked_file(file))) for file in files]
-        return [[status.st_ino, status.st_mtime_ns] if status else None for status in statuses]
+        statuses = [_status(staging.path(file)) for file in files]
+        return [Staged(status.st_ino, status.st_mtime_ns) if status else None for status in statuses]
 
-    def publish_moves(self, caller: Identity, source: str, files: list[Any]) -> list[bool]:
-        """Give staged files, [name, size, mtime_ns, mode, inode], their names; False: it never came, or the name is
+    def publish_moves(self, caller: Identity, source: str, files: list[HeldFile]) -> list[bool]:
+        """Give staged files, with the inodes that they have here, their names; False: it never came, or the name is
         taken. May be repeated: a name that this very file has is fine.
         """
         staging = self._staging(None, source)
         with self._publishing:
-            done = [self._on_disk(self._give_name, staging, checked_file(file), inode) for *file, inode in files]
+            done = [self._on_disk(self._give_name, staging, file) for file in files]
             self._on_disk(flush, self._layout.base_dir)
         failpoints.point("moved files published")
         return done
 
-    def remove_moves(self, caller: Identity, files: list[Any]) -> list[bool]:
-        """Remove files, [name, size, mtime_ns, mode, inode], that are as listed; False: another, written to, or locked.
+    def remove_moves(self, caller: Identity, files: list[HeldFile]) -> list[bool]:
+        """Remove files that are as listed; False: another, written to, or locked.
 
         May be repeated: one that is gone is fine. Folders that are empty then go too.
         """
-        done = [self._on_disk(self._remove_if_unchanged, checked_file(file), inode) for *file, inode in files]
+        done = [self._on_disk(self._remove_if_unchanged, file) for file in files]
         self._on_disk(flush, self._layout.base_dir)
         failpoints.point("moved files removed")
         return done
@@ -86,11 +87,11 @@ class MoveMethods(FileMethods):
             return True
         return os.path.lexists(path) or any(os.path.lexists(up) and not up.is_dir() for up in _folders(path, name))
 
-    def _give_name(self, staging: Staging, file: File, inode: int) -> bool:
+    def _give_name(self, staging: Staging, file: HeldFile) -> bool:
         final, staged = self._layout.base_dir / file.name, staging.path(file)
         there, here = _status(final), _status(staged)
-        if there is None or there.st_ino != inode:
-            if here is None or here.st_ino != inode or self._is_taken(file.name):
+        if there is None or there.st_ino != file.inode:
+            if here is None or here.st_ino != file.inode or self._is_taken(file.name):
                 return False
             try:
                 staging.give_mode(file, staged)
@@ -102,7 +103,7 @@ class MoveMethods(FileMethods):
         staged.unlink(missing_ok=True)
         return True
 
-    def _remove_if_unchanged(self, file: File, inode: int) -> bool:
+    def _remove_if_unchanged(self, file: HeldFile) -> bool:
         path = inside(self._layout.base_dir, file.name)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -111,7 +112,7 @@ class MoveMethods(FileMethods):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a job would leave out what its writer has locked
             status = os.fstat(descriptor)
-            if (status.st_size, status.st_mtime_ns, status.st_ino) != (file.size, file.mtime_ns, inode):
+            if (status.st_size, status.st_mtime_ns, status.st_ino) != (file.size, file.mtime_ns, file.inode):
                 return False
             path.unlink()
         except BlockingIOError:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from mrcore.errors import UsageError
+from mrcore.messages.nodes import HeldFile
 from mrcore.state.store import Store
 from mrcore.system import procfs
 
@@ -27,6 +28,21 @@ class Move(msgspec.Struct, frozen=True, array_like=True):
     new_name: str
     new_mtime_ns: int = 0
     new_inode: int = 0
+
+    @property
+    def old(self) -> HeldFile:
+        """The file as the old node lists it."""
+        return HeldFile(self.name, self.size, self.mtime_ns, self.mode, self.inode)
+
+    @property
+    def staged(self) -> HeldFile:
+        """The file as the new node stages it."""
+        return HeldFile(self.new_name, self.size, self.mtime_ns, self.mode, self.new_inode)
+
+    @property
+    def new(self) -> HeldFile:
+        """The file as the new node has it then."""
+        return HeldFile(self.new_name, self.size, self.new_mtime_ns, self.mode, self.new_inode)
 
 
 class Mark(msgspec.Struct):

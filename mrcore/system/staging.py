@@ -13,23 +13,15 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mrcore.errors import ClusterFault, JobFault, Refused
+from mrcore.messages.nodes import File, HeldFile
 from mrcore.system.paths import PARTIAL, remove_tree
 from mrcore.system.permissions import blocked
 
 ON_NODES = 0o755  # of a file's mode: nobody but its owner writes to what a cluster reads
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class File(NamedTuple):
-    """A file, its name relative to a folder; on the wire a list."""
-
-    name: str
-    size: int  # bytes
-    mtime_ns: int
-    mode: int
 
 
 def checked_name(name: Any) -> str:
@@ -43,16 +35,6 @@ def checked_name(name: Any) -> str:
     return name
 
 
-def checked_file(file: Any) -> File:
-    """Return a File that came over the wire. Raises Refused when it is none."""
-    match file:
-        case [name, int(size), int(mtime_ns), int(mode)] if (
-            0 <= size < 1 << 63 and abs(mtime_ns) < 1 << 63 and 0 <= mode <= 0o777
-        ):
-            return File(checked_name(name), size, mtime_ns, mode)
-    raise Refused(f"not a file's name, size, time and mode: {file!r:.300}")
-
-
 def inside(folder: Path, name: str) -> Path:
     """Return `folder`/`name`. Raises Refused for a name, JobFault for a symbolic link on its way, that leads out."""
     path = folder / checked_name(name)
@@ -61,28 +43,29 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def walk(folder: Path, name: str = "", refused: list[str] | None = None) -> Iterator[tuple[File, int]]:
-    """Yield every file below `folder`, or `folder`/`name`, with its inode, in order.
+def walk(folder: Path, name: str = "", refused: list[str] | None = None) -> Iterator[HeldFile]:
+    """Yield every file below `folder`, or `folder`/`name`, in order.
 
     Raises JobFault for a symbolic link, or what else is no plain file, for one that we may not read, for a name that is
     not UTF-8. With `refused` the message is added there and the walk goes on, also when something is gone meanwhile.
     """
     try:
-        file, inode, below = _look(folder, name)
+        entry = _look(folder, name)
     except (JobFault, FileNotFoundError) as error:
         if refused is None:
             raise
         if isinstance(error, JobFault):
             refused.append(error.message)
         return
-    if file:
-        yield file, inode
-    for entry in below:
-        yield from walk(folder, f"{name}/{entry}" if name else entry, refused)
+    if isinstance(entry, HeldFile):
+        yield entry
+    else:
+        for below in entry:
+            yield from walk(folder, f"{name}/{below}" if name else below, refused)
 
 
-def _look(folder: Path, name: str) -> tuple[File | None, int, list[str]]:
-    """Return a file and its inode, or None, 0 and the names in a folder. Raises as `walk` does."""
+def _look(folder: Path, name: str) -> HeldFile | list[str]:
+    """Return a file, or the names in a folder. Raises as `walk` does."""
     path = folder / name if name else folder
     status = path.lstat()
     is_folder = stat.S_ISDIR(status.st_mode)
@@ -90,13 +73,13 @@ def _look(folder: Path, name: str) -> tuple[File | None, int, list[str]]:
     if plain and not os.access(path, os.R_OK, effective_ids=True):  # before the first file is sent
         raise JobFault(blocked(path) or f"{path} cannot be read")
     if is_folder:
-        return None, 0, sorted(os.listdir(path))
+        return sorted(os.listdir(path))
     if not plain:
         what = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "no plain file"
         raise JobFault(f"{path} is {what}: transfers take plain files; remove it or put the file itself there")
     try:
-        file = File(checked_name(name), status.st_size, status.st_mtime_ns, status.st_mode & 0o777)
-        return file, status.st_ino, []
+        mode = status.st_mode & 0o777
+        return HeldFile(checked_name(name), status.st_size, status.st_mtime_ns, mode, status.st_ino)
     except Refused as error:
         raise JobFault(f"in {folder}: {error.message}") from None
 
@@ -113,7 +96,8 @@ class Staging:
 
     def path(self, file: File) -> Path:
         """Return where a file lies when it is here whole; until then its name has `.partial` added."""
-        return self.folder / hashlib.blake2b(json.dumps(file).encode(), digest_size=20).hexdigest()
+        text = json.dumps([file.name, file.size, file.mtime_ns, file.mode])
+        return self.folder / hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
     def partial(self, file: File) -> Path:
         """Return where a file lies while it comes, so that it can be resumed."""
@@ -153,14 +137,14 @@ class Staging:
         self.target.mkdir(parents=True, exist_ok=True)
         for parent in sorted({file.name.rpartition("/")[0] for file in files}):
             self._make_folder(parent, replace)
-        for name, *_ in files:
-            if (final := self.target / name).is_dir() and not final.is_symlink():
+        for file in files:
+            if (final := self.target / file.name).is_dir() and not final.is_symlink():
                 self._in_the_way(final, replace)
         for file, path in zip(files, paths, strict=True):
             self.give_mode(file, path)
         flush(self.folder)
-        for (name, *_), path in zip(files, paths, strict=True):
-            os.replace(path, self.target / name)
+        for file, path in zip(files, paths, strict=True):
+            os.replace(path, self.target / file.name)
         flush(self.target)
         self.drop()
         return self._remove_others({file.name for file in files}) if replace else 0

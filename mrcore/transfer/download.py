@@ -11,12 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from mrcore.errors import ClusterFault, JobFault, Refused, UsageError
+from mrcore.messages.methods import FILE_CHECKSUM
+from mrcore.messages.nodes import File
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
 from mrcore.system import procfs
 from mrcore.system.paths import PARTIAL
-from mrcore.system.staging import File, Staging
+from mrcore.system.staging import Staging
 from mrcore.transfer.batches import SMALL_BYTES, check_free, checked, for_nodes, resumable
 from mrcore.transfer.session import Counts, Session
 from mrcore.wire.data import checksum
@@ -70,7 +74,7 @@ def name_here(settings: Settings, path: str, listings: Iterable[tuple[NodeSettin
     holders = Counter(remote.local.name for remote in remotes)
     for at, (node, *_, file) in enumerate(remotes):
         if holders[file.name] > 1:
-            remotes[at] = remotes[at]._replace(local=file._replace(name=f"{node.name}/{file.name}"))
+            remotes[at] = remotes[at]._replace(local=msgspec.structs.replace(file, name=f"{node.name}/{file.name}"))
     names = {remote.local.name for remote in remotes}
     if len(names) < len(remotes):
         raise JobFault(f"{path!r} has files in a folder that is named like a node: fetch a part of it at a time")
@@ -104,7 +108,7 @@ def _fetch_large(session: Session, staging: Staging, remote: Remote) -> None:
     with open(os.open(staging.partial(remote.local), flags, 0o600), "r+b", buffering=0) as stream:
         fd, at = stream.fileno(), os.fstat(stream.fileno()).st_size
         known = {"listing": remote.listing, "number": remote.number, "length": at}
-        if at and (at > remote.local.size or session.call(remote.node, "file_checksum", **known) != checksum(fd, at)):
+        if at and (at > remote.local.size or session.call(remote.node, FILE_CHECKSUM, **known) != checksum(fd, at)):
             at = 0
         os.ftruncate(fd, at)
         stream.seek(at)
@@ -122,9 +126,9 @@ def _fetch_large(session: Session, staging: Staging, remote: Remote) -> None:
 
 
 def _check_length(remote: Remote, length: int) -> None:
-    name, size, *_ = remote.local
-    if length != size:
-        raise Refused(f"node {remote.node.name}: {name!r} came with {length} bytes, not {size}")
+    file = remote.local
+    if length != file.size:
+        raise Refused(f"node {remote.node.name}: {file.name!r} came with {length} bytes, not {file.size}")
 
 
 def _check_may_be_cleared(settings: Settings, target: Path) -> None:

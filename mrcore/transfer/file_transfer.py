@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 from mrcore.errors import JobFault
+from mrcore.messages.methods import DELETE_FILES
 from mrcore.settings.config import Settings, load_settings
 from mrcore.state import outputs
 from mrcore.transfer.batches import AT_ONCE, checked
@@ -86,7 +87,7 @@ class FileTransfer:
         with self._session() as session:
             order: Json = {"path": path, "wildcards": session.has_wildcards(path)}
             names = [node.name for node in self._settings.nodes]
-            looks = session.on_all("LIST", lambda node: session.call(node, "delete_files", dry_run=True, **order))
+            looks = session.on_all("LIST", lambda node: session.call(node, DELETE_FILES, dry_run=True, **order))
             going = outputs.going(self._settings, path, dict(zip(names, looks, strict=True)))
             going["everywhere"] = order["wildcards"] and glob.has_magic(path.partition("/")[0])
             if dry_run:
@@ -99,7 +100,7 @@ class FileTransfer:
                 raise JobFault(f"what {output_dir!r} names {what}: name other folders, or set also_outputs: true")
             outputs.forget(self._settings, going["outputs"], by)
             order["leave"] = going["leave"]
-            session.on_all("DELETE", lambda node: session.call(node, "delete_files", **order), may_stop=False)
+            session.on_all("DELETE", lambda node: session.call(node, DELETE_FILES, **order), may_stop=False)
             return going
 
     def _session(self) -> Session:

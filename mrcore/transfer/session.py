@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from mrcore.errors import ClusterFault, MrcoreError, Refused
+from mrcore.messages.methods import DROP_UPLOAD, EXISTS, HEALTH, LIST_FILES, Method
+from mrcore.messages.nodes import File, FilePage, HoldingsPage
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.system.parallel import on_nodes
-from mrcore.system.staging import File, checked_file
 from mrcore.wire.client import Client
 from mrcore.wire.data import DataClient
 from mrcore.wire.tls import master_pki
@@ -25,6 +27,7 @@ Counts = dict[str, int]  # files, bytes, and more
 Progress = Callable[..., None]  # of the phase, and files, sent_bytes, total_bytes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Page = TypeVar("Page", FilePage, HoldingsPage)
 
 
 def no_progress(phase: str, **counts: int) -> None:
@@ -36,26 +39,23 @@ def add(counts: Counts, size: int) -> None:
     counts["files"], counts["bytes"] = counts["files"] + 1, counts["bytes"] + size
 
 
-def pages(call: Callable[..., Any], method: str, **asked: Any) -> Iterator[Any]:
-    """Ask for a listing of an agent page by page: `list_files`, `holdings`. Raises Refused for one without an end."""
-    page, count = call(method, **asked), 0
+def pages(call: Callable[..., Page], **asked: object) -> Iterator[Page]:
+    """Ask for a listing page by page, by a call of an agent's method. Raises Refused for one without an end."""
+    page, count = call(**asked), 0
     while True:
         yield page
-        if page["next"] is None:
+        if page.next is None:
             return
-        count += len(page["files"])
-        if not page["files"] or count >= MAX_FILES:
+        count += len(page.files)
+        if not page.files or count >= MAX_FILES:
             raise Refused(f"a listing of {asked.get('path', 'all files')!r} does not end: {count:,} files so far")
-        page = call(method, **asked, listing=page["listing"], start=page["next"])
+        page = call(**asked, listing=page.listing, start=page.next)
 
 
-def every_file(call: Callable[..., Any], path: str, wildcards: bool) -> tuple[str, list[File]]:
-    """Return a listing's token and all its files, by `call` of an agent's methods."""
-    token, files = "", list[File]()
-    for page in pages(call, "list_files", path=path, wildcards=wildcards):
-        token = page["listing"]
-        files += map(checked_file, page["files"])
-    return token, files
+def every_file(call: Callable[..., FilePage], path: str, wildcards: bool) -> tuple[str, list[File]]:
+    """Return a listing's token and all its files, by a call of an agent's `list_files`."""
+    listed = [*pages(call, path=path, wildcards=wildcards)]
+    return listed[0].listing, [file for page in listed for file in page.files]
 
 
 class Session:
@@ -83,7 +83,7 @@ class Session:
     def _client(self, node: NodeSettings) -> Client:
         return Client(node.address, node.agent_port, self._pki, node.name)
 
-    def call(self, node: NodeSettings, method: str, **arguments: Any) -> Any:
+    def call(self, node: NodeSettings, method: Method[Result], **arguments: object) -> Result:
         """Call a method of a node's agent."""
         return self._agents[node.name].call(method, timeout_seconds=SLOW_CALL_SECONDS, **arguments)
 
@@ -102,14 +102,14 @@ class Session:
 
     def has_wildcards(self, path: str) -> bool:
         """Return whether a path is to be matched: not if a file or folder of just this name is on any node."""
-        return glob.has_magic(path) and not any(self.on_all("LIST", lambda node: self.call(node, "exists", path=path)))
+        return glob.has_magic(path) and not any(self.on_all("LIST", lambda node: self.call(node, EXISTS, path=path)))
 
     def list_nodes(self, path: str, wildcards: bool = False) -> list[tuple[NodeSettings, str, list[File]]]:
         """Return each node's listing of a path, with its token."""
 
         def listing(node: NodeSettings) -> tuple[NodeSettings, str, list[File]]:
-            self._agents[node.name].call("health")  # one that hangs is noticed soon
-            return node, *every_file(lambda method, **asked: self.call(node, method, **asked), path, wildcards)
+            self._agents[node.name].call(HEALTH)  # one that hangs is noticed soon
+            return node, *every_file(functools.partial(self.call, node, LIST_FILES), path, wildcards)
 
         return self.on_all("LIST", listing)
 
@@ -165,4 +165,4 @@ class Session:
         for node in self.settings.nodes:
             if token := uploads.get(node.name):
                 with contextlib.suppress(MrcoreError), contextlib.closing(self._client(node)) as client:
-                    client.call("drop_upload", upload=token)
+                    client.call(DROP_UPLOAD, upload=token)

@@ -12,12 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from mrcore.engine.listing import rendezvous
 from mrcore.errors import JobFault
+from mrcore.messages.methods import ANNOUNCE, BEGIN_UPLOAD, COMMIT_UPLOAD
+from mrcore.messages.nodes import File, HeldFile
 from mrcore.settings.config import NodeSettings
 from mrcore.state import outputs
 from mrcore.system.readers import format_of
-from mrcore.system.staging import File, inside, walk
+from mrcore.system.staging import inside, walk
 from mrcore.transfer.batches import SMALL_BYTES, check_free, checked, for_nodes, resumable
 from mrcore.transfer.session import Counts, Session, add
 
@@ -52,7 +56,7 @@ def upload(
         raise JobFault(f"input_dir {source} does not exist on the master")
     top, name = (source, "") if source.is_dir() else (source.parent, source.name)
     session.report("LIST")
-    pairs = [_pair(file, compress) for file, _ in walk(top, name)]
+    pairs = [_pair(file, compress) for file in walk(top, name)]
     if not pairs:
         raise JobFault(f"input_dir {source} holds no file")
     names = {pair.target.name for pair in pairs}
@@ -69,8 +73,7 @@ def upload(
 
 def upload_auxiliary(session: Session, path: Path, name: str, at_once: int) -> Counts:
     """Send one file to every node's auxiliary data, under this name; return the counts."""
-    file = next(walk(path.parent, path.name))[0]
-    pair = Pair(file, file._replace(name=checked(f"{name}.data", "auxiliary_data_name")))
+    pair = _pair(next(walk(path.parent, path.name)), False, checked(f"{name}.data", "auxiliary_data_name"))
     return deliver(session, path.parent, None, {node.name: [pair] for node in session.settings.nodes}, False, at_once)
 
 
@@ -103,16 +106,16 @@ def deliver(
     uploads = dict[str, str]()
 
     def begin(node: NodeSettings) -> None:
-        begun = session.call(node, "begin_upload", folder=folder)
-        uploads[node.name] = begun["upload"]
+        begun = session.call(node, BEGIN_UPLOAD, folder=folder)
+        uploads[node.name] = begun.upload
         needed = sum(pair.target.size for pair in plan[node.name] if not pair.packed)
-        check_free(f"node {node.name}", begun["disk_free_bytes"], needed)
+        check_free(f"node {node.name}", begun.disk_free_bytes, needed)
 
     def send(batch: tuple[str, list[Pair]]) -> None:
         _send(session, source, session.settings.node(batch[0]), uploads[batch[0]], batch[1])
 
     def commit(node: NodeSettings) -> int:
-        return int(session.call(node, "commit_upload", upload=uploads[node.name], replace=replace))
+        return session.call(node, COMMIT_UPLOAD, upload=uploads[node.name], replace=replace)
 
     session.total_bytes = sum(pair.target.size for pairs in plan.values() for pair in pairs)
     with resumable(lambda: session.drop(uploads)):
@@ -130,8 +133,8 @@ def _send(session: Session, source: Path, node: NodeSettings, upload: str, batch
         contents = [_content(stack, inside(source, pair.source.name), pair, session) for pair in batch]
         small = [content for content in contents if isinstance(content, bytes)]
         sizes = [len(content) if isinstance(content, bytes) else content[1] for content in contents]
-        files = [pair.target._replace(size=size) for pair, size in zip(batch, sizes, strict=True)]
-        number = session.call(node, "announce", upload=upload, files=files)
+        files = [msgspec.structs.replace(pair.target, size=size) for pair, size in zip(batch, sizes, strict=True)]
+        number = session.call(node, ANNOUNCE, upload=upload, files=files)
         if number is not None:
             with session.data(node) as channel:
                 channel.put({"batch": [upload, number]}, b"".join(small) if small else contents[0], session.moved)
@@ -160,9 +163,10 @@ def _content(stack: contextlib.ExitStack, path: Path, pair: Pair, session: Sessi
     return packed.fileno(), packed.tell()
 
 
-def _pair(file: File, compress: bool) -> Pair:
+def _pair(file: HeldFile, compress: bool, name: str = "") -> Pair:
     packed = compress and not format_of(file.name)
-    return Pair(file, file._replace(name=f"{file.name}.gz") if packed else file, packed)
+    target = File(name or f"{file.name}{'.gz' if packed else ''}", file.size, file.mtime_ns, file.mode)
+    return Pair(file, target, packed)
 
 
 def _look(session: Session, folder: str, names: set[str], replace: bool) -> Held:

@@ -23,11 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrcore.admin import drain, drain_plan
-from mrcore.admin.drain_plan import Held, Room, plan, renamed
+from mrcore.admin.drain_plan import Room, plan, renamed
 from mrcore.admin.drain_steps import Steps
 from mrcore.cli.main import main
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers import local
+from mrcore.messages.nodes import HeldFile
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.settings.config import Settings
 from mrcore.state import manifest
@@ -191,7 +192,9 @@ def test_increments_go_on_after_a_drain(cluster: TestCluster, settings: Settings
 
 NAMES = st.sampled_from([f"{folder}{name}" for folder in ("", "in/") for name in ("a", "a.n1", "b.log", "b.n1.log")])
 SIZES = st.integers(0, 100) | st.just(1 << 30)
-FILES = st.dictionaries(NAMES, SIZES).map(lambda found: [(name, size, 1, 0o644, 1) for name, size in found.items()])
+FILES = st.dictionaries(NAMES, SIZES).map(
+    lambda found: [HeldFile(name, size, 1, 0o644, 1) for name, size in found.items()]
+)
 ROOMS = st.dictionaries(
     st.sampled_from(["n2", "n3", "n4"]),
     st.builds(
@@ -202,11 +205,11 @@ ROOMS = st.dictionaries(
 
 @given(FILES, ROOMS, st.sets(NAMES))
 def test_a_plan_moves_each_file_once_overwrites_nothing_and_fills_no_disk(
-    files: list[Held], rooms: dict[str, Room], parts: set[str]
+    files: list[HeldFile], rooms: dict[str, Room], parts: set[str]
 ) -> None:
     before = {name: Room(room.held, room.free, set(room.taken)) for name, room in rooms.items()}
     moves, left = plan(files, rooms, parts, "n1")
-    assert sorted([move.name for move in moves] + list(left)) == sorted(name for name, *_ in files)
+    assert sorted([move.name for move in moves] + list(left)) == sorted(file.name for file in files)
     placed = [(move.target, move.new_name) for move in moves]
     assert len(set(placed)) == len(placed)
     for move in moves:
@@ -215,7 +218,7 @@ def test_a_plan_moves_each_file_once_overwrites_nothing_and_fills_no_disk(
     for name, room in before.items():
         given_bytes = sum(move.size for move in moves if move.target == name)
         assert not given_bytes or given_bytes <= room.free - MIN_FREE_DISK_BYTES
-    for name, size, *_ in files:
+    for name, size in ((file.name, file.size) for file in files):
         if name in left:  # nobody could have taken it at the end either, had it been the last
             fitting = [room for room in rooms.values() if room.free - size >= MIN_FREE_DISK_BYTES]
             assert all(name in room.taken for room in fitting)
@@ -224,13 +227,13 @@ def test_a_plan_moves_each_file_once_overwrites_nothing_and_fills_no_disk(
 @given(st.lists(st.integers(0, 1000), min_size=1), st.integers(1, 5))
 def test_a_plan_balances_bytes(sizes: list[int], nodes: int) -> None:
     rooms = {f"n{number}": Room(0, 1 << 40) for number in range(nodes)}
-    plan([(f"f{number}", size, 1, 0o644, 1) for number, size in enumerate(sizes)], rooms, (), "old")
+    plan([HeldFile(f"f{number}", size, 1, 0o644, 1) for number, size in enumerate(sizes)], rooms, (), "old")
     held = [room.held for room in rooms.values()]
     assert sum(held) == sum(sizes) and max(held) - min(held) <= max(sizes)
 
 
 @given(FILES, st.integers(1, 5), st.integers(0, 200), st.integers(1, 200))
-def test_steps_are_bounded(files: list[Held], max_files: int, max_bytes: int, alone: int) -> None:
+def test_steps_are_bounded(files: list[HeldFile], max_files: int, max_bytes: int, alone: int) -> None:
     moves = plan(files, {"n2": Room(0, 1 << 40)}, (), "n1")[0]
     pieces = [*cut(moves, lambda move: move.size, max_files, max_bytes, alone)]
     assert [move for piece in pieces for move in piece] == moves
@@ -458,7 +461,7 @@ def test_inputs_outside_of_base_dir_are_told(cluster: TestCluster, settings: Set
 CODE = """
 import sys
 from mrcore.admin import drain, drain_plan
-from mrcore.config import load_settings
+from mrcore.settings.config import load_settings
 drain.STEP_FILES = 4
 settings = load_settings(sys.argv[1]).model_copy(update={"local": False})
 drain.drain(settings, sys.argv[2])

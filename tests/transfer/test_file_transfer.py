@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
+import json
 import os
 import resource
 import signal
@@ -20,8 +22,9 @@ from clusters import TestCluster
 
 from mrcore.cli.main import main
 from mrcore.engine.listing import rendezvous
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, Unreachable, UsageError
+from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.launchers import local
+from mrcore.messages.methods import ANNOUNCE, BEGIN_UPLOAD, COMMIT_UPLOAD, DELETE_FILES, LIST_FILES
 from mrcore.node import files
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.settings.config import Settings
@@ -31,7 +34,7 @@ from mrcore.transfer import batches
 from mrcore.transfer.download import GATHERING
 from mrcore.transfer.file_transfer import FileTransfer
 from mrcore.transfer.session import Session
-from mrcore.wire.channel import Stream
+from mrcore.wire.channel import Connection, Stream
 from mrcore.wire.client import Client
 from mrcore.wire.tls import Pki
 
@@ -211,7 +214,7 @@ def test_a_jobs_output_comes_as_it_was_committed(cluster: TestCluster, transfer:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["..", "../x", "a/../../x", "/etc", "", ".", "a//b", "a\0b", "./x"])
+@pytest.mark.parametrize("path", ["..", "../x", "a/../../x", "/etc", "", ".", "a//b", "a\0b", "./x", "a\nb/../../x"])
 def test_a_name_that_would_leave_its_folder_is_refused_on_both_ends(
     cluster: TestCluster, transfer: FileTransfer, tmp_path: Path, path: str
 ) -> None:
@@ -223,34 +226,31 @@ def test_a_name_that_would_leave_its_folder_is_refused_on_both_ends(
     ):
         with pytest.raises(UsageError, match="relative path"):
             call()
-    client = agent(cluster)
-    for method, arguments in (
-        ("begin_upload", {"folder": path}),
-        ("list_files", {"path": path}),
-        ("delete_files", {"path": path}),
-        (
-            "announce",
-            {"files": [[path, 0, 0, 0o600]], "upload": client.call("begin_upload", folder="inputs/n")["upload"]},
-        ),
-    ):
-        with pytest.raises(Refused, match="not a name inside"):
-            client.call(method, **arguments)
-    client.close()
+    with contextlib.closing(agent(cluster)) as client:
+        for method in (BEGIN_UPLOAD, LIST_FILES, DELETE_FILES):
+            with pytest.raises(Refused, match="not a name inside"):
+                client.call(method, **{"folder" if method is BEGIN_UPLOAD else "path": path})
+        upload = client.call(BEGIN_UPLOAD, folder="inputs/n").upload
+        with pytest.raises(Refused, match="not arguments of this method"):
+            client.call(ANNOUNCE, files=[[path, 0, 0, 0o600]], upload=upload)
 
 
-@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "a/../../stolen"])
+@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "a/../../stolen", "a\nb/../../stolen", "a/.."])
 def test_a_name_that_a_node_gives_is_checked_here(
     cluster: TestCluster, transfer: FileTransfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     cluster.write_inputs({"x": "text"}, node=1, entry="inputs/evil")
-    call = Session.call
+    call = Connection.call
 
-    def evil(session: Session, node: Any, method: str, **arguments: Any) -> Any:
-        answer = call(session, node, method, **arguments)
-        return answer | {"files": [[name, 4, 0, 0o600] for _ in answer["files"]]} if method == "list_files" else answer
+    def evil(connection: Connection, method: str, text: str, most_bytes: int) -> str:
+        answer = call(connection, method, text, most_bytes)
+        if method != "list_files":
+            return answer
+        page = json.loads(answer)["result"]
+        return json.dumps({"result": page | {"files": [[name, 4, 0, 0o600] for _ in page["files"]]}})
 
-    monkeypatch.setattr(Session, "call", evil)
-    with pytest.raises(Refused, match="not a name inside"):
+    monkeypatch.setattr(Connection, "call", evil)
+    with pytest.raises(Malformed, match=r"node node-\d gave no answer to list_files"):
         transfer.download("inputs/evil", str(tmp_path / "target"))
     assert not (tmp_path / "stolen").exists()
 
@@ -535,13 +535,13 @@ def test_what_dead_uploads_left_is_swept(cluster: TestCluster, transfer: FileTra
 
 def test_a_second_upload_into_a_folder_makes_the_first_void(cluster: TestCluster, transfer: FileTransfer) -> None:
     client = agent(cluster)
-    first = client.call("begin_upload", folder="inputs/race")["upload"]
-    other = client.call("begin_upload", folder="inputs/else")["upload"]
-    second = client.call("begin_upload", folder="inputs/race")["upload"]
+    first = client.call(BEGIN_UPLOAD, folder="inputs/race").upload
+    other = client.call(BEGIN_UPLOAD, folder="inputs/else").upload
+    second = client.call(BEGIN_UPLOAD, folder="inputs/race").upload
     with pytest.raises(Refused, match="not known any more"):
-        client.call("commit_upload", upload=first, replace=True)
+        client.call(COMMIT_UPLOAD, upload=first, replace=True)
     for upload in (second, other):
-        client.call("commit_upload", upload=upload, replace=False)
+        client.call(COMMIT_UPLOAD, upload=upload, replace=False)
     client.close()
 
 
@@ -681,22 +681,22 @@ def test_a_hundred_thousand_small_files(cluster: TestCluster, transfer: FileTran
 def test_the_request_for_numbers_that_were_not_given_is_refused(cluster: TestCluster, transfer: FileTransfer) -> None:
     cluster.write_inputs({"x": "text"}, node=0, entry="inputs/numbers")
     client, node = agent(cluster), cluster.settings.nodes[0]
-    listing = client.call("list_files", path="inputs/numbers")["listing"]
+    listing = client.call(LIST_FILES, path="inputs/numbers").listing
     with Session(cluster.settings) as session:
         for asked in ([listing, 1, 0], [listing, -1, 0], ["no", 0, 0], [listing, 0, 5], [listing, "0", 0], [listing]):
             with pytest.raises(Refused), session.data(node) as channel:
                 channel.get([{"file": asked}], lambda index, chunk: None)
-        upload = client.call("begin_upload", folder="inputs/numbers")["upload"]
+        upload = client.call(BEGIN_UPLOAD, folder="inputs/numbers").upload
         for batch in ([upload, 1], ["no", 1], [upload, "1"], [upload]):
             with pytest.raises(Refused), session.data(node) as channel:
                 channel.put({"batch": batch}, b"text")
-        number = client.call("announce", upload=upload, files=[["a", 2, 0, 0o600], ["b", 1, 0, 0o600]])
+        number = client.call(ANNOUNCE, upload=upload, files=[["a", 2, 0, 0o600], ["b", 1, 0, 0o600]])
         with pytest.raises(Refused, match="not what was announced"), session.data(node) as channel:
             channel.put({"batch": [upload, number]}, b"text")
         for files in (
             [["a", -1, 0, 0]], [["a", 1, 0]], ["a"], [["a", "1", 0, 0]], [["a", 1 << 63, 0, 0]], [["a", 1, 0, 0o4755]]
         ):  # fmt: skip
             with pytest.raises(Refused):
-                client.call("announce", upload=upload, files=files)
+                client.call(ANNOUNCE, upload=upload, files=files)
     client.close()
     assert on_nodes(cluster.settings, "inputs/numbers")["node-0"] == {"x": b"text"}
