@@ -39,6 +39,7 @@ RENEW_SECONDS = 30 * 86400.0  # certificates are renewed when they have less lef
 MAX_BACKUP_AGE_SECONDS = 2 * 86400.0  # the timer makes one each day
 
 Json = dict[str, Any]
+Daemon = tuple[NodeSettings, int, Method[Any]]
 
 
 class Facts(TypedDict):
@@ -69,14 +70,13 @@ def gather(settings: Settings, deep: bool = False) -> Facts:
     with contextlib.closing(scheduler.store):
         queue = scheduler.state() | {"jobs": len(scheduler.queue())}
     started = not settings.local or any(row["pid"] for row in local.status(settings))
-    daemons: list[tuple[str, NodeSettings, int, Method[Any]]] = [
-        (node.name, node, node.agent_port, HEALTH) for node in settings.nodes
-    ]
-    daemons += [(server.name, server.node, server.port, HELLO) for server in settings.servers()]
+    daemons: dict[str, Daemon] = {node.name: (node, node.agent_port, HEALTH) for node in settings.nodes}
+    daemons |= {server.name: (server.node, server.port, HELLO) for server in settings.servers()}
     keys = master_pki(settings) if started else None
-    answers = on_nodes(daemons, lambda daemon: _ask(keys, *daemon[1:]), AT_ONCE) if keys else []
-    named = [(daemon[0], answer) for daemon, answer in zip(daemons, answers, strict=False)]
-    nodes, servers = dict(named[: len(settings.nodes)]), dict(named[len(settings.nodes) :])
+    asked = on_nodes(daemons.values(), lambda daemon: _ask(keys, *daemon), AT_ONCE) if keys else []
+    answers = dict(zip(daemons, asked, strict=started))
+    nodes = {node.name: answers[node.name] for node in settings.nodes if started}
+    servers = {server.name: answers[server.name] for server in settings.servers() if started}
     files = {name: settings.pki_dir / f"{name}.crt" for name in ("ca", "master")}
     ends = {f"{name}.crt": pki.ends(file) for name, file in files.items() if started or file.exists()}
     master = {
@@ -91,7 +91,7 @@ def gather(settings: Settings, deep: bool = False) -> Facts:
         "backup": last_backup(settings.state_dir),
     }
     busy = queue["running"]["job_name"] if queue["running"] else None
-    answering = [node for node in settings.nodes if "error" not in nodes.get(node.name, {"error": ""})]
+    answering = [node for node in settings.nodes if started and "error" not in nodes[node.name]]
     wrong = _compare_outputs(settings, keys, answering, busy, deep) if keys else []
     return {"master": master, "nodes": nodes, "servers": servers, "queue": queue, "outputs": wrong}
 

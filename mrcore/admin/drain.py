@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -22,7 +22,6 @@ from mrcore.messages import methods
 from mrcore.messages.nodes import File
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import moves, outputs
-from mrcore.state.doorbell import Doorbell
 from mrcore.state.moves import Move
 from mrcore.state.store import Store
 from mrcore.system.paths import PART
@@ -61,7 +60,7 @@ class _Drain:
         steps, names = self._steps, [known.name for known in self._settings.nodes]
         removed = node not in names and moves.read(self._store).source == node  # while a drain of it was cut off
         nodes = None if removed else Nodes(self._settings, node)
-        with self._alone(node):
+        with moves.alone(self._store, node):
             self._wait(wait_seconds)
             steps.carry_on()  # what an earlier drain, perhaps of another node, left in its middle
             moves.write(self._store, source=node)
@@ -80,16 +79,6 @@ class _Drain:
                         break
                 moved: Holdings = {"moved": steps.moved, "renamed": steps.renamed, "left": [*steps.left.values()]}
                 return nodes.holdings() | moved
-
-    @contextlib.contextmanager
-    def _alone(self, node: str) -> Iterator[None]:
-        """Keep runs from starting, also those of a Runner in another process, and other drains."""
-        moves.claim(self._store, node)
-        try:
-            yield
-        finally:
-            moves.release(self._store)
-            Doorbell(self._settings.state_dir).ring()
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -145,7 +134,7 @@ class _Drain:
 
             def send(batch: tuple[NodeSettings, list[Move]]) -> None:
                 target, group = batch
-                files = [(numbers[move.name], _staged(move)) for move in group]
+                files = [(numbers[move.name], move.staged.file) for move in group]
                 _send(session, source, target, uploads[target.name], listing, files)
 
             batches = [(target, batch) for target in targets for batch in cut(targets[target], lambda move: move.size)]
@@ -153,7 +142,7 @@ class _Drain:
             staged: list[Move] = []
             for target, group in targets.items():
                 there = session.call(
-                    target, methods.STAGE_MOVES, source=source.name, files=[_staged(move) for move in group]
+                    target, methods.STAGE_MOVES, source=source.name, files=[move.staged.file for move in group]
                 )
                 staged += [
                     msgspec.structs.replace(move, new_inode=status.inode, new_mtime_ns=status.mtime_ns)
@@ -166,11 +155,6 @@ class _Drain:
     def _report(self, phase: str, sent_bytes: int, **counts: int) -> None:
         sent_bytes += self._sent_bytes
         self._progress(phase, files=self._steps.files, sent_bytes=sent_bytes, total_bytes=self._total_bytes)
-
-
-def _staged(move: Move) -> File:
-    """Return a file as its new node stages it."""
-    return File(move.new_name, move.size, move.mtime_ns, move.mode)
 
 
 def _ask_taken(nodes: Nodes, rooms: Mapping[str, Room], names: Sequence[str]) -> None:

@@ -61,7 +61,7 @@ class Nodes:
         """Return the auxiliary data that no other node has."""
         others = {file.name for node in self.others for page in self.pages(node, True) for file in page.files}
         files = [(page.listing, file) for page in self.pages(self.source, True) for file in page.files]
-        listed = [Listed(token, number, file) for number, (token, file) in enumerate(files)]
+        listed = [Listed(token, number, file.file) for number, (token, file) in enumerate(files)]
         return [item for item in listed if item.file.name not in others]
 
     def holdings(self) -> Holdings:

@@ -84,8 +84,7 @@ class FileMethods:
             every = {item.path: item for name in self._matching(path, wildcards) for item in self._below(path, name)}
             listing = self._hold(self._held, list(every.values()))
         page, following = self._page(listing, start)
-        files = [File(file.name, file.size, file.mtime_ns, file.mode) for file in page]
-        return FilePage(listing=listing, files=files, next=following)
+        return FilePage(listing=listing, files=[file.file for file in page], next=following)
 
     def exists(self, caller: Identity, path: str) -> bool:
         """Return whether something has exactly this name: if so on one node, wildcards in it are none on any."""

@@ -5,13 +5,16 @@ While it stands no run starts: see `Store.held_by_drain`.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from mrcore.errors import UsageError
 from mrcore.messages.nodes import HeldFile
+from mrcore.state.doorbell import Doorbell
 from mrcore.state.store import Store
 from mrcore.system import procfs
 
@@ -67,22 +70,26 @@ def write(store: Store, **facts: Any) -> None:
         store.put("drain", msgspec.to_builtins(msgspec.structs.replace(read(store), **facts)))
 
 
-def claim(store: Store, node: str) -> None:
-    """Be the one process that drains. Raises UsageError if another does."""
+@contextlib.contextmanager
+def alone(store: Store, node: str) -> Iterator[None]:
+    """Be the one process that drains, and keep runs from starting. Raises UsageError if another drains.
+
+    A step that has not ended keeps runs from starting also afterwards.
+    """
     with store.change("drain"):
         mark = read(store)
         if mark.pid and procfs.start_ticks(mark.pid) == mark.start_ticks:
             raise UsageError(f"process {mark.pid} is draining node {mark.source}: wait for its end")
         write(store, source=mark.source or node, pid=os.getpid(), start_ticks=procfs.start_ticks(os.getpid()))
-
-
-def release(store: Store) -> None:
-    """Let others drain; a step that has not ended keeps runs from starting all the same."""
-    with store.change("drain"):
-        if read(store).moves:
-            write(store, pid=None)
-        else:
-            store.put("drain", None)
+    try:
+        yield
+    finally:
+        with store.change("drain"):
+            if read(store).moves:
+                write(store, pid=None)
+            else:
+                store.put("drain", None)
+        Doorbell(store.path.parent).ring()
 
 
 def waiting_jobs(store: Store) -> list[dict[str, Any]]:

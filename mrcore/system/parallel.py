@@ -13,12 +13,9 @@ Result = TypeVar("Result")
 
 
 def on_nodes(
-    nodes: Iterable[Item],
-    work: Callable[[Item], Result],
-    at_once: int,
-    tick: Callable[[], object] | None = None,
-    abort: Callable[[], object] | None = None,
-) -> list[Result]:
+    nodes: Iterable[Item], work: Callable[[Item], Result], at_once: int,
+    tick: Callable[[], object] | None = None, abort: Callable[[], object] | None = None,
+) -> list[Result]:  # fmt: skip
     """Return `work(node)` of every node, in their order; at most `at_once` threads work at a time.
 
     `tick` is called in between, in the caller's thread. The first error, of `work` or of `tick`, ends it: what has not

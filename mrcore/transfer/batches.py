@@ -19,12 +19,9 @@ Item = TypeVar("Item")
 
 
 def cut(
-    items: Iterable[Item],
-    size_of: Callable[[Item], int],
-    max_files: int = BATCH_FILES,
-    max_bytes: int = BATCH_BYTES,
+    items: Iterable[Item], size_of: Callable[[Item], int], max_files: int = BATCH_FILES, max_bytes: int = BATCH_BYTES,
     alone: int = SMALL_BYTES,
-) -> Iterator[list[Item]]:
+) -> Iterator[list[Item]]:  # fmt: skip
     """Cut files into pieces of at most so many files and bytes; one of `alone` bytes or more is a piece by itself."""
     piece: list[Item] = []
     total = 0
@@ -42,8 +39,10 @@ def cut(
 
 def for_nodes(items: Mapping[str, Sequence[Item]], size_of: Callable[[Item], int]) -> list[tuple[str, list[Item]]]:
     """Return (node, batch) of all items, by node: the nodes take turns, large files come first."""
-    large_first = (sorted(files, key=lambda item: size_of(item) < SMALL_BYTES) for files in items.values())
-    batches = [[(node, batch) for batch in cut(files, size_of)] for node, files in zip(items, large_first, strict=True)]
+    batches = []
+    for node, files in items.items():
+        large_first = sorted(files, key=lambda item: size_of(item) < SMALL_BYTES)
+        batches.append([(node, batch) for batch in cut(large_first, size_of)])
     return [item for item in chain.from_iterable(zip_longest(*batches)) if item is not None]
 
 

@@ -66,9 +66,9 @@ class Session:
     ) -> None:
         self.settings, self._progress, self._stop = settings, progress, stop or threading.Event()
         self._pki = master_pki(settings)
-        self._lock, self._local, self._ended = threading.Lock(), threading.local(), threading.Event()
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self._agents = {node.name: self._client(node) for node in settings.nodes}
-        self._channels: list[DataClient] = []
+        self._channels: dict[tuple[int, str], DataClient] = {}  # by thread and node
         self._files = self._bytes = self._sent_bytes = self.total_bytes = 0
 
     def __enter__(self) -> Session:
@@ -77,7 +77,7 @@ class Session:
     def __exit__(self, *error: object) -> None:
         for client in self._agents.values():
             client.close()
-        for channel in self._channels:
+        for channel in self._channels.values():
             channel.close()
 
     def _client(self, node: NodeSettings) -> Client:
@@ -90,13 +90,11 @@ class Session:
     @contextlib.contextmanager
     def data(self, node: NodeSettings) -> Iterator[DataClient]:
         """Use this thread's data connection to a node; what it raises names the node."""
-        channel = self._local.__dict__.get(node.name)
-        if channel is None:
-            channel = self._local.__dict__[node.name] = DataClient(node.address, node.agent_port, self._pki, node.name)
-            with self._lock:
-                self._channels.append(channel)
+        key = threading.get_ident(), node.name
+        if key not in self._channels:
+            self._channels[key] = DataClient(node.address, node.agent_port, self._pki, node.name)
         try:
-            yield channel
+            yield self._channels[key]
         except ClusterFault as error:
             raise type(error)(f"node {node.name}: {error.message}", **error.details) from error
 
@@ -131,7 +129,7 @@ class Session:
             self._ended.set()
             for client in self._agents.values():
                 client.close()
-            for channel in self._channels:
+            for channel in list(self._channels.values()):
                 channel.abort()
 
         return on_nodes(items, work, at_once, tick, abort)

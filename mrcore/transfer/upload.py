@@ -16,7 +16,7 @@ import msgspec
 
 from mrcore.engine.listing import rendezvous
 from mrcore.errors import JobFault
-from mrcore.messages.methods import ANNOUNCE, BEGIN_UPLOAD, COMMIT_UPLOAD
+from mrcore.messages import methods
 from mrcore.messages.nodes import File, HeldFile
 from mrcore.settings.config import NodeSettings
 from mrcore.state import outputs
@@ -106,7 +106,7 @@ def deliver(
     uploads = dict[str, str]()
 
     def begin(node: NodeSettings) -> None:
-        begun = session.call(node, BEGIN_UPLOAD, folder=folder)
+        begun = session.call(node, methods.BEGIN_UPLOAD, folder=folder)
         uploads[node.name] = begun.upload
         needed = sum(pair.target.size for pair in plan[node.name] if not pair.packed)
         check_free(f"node {node.name}", begun.disk_free_bytes, needed)
@@ -115,7 +115,7 @@ def deliver(
         _send(session, source, session.settings.node(batch[0]), uploads[batch[0]], batch[1])
 
     def commit(node: NodeSettings) -> int:
-        return session.call(node, COMMIT_UPLOAD, upload=uploads[node.name], replace=replace)
+        return session.call(node, methods.COMMIT_UPLOAD, upload=uploads[node.name], replace=replace)
 
     session.total_bytes = sum(pair.target.size for pairs in plan.values() for pair in pairs)
     with resumable(lambda: session.drop(uploads)):
@@ -134,7 +134,7 @@ def _send(session: Session, source: Path, node: NodeSettings, upload: str, batch
         small = [content for content in contents if isinstance(content, bytes)]
         sizes = [len(content) if isinstance(content, bytes) else content[1] for content in contents]
         files = [msgspec.structs.replace(pair.target, size=size) for pair, size in zip(batch, sizes, strict=True)]
-        number = session.call(node, ANNOUNCE, upload=upload, files=files)
+        number = session.call(node, methods.ANNOUNCE, upload=upload, files=files)
         if number is not None:
             with session.data(node) as channel:
                 channel.put({"batch": [upload, number]}, b"".join(small) if small else contents[0], session.moved)
@@ -149,11 +149,11 @@ def _content(stack: contextlib.ExitStack, path: Path, pair: Pair, session: Sessi
     content = os.pread(fd, size, 0) if size < SMALL_BYTES else b""
     if os.fstat(fd).st_size < size or (size < SMALL_BYTES and len(content) < size):
         raise JobFault(f"{path} shrank since it was listed: run the transfer again")
-    compressor = compressobj(wbits=31) if pair.packed else None
+    if not pair.packed:
+        return content if size < SMALL_BYTES else (fd, size)
+    compressor = compressobj(wbits=31)
     if size < SMALL_BYTES:
-        return compressor.compress(content) + compressor.flush() if compressor else content
-    if compressor is None:
-        return fd, size
+        return compressor.compress(content) + compressor.flush()
     packed = stack.enter_context(tempfile.TemporaryFile())
     for at in range(0, size, BLOCK_BYTES):
         session.check_stop()
@@ -165,8 +165,8 @@ def _content(stack: contextlib.ExitStack, path: Path, pair: Pair, session: Sessi
 
 def _pair(file: HeldFile, compress: bool, name: str = "") -> Pair:
     packed = compress and not format_of(file.name)
-    target = File(name or f"{file.name}{'.gz' if packed else ''}", file.size, file.mtime_ns, file.mode)
-    return Pair(file, target, packed)
+    name = name or f"{file.name}{'.gz' if packed else ''}"
+    return Pair(file, msgspec.structs.replace(file.file, name=name), packed)
 
 
 def _look(session: Session, folder: str, names: set[str], replace: bool) -> Held:
