@@ -7,6 +7,7 @@ leaves the destination as it was, and the next one goes on with what has gathere
 from __future__ import annotations
 
 import glob
+import inspect
 import json
 import threading
 from pathlib import Path
@@ -118,11 +119,5 @@ def run(job: Json, settings: Settings, progress: Progress, stop: threading.Event
     if kind == "delete":
         going = transfer.delete_files(job["output_dir"], job["also_outputs"], by=f"the job {job['job_name']}")
         return {"counts": {key: going[key] for key in ("files", "bytes")}}
-    keys = {
-        "upload_auxiliary": ("input_file_name", "auxiliary_data_name"),
-        "download": ("input_dir", "output_dir", "delete_files"),
-        "download_bulk": ("input_dir", "output_dir", "delete_files"),
-        "upload": ("input_dir", "output_dir", "reload_files"),
-        "upload_bulk": ("input_dir", "output_dir", "reload_files", "compress"),
-    }
-    return {"counts": getattr(transfer, kind)(*(job[key] for key in keys[kind]))}
+    method = getattr(transfer, kind)  # the job's keys are its parameters
+    return {"counts": method(**{name: job[name] for name in inspect.signature(method).parameters})}

@@ -77,7 +77,7 @@ class Session:
     def __exit__(self, *error: object) -> None:
         for client in self._agents.values():
             client.close()
-        for channel in self._channels.values():
+        for channel in list(self._channels.values()):
             channel.close()
 
     def _client(self, node: NodeSettings) -> Client:
