@@ -18,7 +18,7 @@ MAX_PRUNED = 1_000  # at a time: a command line is no longer
 
 
 def copy_to_node(settings: Settings, file: Path, node_name: str) -> Path:
-    """Keep a copy of a backup in COMPUTE_DIR/backups of a node; gives its path there. Raises ClusterFault, UsageError.
+    """Keep a copy of a backup in COMPUTE_DIR/backups of a node; return its path there. Raises ClusterFault, UsageError.
 
     Until it is there the doctor knows that it is missing.
     """
@@ -37,28 +37,27 @@ def copy_to_node(settings: Settings, file: Path, node_name: str) -> Path:
 
 def prune(settings: Settings, file: Path, keep: int, node_name: str | None = None) -> int:
     """Remove all but the `keep` newest files that are named like `file` but for their numbers, in its folder, and of a
-    node's copies; `file` itself stays. Gives how many went."""
+    node's copies; `file` itself stays. Return how many went."""
     like = re.compile("[0-9]+".join(map(re.escape, re.split("[0-9]+", file.name))))
 
-    def surplus(found: Iterable[tuple[float, str]]) -> list[str]:
-        others = sorted((each for each in found if like.fullmatch(each[1]) and each[1] != file.name), reverse=True)
+    def surplus(dated: Iterable[tuple[float, str]]) -> list[str]:
+        others = sorted((pair for pair in dated if like.fullmatch(pair[1]) and pair[1] != file.name), reverse=True)
         return [name for _, name in others[keep - 1 :]]
 
     def files(folder: Path) -> Iterable[tuple[float, str]]:
-        found = ((path.lstat(), path.name) for path in folder.iterdir())
-        return [(status.st_mtime, name) for status, name in found if stat.S_ISREG(status.st_mode)]
+        statuses = ((path.lstat(), path.name) for path in folder.iterdir())
+        return [(status.st_mtime, name) for status, name in statuses if stat.S_ISREG(status.st_mode)]
 
-    gone = surplus(files(file.absolute().parent))
-    for name in gone:
-        file.with_name(name).unlink(missing_ok=True)
-    if node_name is None:
+    folders = [file.absolute().parent]
+    if node_name is not None:
+        folders.append(settings.node(node_name).compute_dir / "backups")
+    here = folders if settings.local else folders[:1]
+    gone = [path / name for path in here for name in surplus(files(path))]
+    for path in gone:
+        path.unlink(missing_ok=True)
+    if node_name is None or settings.local:
         return len(gone)
-    folder = settings.node(node_name).compute_dir / "backups"
-    if settings.local:
-        away = surplus(files(folder))
-        for name in away:
-            (folder / name).unlink(missing_ok=True)
-        return len(gone) + len(away)
+    folder = folders[1]
     place = shlex.quote(str(folder))
     # Every job of that node can write there: a name may hold a newline, the folder be a link.
     listed = ssh.run_on_node(settings, node_name, f"find {place} -maxdepth 1 -type f -printf '%T@ %f\\0'")

@@ -18,6 +18,7 @@ from mrcore.text import one_line
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from mrcore.admin.holdings import Holdings
     from mrcore.transfer.file_transfer import FileTransfer
 
 
@@ -207,7 +208,7 @@ def drain(node: str, only_list: bool, wait: float, yes: bool, as_json: bool) -> 
         sys.exit(1)
 
 
-def _tell_drained(told: dict[str, Any]) -> None:
+def _tell_drained(told: Holdings) -> None:
     for target, count in sorted(told.get("moved", {}).items()):
         _say(f"to {target}:", count)
     for old, target, new in told.get("renamed", ()):

@@ -20,7 +20,7 @@ Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Positive = Annotated[int, Meta(ge=1, le=(1 << 62))]
 TimeNs = Annotated[int, Meta(ge=-(1 << 62), le=(1 << 62))]  # of a file: 1970 and later, or before
 Inode = Annotated[int, Meta(ge=0)]  # some file systems use all 64 bits
-Mode = Annotated[int, Meta(ge=0, le=0o7777)]
+Mode = Annotated[int, Meta(ge=0, le=0o777)]
 Crc32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 Seconds = Annotated[float, Meta(ge=0, lt=1e15)]
 Token = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")]  # made by the node: a listing, an upload, a cursor
@@ -30,7 +30,7 @@ Line = Annotated[str, Meta(max_length=20_000)]
 JobName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")]
 ServerName = JobName
 # Of a file below a folder, with the folders between: it does not lead out.
-Name = Annotated[str, Meta(pattern=r"\A(?!(.*/)?\.{1,2}(/|\Z))[^\0/]+(/[^\0/]+)*\Z", max_length=NAME_CHARACTERS)]
+Name = Annotated[str, Meta(pattern=r"\A(?!([^\0]*/)?\.{1,2}(/|\Z))[^\0/]+(/[^\0/]+)*\Z", max_length=NAME_CHARACTERS)]
 AbsolutePath = Annotated[str, Meta(pattern=r"\A/[^\0]*\Z", max_length=NAME_CHARACTERS)]
 
 

@@ -104,6 +104,11 @@ class HeldFile(File, frozen=True):
 
     inode: Inode
 
+    @property
+    def file(self) -> File:
+        """The same without its inode."""
+        return File(self.name, self.size, self.mtime_ns, self.mode)
+
 
 class FilePage(Message, frozen=True, kw_only=True):
     """A page of a listing. Data requests name files by `listing` and number; `next`: the number to go on with."""

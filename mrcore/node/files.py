@@ -12,22 +12,30 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from mrcore.errors import ClusterFault, JobFault, Refused
+from mrcore.messages.kinds import PAGE_FILES, Count, Token
+from mrcore.messages.nodes import File, FilePage, HeldFile, KeptRun, Output, Removal, UploadBegun
 from mrcore.system.paths import PART, PARTIAL, Layout
-from mrcore.system.staging import File, Staging, checked_file, inside, newest, remove, walk
+from mrcore.system.staging import ON_NODES, Staging, inside, newest, remove, walk
 from mrcore.wire.data import Range, Upload, checksum
 from mrcore.wire.tls import Identity
 
-FILES_A_PAGE = 5_000
 MAX_HELD = 8  # listings, and uploads, begun and not ended: one more drops the one that was used the longest ago
 INCOMING_SECONDS = 86_400.0  # how long what an upload left when it was cut off can be resumed
 
-Json = dict[str, Any]
-Listed = list[tuple[str, File, int]]  # a file's path, whole or under base_dir; the file; inode
+
+class Listing(NamedTuple):
+    """Files by their names below a folder."""
+
+    root: Path
+    files: list[HeldFile]
 
 
 @dataclass
@@ -47,136 +55,125 @@ class FileMethods:
 
     def __init__(self, layout: Layout, node: str) -> None:
         self._layout, self._node = layout, node
-        self._held: dict[str, Listed] = {}
+        self._held: dict[str, Listing] = {}
         self._uploads: dict[str, Incoming] = {}
         self._files_lock = threading.Lock()  # the two above
         self._publishing = threading.Lock()
         self.sweep_incoming()
 
     def sweep_incoming(self) -> int:
-        """Remove what uploads left that were cut off more than INCOMING_SECONDS ago; gives how many."""
+        """Remove what uploads left that were cut off more than INCOMING_SECONDS ago; return how many."""
         with self._files_lock:
             active = {upload.staging.folder for upload in self._uploads.values()}
-            folders = [each for each in self._layout.incoming_dir.iterdir() if each not in active]
-            old = [each for each in folders if time.time() - newest(each) > INCOMING_SECONDS]
-            for each in old:
-                remove(each)
+            folders = [path for path in self._layout.incoming_dir.iterdir() if path not in active]
+            old = [path for path in folders if time.time() - newest(path) > INCOMING_SECONDS]
+            for path in old:
+                remove(path)
         return len(old)
 
     # ---- RPC
 
     def list_files(
-        self, caller: Identity, path: str, wildcards: bool = False, listing: str | None = None, start: int = 0
-    ) -> Json:
-        """List the files below a folder, or what a name with wildcards matches, at most FILES_A_PAGE a call.
+        self, caller: Identity, path: str, wildcards: bool = False, listing: Token | None = None, start: Count = 0
+    ) -> FilePage:
+        """List the files below a folder, or what a name with wildcards matches, at most PAGE_FILES a call.
 
-        Gives {"listing" (for the next page and for GETs), "files" ([name, size, mtime_ns, mode], …, the name
-        relative to the folder or to where the wildcards begin), "next" (start of the next page or None)}. Raises
-        JobFault, Refused.
+        Their names are relative to the folder, or to where the wildcards begin. Raises JobFault, Refused.
         """
         if listing is None:
-            every = {each[0]: each for name in self._matching(path, wildcards) for each in self._below(path, name)}
-            listing = secrets.token_hex(8)
-            self._hold(self._held, listing, list(every.values()))
-        found = self._get(self._held, listing)
-        page = [file for _, file, _ in found[start : start + FILES_A_PAGE]]
-        end = start + len(page)
-        return {"listing": listing, "files": page, "next": end if end < len(found) else None}
+            base, names = self._layout.base_dir, self._matching(path, wildcards)
+            top = root_of(path) if wildcards else path if names and (base / path).is_dir() else path.rpartition("/")[0]
+            files = {file.name: file for name in names for file in self._below(top, name)}
+            listing = self._hold(self._held, Listing(base / top, [*files.values()]))
+        page, following = self._page(listing, start)
+        return FilePage(listing=listing, files=[file.file for file in page], next=following)
 
     def exists(self, caller: Identity, path: str) -> bool:
-        """Whether something has exactly this name: on one node it means that wildcards in it are none, on any."""
+        """Return whether something has exactly this name: if so on one node, wildcards in it are none on any."""
         return os.path.lexists(inside(self._layout.base_dir, path))
 
-    def file_checksum(self, caller: Identity, listing: str, number: int, length: int) -> int:
-        """The crc32 of the first bytes of a listed file: whether what the master has of it is the same."""
+    def file_checksum(self, caller: Identity, listing: Token, number: Count, length: Count) -> int:
+        """Return the crc32 of the first bytes of a listed file: whether what the master has of it is the same."""
         path = self._listed(listing, number, length)[0]
         with path.open("rb") as stream:
             return checksum(stream.fileno(), length)
 
-    def begin_upload(self, caller: Identity, folder: str | None) -> Json:
-        """Begin an upload into a folder (None: auxiliary data). An earlier one into it is void, but can be resumed.
+    def begin_upload(self, caller: Identity, folder: str | None, source: str | None = None) -> UploadBegun:
+        """Begin an upload into a folder (None: auxiliary data), or, for a drain, of files of the node `source`.
 
-        Gives {"upload", "disk_free_bytes"}. Raises JobFault when a symbolic link is on the way, Refused.
+        An earlier one of the kind is void, but what came then counts. Raises JobFault when a symbolic link is on the
+        way, Refused.
         """
-        target = self._layout.auxiliary_dir if folder is None else inside(self._layout.base_dir, f"{folder}/x").parent
-        incoming = self._layout.incoming_dir / hashlib.blake2b(os.fsencode(target), digest_size=16).hexdigest()
         self.sweep_incoming()
+        staging = self._staging(folder, source)
         with self._files_lock:
-            for token in [key for key, each in self._uploads.items() if each.staging.target == target]:
+            for token in [key for key, upload in self._uploads.items() if upload.staging.folder == staging.folder]:
                 del self._uploads[token]
-        token = secrets.token_hex(8)
-        self._hold(self._uploads, token, Incoming(self._on_disk(Staging, incoming, target)))
-        return {"upload": token, "disk_free_bytes": shutil.disk_usage(incoming).free}
+        token = self._hold(self._uploads, Incoming(staging))
+        return UploadBegun(upload=token, disk_free_bytes=shutil.disk_usage(staging.folder).free)
 
-    def announce(self, caller: Identity, upload: str, files: list[Any]) -> int | None:
-        """Files, [name, size, mtime_ns, mode] each, of which the next PUT will hold the contents one after the other.
+    def announce(self, caller: Identity, upload: Token, files: list[File]) -> int | None:
+        """Announce files of which the next PUT will hold the contents one after the other.
 
-        Gives the batch's number for {"batch": [upload, number]}, or None for a single file that is here already.
+        Return the batch's number for {"batch": [upload, number]}, or None for a single file that is here already.
         """
-        incoming, checked = self._get(self._uploads, upload), [checked_file(file) for file in files]
+        incoming = self._get(self._uploads, upload)
         with self._files_lock:
-            if len(checked) == 1 and incoming.staging.has(checked[0]):
-                incoming.files += checked
+            if len(files) == 1 and incoming.staging.has(files[0]):
+                incoming.files += files
                 return None
             incoming.announced += 1
-            incoming.batches[incoming.announced] = checked
+            incoming.batches[incoming.announced] = files
             number: int = incoming.announced
         return number
 
-    def commit_upload(self, caller: Identity, upload: str, replace: bool) -> int:
-        """Give all files their names; with `replace` everything else in the folder goes then. Gives how many went."""
+    def commit_upload(self, caller: Identity, upload: Token, replace: bool) -> int:
+        """Give all files their names; with `replace` everything else in the folder goes then. Return how many."""
         incoming = self._get(self._uploads, upload)
         with self._publishing:
             removed: int = self._on_disk(incoming.staging.publish, incoming.files, replace)
         self._uploads.pop(upload, None)
         return removed
 
-    def drop_upload(self, caller: Identity, upload: str) -> None:
+    def drop_upload(self, caller: Identity, upload: Token) -> None:
         """Forget an upload with all that came."""
         if incoming := self._uploads.pop(upload, None):
             self._on_disk(incoming.staging.drop)
 
     def delete_files(
-        self,
-        caller: Identity,
-        path: str,
-        wildcards: bool = False,
-        dry_run: bool = False,
-        leave: list[Any] | None = None,
-    ) -> Json:
+        self, caller: Identity, path: str, wildcards: bool = False, dry_run: bool = False, leave: Sequence[KeptRun] = ()
+    ) -> Removal:
         """Remove a file, a folder with all in it, or what a name with wildcards matches; links are not followed.
 
-        Gives {"files", "bytes", "outputs" ([job, run, files, bytes] of what are published parts by their names)}; with
-        `dry_run` that is all. Parts of other [job, run]s than those of `leave` refuse it. Raises JobFault, Refused;
-        nothing is removed then.
+        Return what it was, with what are published parts by their names; with `dry_run` that is all. Parts of other
+        runs than those of `leave` refuse it. Raises JobFault, Refused; nothing is removed then.
         """
         root = self._layout.base_dir
-        found = [inside(root, name) for name in self._matching(path, wildcards)]
-        going = {name: size for each in found for name, size in self._on_disk(_sizes, each)}
+        tops = [inside(root, name) for name in self._matching(path, wildcards)]
+        going = {name: size for top in tops for name, size in self._on_disk(_sizes, top)}
         outputs: dict[tuple[str, int], list[int]] = {}
         for name, size in going.items():
             if part := PART.fullmatch(os.path.relpath(name, root)):
-                each = outputs.setdefault((part[1], int(part[3])), [0, 0])
-                each[:] = each[0] + 1, each[1] + size
+                outputs.setdefault((part[1], int(part[3])), []).append(size)
         if not dry_run:
-            if new := outputs.keys() - {(job, run) for job, run in leave or ()}:
+            if new := outputs.keys() - {(kept.job, kept.run) for kept in leave}:
                 job, run = min(new)
                 raise Refused(f"node {self._node}: {path!r} holds output of {job} (run {run}) by now: look again")
-            for top in found:
+            for top in tops:
                 if os.path.lexists(top):  # else it went with its folder
                     self._on_disk(remove, top)
-        told = [[*key, *counts] for key, counts in sorted(outputs.items())]
-        return {"files": len(going), "bytes": sum(going.values()), "outputs": told}
+        parts = [Output(job, run, len(sizes), sum(sizes)) for (job, run), sizes in sorted(outputs.items())]
+        return Removal(files=len(going), bytes=sum(going.values()), outputs=parts)
 
     # ---- data requests
 
     def give_file(self, listing: str, number: int, offset: int) -> list[Range]:
-        """What a GET of {"file": [listing, number, offset]} asks for: a listed file from a byte on."""
+        """Return what a GET of {"file": [listing, number, offset]} asks for: a listed file from a byte on."""
         path, size = self._listed(listing, number, offset)
         return [Range(path, offset, size - offset, "file")]
 
     def take_batch(self, upload: str, number: int) -> Upload:
-        """Where a PUT of {"batch": [upload, number]} goes. A single file can be resumed, several are unpacked."""
+        """Return where a PUT of {"batch": [upload, number]} goes: of a single file, resumed, or of several."""
         incoming = self._get(self._uploads, upload)
         files, staging = incoming.batches.get(number), incoming.staging
         if not files:
@@ -185,7 +182,7 @@ class FileMethods:
         partial = staging.partial(files[0]) if single else staging.folder / f"{upload}-{number}{PARTIAL}"
 
         def finish() -> None:
-            if partial.stat().st_size != sum(file[1] for file in files):
+            if partial.stat().st_size != sum(file.size for file in files):
                 raise Refused(f"a batch of {partial.stat().st_size} bytes is not what was announced")
             if single:
                 staging.take(files[0])
@@ -199,55 +196,72 @@ class FileMethods:
     # ---- inside
 
     def _matching(self, path: str, wildcards: bool) -> list[str]:
-        """The names that exist of one that may have wildcards; what is hidden is matched by its own dot only."""
+        """Return the names that exist of one that may have wildcards; what is hidden is matched by its own dot only."""
         full = inside(self._layout.base_dir, path)
         if wildcards:
             if "**" in path.split("/"):  # which glob lets follow links: without an end, should they lead back
                 for folder, folders, _ in os.walk(self._layout.base_dir / root_of(path)):
-                    if links := [each for each in folders if os.path.islink(f"{folder}/{each}")]:
+                    if links := [name for name in folders if os.path.islink(f"{folder}/{name}")]:
                         raise JobFault(
                             f"{folder}/{links[0]} is a symbolic link, in which `**` might not end: remove it"
                         )
-            found = glob.glob(path, root_dir=self._layout.base_dir, recursive=True)
-            names = {name.rstrip("/") for name in found} - {""}  # `x/**` gives x/ whether there is one or not
+            matches = glob.glob(path, root_dir=self._layout.base_dir, recursive=True)
+            names = {name.rstrip("/") for name in matches} - {""}  # `x/**` gives x/ whether there is one or not
             return sorted(name for name in names if os.path.lexists(self._layout.base_dir / name))
         return [path] if os.path.lexists(full) else []
 
-    def _below(self, path: str, name: str) -> Listed:
-        root = self._layout.base_dir
-        inside(root, name)
-        top = root_of(path) if name != path else (name if (root / name).is_dir() else name.rpartition("/")[0])
-        begin = len(top) + 1 if top else 0
-        found: Listed = []
-        for (path, *facts, mode), inode in self._on_disk(list, walk(root, name)):
+    def _below(self, top: str, name: str) -> list[HeldFile]:
+        """Return the files of a name, or below it, by their names below its folder `top`."""
+        inside(self._layout.base_dir, name)
+        listed: list[HeldFile] = []
+        for file in self._on_disk(list, walk(self._layout.base_dir / top, name[len(top) :].lstrip("/"))):
             # The mode of a part is what the daemons' umask left of a new file's: its copy is a new file, too.
-            found.append((path, (path[begin:], *facts, 0o666 if PART.fullmatch(path) else mode), inode))
-        return found
+            is_part = PART.fullmatch(os.path.join(top, file.name))
+            listed.append(msgspec.structs.replace(file, mode=0o666) if is_part else file)
+        return listed
 
     def _listed(self, listing: str, number: int, length: int) -> tuple[Path, int]:
-        """A listed file's path and size, if it is the same still and `length` is in it."""
-        found = self._get(self._held, listing)
-        if type(number) is not int or not 0 <= number < len(found):
+        """Return a listed file's path and size, if it is the same still and `length` is in it."""
+        held = self._get(self._held, listing)
+        if type(number) is not int or not 0 <= number < len(held.files):
             raise Refused(f"node {self._node}: the listing has no file {number!r:.20}")
-        name, (_, size, *_), inode = found[number]
-        path = self._layout.base_dir / name
+        file = held.files[number]
+        path, size = held.root / file.name, file.size
         status = self._on_disk(os.lstat, path)
-        if status.st_ino != inode or status.st_size < size:
+        if status.st_ino != file.inode or status.st_size < size:
             raise ClusterFault(f"node {self._node}: {path} was replaced or cut since it was listed: try again")
         if type(length) is not int or not 0 <= length <= size:
             raise Refused(f"node {self._node}: {path} has no byte {length!r:.20}")
         return path, size
 
-    def _hold(self, kept: dict[str, Any], token: str, value: Any) -> None:
+    def _staging(self, folder: str | None, source: str | None = None) -> Staging:
+        """Return where an upload into a folder gathers, or that of files of another node, which keep their modes."""
+        target, key, mask = self._layout.base_dir, f"moved from {source}".encode(), 0o777
+        if source is None:
+            target = self._layout.auxiliary_dir if folder is None else inside(target, f"{folder}/x").parent
+            key, mask = os.fsencode(target), ON_NODES
+        gathering = self._layout.incoming_dir / hashlib.blake2b(key, digest_size=16).hexdigest()
+        made: Staging = self._on_disk(Staging, gathering, target, mask)
+        return made
+
+    def _page(self, listing: str, start: int) -> tuple[list[HeldFile], int | None]:
+        """Return a page of a listing, and where the next begins."""
+        files, end = self._get(self._held, listing).files, start + PAGE_FILES
+        return files[start:end], end if end < len(files) else None
+
+    def _hold(self, kept: dict[str, Any], value: Any) -> str:
+        """Keep a listing or an upload; return its token."""
+        token = secrets.token_hex(8)
         with self._files_lock:
             kept[token] = value
             while len(kept) > MAX_HELD:
                 del kept[next(iter(kept))]
+        return token
 
     def _get(self, kept: dict[str, Any], token: Any) -> Any:
         with self._files_lock:
             if not isinstance(token, str) or token not in kept:
-                raise Refused(f"node {self._node}: this transfer is not known any more: begin anew, it resumes")
+                raise Refused(f"node {self._node}: this transfer is not known any more: begin again, it resumes")
             kept[token] = kept.pop(token)  # used now
             return kept[token]
 
@@ -259,21 +273,21 @@ class FileMethods:
 
 
 def root_of(path: str) -> str:
-    """The folders of a name before the first with a wildcard."""
+    """Return the folders of a name before the first with a wildcard."""
     parts = path.split("/")
     return "/".join(parts[: next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts))])
 
 
 def _sizes(path: Path) -> list[tuple[str, int]]:
-    """Every file of a folder, or the one file, with its bytes; of a link its own."""
+    """Return every file of a folder, or the one file, with its bytes; of a link its own."""
     if path.is_symlink() or not path.is_dir():
         return [(str(path), path.lstat().st_size)] if os.path.lexists(path) else []
-    names = (f"{folder}/{each}" for folder, _, names in os.walk(path) for each in names)
-    return [(name, os.lstat(name).st_size) for name in names]
+    files = (f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names)
+    return [(file, os.lstat(file).st_size) for file in files]
 
 
 def _unpack(partial: Path, staging: Staging, files: list[File]) -> None:
     with partial.open("rb") as stream:
         for file in files:
-            staging.put(file, stream.read(file[1]))
+            staging.put(file, stream.read(file.size))
     partial.unlink()

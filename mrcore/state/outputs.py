@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
 from mrcore.errors import ClusterFault, MrcoreError, Refused, UsageError
+from mrcore.messages.nodes import Removal
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
 from mrcore.state.store import Store
@@ -78,7 +79,7 @@ def compare(known: Parts, held: Mapping[str, Mapping[str, int]], busy: str | Non
 # --- What goes -------------------------------------------------------------------------------------------------------
 
 
-def going(settings: Settings, path: str, looks: Mapping[str, Json]) -> Json:
+def going(settings: Settings, path: str, looks: Mapping[str, Removal]) -> Json:
     """Return what a removal of `path` would take, from what each node's `delete_files` says beforehand.
 
     {"files", "bytes", "nodes" (those two by node), "outputs" ([{"job_name", "run", "files", "bytes"}], of output that

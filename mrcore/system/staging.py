@@ -1,8 +1,7 @@
 """Files on their way into a folder, on a node or on the master: they gather aside and get their names all at once.
 
-A file is `(name, size in bytes, mtime in ns, mode)`, the name relative to its folder. While it comes it lies in a
-staging folder of the same file system under a digest of these, readable by its owner only, so that a transfer that was
-cut off finds it again; it gets its mode with its name.
+While a file comes it lies in a staging folder of the same file system under a digest of what it is (`File`), readable
+by its owner only, so that a transfer that was cut off finds it again; it gets its mode with its name.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from mrcore.errors import ClusterFault, JobFault, Refused
+from mrcore.messages.nodes import File, HeldFile
 from mrcore.system.paths import PARTIAL, remove_tree
 from mrcore.system.permissions import blocked
 
-File = tuple[str, int, int, int]
 ON_NODES = 0o755  # of a file's mode: nobody but its owner writes to what a cluster reads
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def checked_name(name: Any) -> str:
-    """Give a relative name that stays inside its folder. Raises Refused for any other."""
+    """Return a relative name if it stays inside its folder. Raises Refused for any other."""
     if not isinstance(name, str) or "\0" in name or {"", ".", ".."} & set(name.split("/")):
         raise Refused(f"not a name inside a folder: {name!r:.300}")
     try:
@@ -36,52 +35,57 @@ def checked_name(name: Any) -> str:
     return name
 
 
-def checked_file(file: Any) -> File:
-    """Give a File that came over the wire. Raises Refused when it is none."""
-    match file:
-        case [name, int(size), int(mtime_ns), int(mode)] if (
-            0 <= size < 1 << 63 and abs(mtime_ns) < 1 << 63 and 0 <= mode <= 0o777
-        ):
-            return checked_name(name), size, mtime_ns, mode
-    raise Refused(f"not a file's name, size, time and mode: {file!r:.300}")
-
-
 def inside(folder: Path, name: str) -> Path:
-    """Give `folder`/`name`. Raises Refused for a name, JobFault for a symbolic link on its way, that leads out."""
+    """Return `folder`/`name`. Raises Refused for a name, JobFault for a symbolic link on its way, that leads out."""
     path = folder / checked_name(name)
     if os.path.realpath(path.parent) != os.path.join(os.path.realpath(folder), *name.split("/")[:-1]).rstrip("/"):
         raise JobFault(f"{path.parent} is reached by a symbolic link: transfers stay inside {folder}; remove the link")
     return path
 
 
-def walk(folder: Path, name: str = "") -> Iterator[tuple[File, int]]:
-    """Give every file below `folder`, or `folder`/`name`, with its inode, in order.
+def walk(folder: Path, name: str = "", refused: list[str] | None = None) -> Iterator[HeldFile]:
+    """Yield every file below `folder`, or `folder`/`name`, in order.
 
     Raises JobFault for a symbolic link, or what else is no plain file, for one that we may not read, for a name that is
-    not UTF-8.
+    not UTF-8. With `refused` the message is added there and the walk goes on, also when something is gone meanwhile.
     """
+    try:
+        entry = _look(folder, name)
+    except (JobFault, FileNotFoundError) as error:
+        if refused is None:
+            raise
+        if isinstance(error, JobFault):
+            refused.append(error.message)
+        return
+    if isinstance(entry, HeldFile):
+        yield entry
+    else:
+        for below in entry:
+            yield from walk(folder, f"{name}/{below}" if name else below, refused)
+
+
+def _look(folder: Path, name: str) -> HeldFile | list[str]:
+    """Return a file, or the names in a folder. Raises as `walk` does."""
     path = folder / name if name else folder
     status = path.lstat()
-    plain = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
+    is_folder = stat.S_ISDIR(status.st_mode)
+    plain = is_folder or stat.S_ISREG(status.st_mode)
     if plain and not os.access(path, os.R_OK, effective_ids=True):  # before the first file is sent
         raise JobFault(blocked(path) or f"{path} cannot be read")
-    if stat.S_ISDIR(status.st_mode):
-        with os.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries)
-        for each in names:
-            yield from walk(folder, f"{name}/{each}" if name else each)
-        return
-    if not stat.S_ISREG(status.st_mode):
+    if is_folder:
+        return sorted(os.listdir(path))
+    if not plain:
         what = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "no plain file"
         raise JobFault(f"{path} is {what}: transfers take plain files; remove it or put the file itself there")
     try:
-        yield (checked_name(name), status.st_size, status.st_mtime_ns, status.st_mode & 0o777), status.st_ino
+        mode = status.st_mode & 0o777
+        return HeldFile(checked_name(name), status.st_size, status.st_mtime_ns, mode, status.st_ino)
     except Refused as error:
         raise JobFault(f"in {folder}: {error.message}") from None
 
 
 class Staging:
-    """Files that come into `target` gather in `folder`, which is made now. Raises OSError.
+    """Gathers files that come into `target` in `folder`, which is made now. Raises OSError.
 
     Of a file's mode `mask` is kept; its owner may always read it.
     """
@@ -91,22 +95,23 @@ class Staging:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, file: File) -> Path:
-        """Where a file lies when it is here whole; until then its name has `.partial` added."""
-        return self.folder / hashlib.blake2b(json.dumps(file).encode(), digest_size=20).hexdigest()
+        """Return where a file lies when it is here whole; until then its name has `.partial` added."""
+        text = json.dumps([file.name, file.size, file.mtime_ns, file.mode])
+        return self.folder / hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
     def partial(self, file: File) -> Path:
-        """Where a file lies while it comes, so that it can be resumed."""
+        """Return where a file lies while it comes, so that it can be resumed."""
         path = self.path(file)
         return path.with_name(path.name + PARTIAL)
 
     def has(self, file: File) -> bool:
-        """Whether a file that came by itself, and was flushed to disk, is here whole."""
+        """Return whether a file that came by itself, and was flushed to disk, is here whole."""
         path = self.path(file)
-        return path.is_file() and path.stat().st_size == file[1]
+        return path.is_file() and path.stat().st_size == file.size
 
     def take(self, file: File) -> None:
-        """A file's `.partial` is whole and flushed."""
-        os.utime(self.partial(file), ns=(file[2], file[2]))
+        """Take in a file whose `.partial` is whole and flushed."""
+        os.utime(self.partial(file), ns=(file.mtime_ns, file.mtime_ns))
         os.replace(self.partial(file), self.path(file))
 
     def put(self, file: File, content: bytes | bytearray) -> None:
@@ -117,36 +122,36 @@ class Staging:
             view = memoryview(content)
             while view:
                 view = view[stream.write(view) :]
-            os.utime(stream.fileno(), ns=(file[2], file[2]))
+            os.utime(stream.fileno(), ns=(file.mtime_ns, file.mtime_ns))
 
     def publish(self, files: Sequence[File], replace: bool) -> int:
-        """Give the files their names in the target; with `replace` all others there go then. Gives how many went.
+        """Give the files their names in the target; with `replace` all others there go then. Return how many.
 
-        May be begun anew after a crash. Raises ClusterFault (a file is not here), JobFault (a folder stands in the way
+        May be begun again after a crash. Raises ClusterFault (a file is not here), JobFault (a folder stands in the way
         of a file, a file in that of a folder, a symbolic link), OSError.
         """
         paths = [self.path(file) for file in files]
-        missing = [file[0] for file, path in zip(files, paths, strict=True) if not path.exists()]
+        missing = [file.name for file, path in zip(files, paths, strict=True) if not path.exists()]
         if missing:
             raise ClusterFault(f"{len(missing)} files, {missing[0]!r:.200} among them, never came: send them again")
         self.target.mkdir(parents=True, exist_ok=True)
-        for parent in sorted({file[0].rpartition("/")[0] for file in files}):
+        for parent in sorted({file.name.rpartition("/")[0] for file in files}):
             self._make_folder(parent, replace)
-        for name, *_ in files:
-            if (final := self.target / name).is_dir() and not final.is_symlink():
+        for file in files:
+            if (final := self.target / file.name).is_dir() and not final.is_symlink():
                 self._in_the_way(final, replace)
         for file, path in zip(files, paths, strict=True):
             self.give_mode(file, path)
         flush(self.folder)
-        for (name, *_), path in zip(files, paths, strict=True):
-            os.replace(path, self.target / name)
+        for file, path in zip(files, paths, strict=True):
+            os.replace(path, self.target / file.name)
         flush(self.target)
         self.drop()
-        return self._remove_others({file[0] for file in files}) if replace else 0
+        return self._remove_others({file.name for file in files}) if replace else 0
 
     def give_mode(self, file: File, path: Path) -> None:
         """Let a file that is here whole have its own mode."""
-        path.chmod((file[3] & self._mask) | 0o400)
+        path.chmod((file.mode & self._mask) | 0o400)
 
     def drop(self) -> None:
         """Forget what is here."""
@@ -169,9 +174,9 @@ class Staging:
         removed, begin = 0, len(str(self.target)) + 1
         for folder, folders, others in os.walk(self.target, topdown=False):
             relative = folder[begin:]
-            for each in others + [each for each in folders if os.path.islink(f"{folder}/{each}")]:
-                if (f"{relative}/{each}" if relative else each) not in names:
-                    os.unlink(f"{folder}/{each}")
+            for entry in others + [name for name in folders if os.path.islink(f"{folder}/{name}")]:
+                if (f"{relative}/{entry}" if relative else entry) not in names:
+                    os.unlink(f"{folder}/{entry}")
                     removed += 1
             if relative and not os.listdir(folder):
                 os.rmdir(folder)
@@ -187,9 +192,9 @@ def remove(path: Path) -> None:
 
 
 def newest(folder: Path) -> float:
-    """When something was last written in a folder, in seconds since 1970."""
+    """Return when something was last written in a folder, in seconds since 1970."""
     with os.scandir(folder) as entries:
-        return max([folder.stat().st_mtime, *(each.stat(follow_symlinks=False).st_mtime for each in entries)])
+        return max([folder.stat().st_mtime, *(entry.stat(follow_symlinks=False).st_mtime for entry in entries)])
 
 
 def flush(folder: Path) -> None:

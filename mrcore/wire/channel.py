@@ -115,9 +115,10 @@ class Stream(SocketStream):  # type: ignore[misc]
 
     def _fault(self, error: Exception) -> MrcoreError:
         if isinstance(error, ssl.SSLCertVerificationError):
-            return Refused(f"{self.peer} has no acceptable certificate: {error.verify_message}")
+            return Refused(f"{self.peer} has no acceptable certificate: {error.verify_message}", code="certificate")
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-            return Refused(f"{self.peer} refused TLS or this side's certificate: {error.reason or error}")
+            what = f"{self.peer} refused TLS or this side's certificate: {error.reason or error}"
+            return Refused(what, code="certificate")
         doing = self._deadline[1] if self._deadline else f"bytes within {self.limits.stall_seconds:g} s"
         return Unreachable(f"{self.peer} did not answer: {doing}: {error or type(error).__name__}")
 

@@ -86,7 +86,7 @@ class Caller:
                 stream.step(sock.do_handshake)
                 greeting = stream.receive_json(self._connect_seconds, doing)
             if why := self._objection(stream):
-                raise Refused(f"{peer} is not trusted: {why}")
+                raise Refused(f"{peer} is not trusted: {why}", code="certificate")
             if "error" in greeting:
                 raise decode_error(greeting["error"], self._name)
             if greeting.get("welcome") != WIRE_VERSION or sock.selected_alpn_protocol() != self.ALPN:

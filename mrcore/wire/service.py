@@ -219,7 +219,7 @@ class Server:
                     stream.abort()
             raise Refused(f"{identity.name} connected when another authority counted")
         if why := self._membership().objection(identity.role, identity.name, identity.serial, identity.cluster):
-            raise Refused(f"{why} (asked at {self.address}:{self.port})")
+            raise Refused(f"{why} (asked at {self.address}:{self.port})", code="certificate")
 
     def _enter(self, stream: Stream, identity: Identity) -> None:
         with self._changed:

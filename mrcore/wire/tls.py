@@ -141,7 +141,8 @@ def peer_identity(sock: ssl.SSLSocket) -> Identity:
     subject = dict(pairs)
     name, role = subject.get("commonName"), subject.get("organizationalUnitName")
     if not name or role not in ("master", "node") or len(pairs) != len(subject):
-        raise Refused(f"the peer's certificate names no holder or no role of a cluster: {one_line(pairs, 300)}")
+        what = f"the peer's certificate names no holder or no role of a cluster: {one_line(pairs, 300)}"
+        raise Refused(what, code="certificate")
     serial = certificate["serialNumber"].upper().lstrip("0")
     return Identity(name, role, serial, subject.get("organizationName", ""))
 

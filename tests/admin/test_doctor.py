@@ -36,7 +36,7 @@ def node(name: str, **changes: Any) -> dict[str, Any]:
     return versions | well | changes
 
 
-def facts(**changes: Any) -> dict[str, Any]:
+def facts(**changes: Any) -> Any:
     """A deployed cluster of two nodes in which all is well."""
     master = node(
         "-", local=False, started=True, pki_dir="/p", time=NOW, certificates_end={"ca.crt": FAR, "master.crt": FAR}
@@ -57,8 +57,8 @@ def only(found: list[Finding]) -> Finding:
     return found[0]
 
 
-def gone(name: str, error: str = "127.0.0.1:1 did not answer: connect") -> dict[str, Any]:
-    return {"node": name, "error": error}
+def gone(name: str, error: str = "127.0.0.1:1 did not answer: connect", code: str | None = None) -> dict[str, Any]:
+    return {"node": name, "error": error, "code": code}
 
 
 def test_nothing_is_wrong() -> None:
@@ -81,7 +81,7 @@ def test_an_agent_and_a_server_alone() -> None:
 
 def test_a_refused_certificate_needs_other_certificates_and_no_start() -> None:
     error = "10.0.0.2:45678 has no acceptable certificate: certificate has expired"
-    found = only(judge(facts(nodes={"w1": node("w1"), "w2": gone("w2", error)})))
+    found = only(judge(facts(nodes={"w1": node("w1"), "w2": gone("w2", error, "certificate")})))
     assert "make deploy" in found.do and "cluster start" not in found.do
 
 
@@ -184,6 +184,16 @@ def test_a_real_cluster(
     assert "nothing is wrong: 2 nodes, 2 cluster servers" in capfd.readouterr().out
 
 
+def test_a_daemon_that_is_not_the_one_that_is_meant_needs_other_certificates(cluster: TestCluster) -> None:
+    first, second = cluster.settings.nodes
+    meant = cluster.settings.model_copy(update={"nodes": (first, second.model_copy(update={"name": "another"}))})
+    gathered = doctor.gather(meant)
+    assert gathered["nodes"]["another"]["code"] == "certificate"
+    finding = only(judge(gathered))
+    assert (finding.where, finding.code) == ("node another", "node silent")
+    assert f"rm {cluster.settings.pki_dir}/ca.*" in finding.do
+
+
 def said(*arguments: str, **surroundings: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-c", "from mrcore.cli.main import main; main()", *arguments],
@@ -229,7 +239,7 @@ def _of_node(pid: int, address: str) -> bool:
     "change",
     [
         {"nodes": {"w1": node("w1"), "w2": gone("w2")}},
-        {"nodes": {"w1": node("w1"), "w2": gone("w2", "no acceptable certificate: certificate has expired")}},
+        {"nodes": {"w1": node("w1"), "w2": gone("w2", "it has expired", "certificate")}},
         {"servers": {"S_0": node("w1", release="1.0.0-def")}},
         {"servers": {"S_0": node("w1", certificate_ends=NOW - DAY)}},
         {"queue": facts()["queue"] | {"runner": False, "jobs": 3}},

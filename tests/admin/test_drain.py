@@ -22,17 +22,19 @@ from conditions import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrcore.admin import drain
-from mrcore.admin.drain import Held, Room, cut, plan, renamed
+from mrcore.admin import drain, drain_plan
+from mrcore.admin.drain_plan import Room, plan, renamed
+from mrcore.admin.drain_steps import Steps
 from mrcore.cli.main import main
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers import local
+from mrcore.messages.nodes import HeldFile
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.settings.config import Settings
 from mrcore.state import manifest
 from mrcore.state.store import Store
 from mrcore.system import failpoints, procfs
-from mrcore.transfer.file_transfer import MIN_FREE_DISK_BYTES
+from mrcore.transfer.batches import MIN_FREE_DISK_BYTES, cut
 
 MERGE = {"hold_state": True, "merge_output": True}
 ACCUMULATE = {"hold_state": True, "delete_job_data": False}
@@ -190,7 +192,9 @@ def test_increments_go_on_after_a_drain(cluster: TestCluster, settings: Settings
 
 NAMES = st.sampled_from([f"{folder}{name}" for folder in ("", "in/") for name in ("a", "a.n1", "b.log", "b.n1.log")])
 SIZES = st.integers(0, 100) | st.just(1 << 30)
-FILES = st.dictionaries(NAMES, SIZES).map(lambda found: [(name, size, 1, 0o644, 1) for name, size in found.items()])
+FILES = st.dictionaries(NAMES, SIZES).map(
+    lambda found: [HeldFile(name, size, 1, 0o644, 1) for name, size in found.items()]
+)
 ROOMS = st.dictionaries(
     st.sampled_from(["n2", "n3", "n4"]),
     st.builds(
@@ -201,11 +205,11 @@ ROOMS = st.dictionaries(
 
 @given(FILES, ROOMS, st.sets(NAMES))
 def test_a_plan_moves_each_file_once_overwrites_nothing_and_fills_no_disk(
-    files: list[Held], rooms: dict[str, Room], parts: set[str]
+    files: list[HeldFile], rooms: dict[str, Room], parts: set[str]
 ) -> None:
     before = {name: Room(room.held, room.free, set(room.taken)) for name, room in rooms.items()}
     moves, left = plan(files, rooms, parts, "n1")
-    assert sorted([move.name for move in moves] + list(left)) == sorted(name for name, *_ in files)
+    assert sorted([move.name for move in moves] + list(left)) == sorted(file.name for file in files)
     placed = [(move.target, move.new_name) for move in moves]
     assert len(set(placed)) == len(placed)
     for move in moves:
@@ -214,7 +218,7 @@ def test_a_plan_moves_each_file_once_overwrites_nothing_and_fills_no_disk(
     for name, room in before.items():
         given_bytes = sum(move.size for move in moves if move.target == name)
         assert not given_bytes or given_bytes <= room.free - MIN_FREE_DISK_BYTES
-    for name, size, *_ in files:
+    for name, size in ((file.name, file.size) for file in files):
         if name in left:  # nobody could have taken it at the end either, had it been the last
             fitting = [room for room in rooms.values() if room.free - size >= MIN_FREE_DISK_BYTES]
             assert all(name in room.taken for room in fitting)
@@ -223,15 +227,15 @@ def test_a_plan_moves_each_file_once_overwrites_nothing_and_fills_no_disk(
 @given(st.lists(st.integers(0, 1000), min_size=1), st.integers(1, 5))
 def test_a_plan_balances_bytes(sizes: list[int], nodes: int) -> None:
     rooms = {f"n{number}": Room(0, 1 << 40) for number in range(nodes)}
-    plan([(f"f{number}", size, 1, 0o644, 1) for number, size in enumerate(sizes)], rooms, (), "old")
+    plan([HeldFile(f"f{number}", size, 1, 0o644, 1) for number, size in enumerate(sizes)], rooms, (), "old")
     held = [room.held for room in rooms.values()]
     assert sum(held) == sum(sizes) and max(held) - min(held) <= max(sizes)
 
 
 @given(FILES, st.integers(1, 5), st.integers(0, 200), st.integers(1, 200))
-def test_steps_are_bounded(files: list[Held], max_files: int, max_bytes: int, alone: int) -> None:
+def test_steps_are_bounded(files: list[HeldFile], max_files: int, max_bytes: int, alone: int) -> None:
     moves = plan(files, {"n2": Room(0, 1 << 40)}, (), "n1")[0]
-    pieces = [*cut(moves, max_files, max_bytes, alone)]
+    pieces = [*cut(moves, lambda move: move.size, max_files, max_bytes, alone)]
     assert [move for piece in pieces for move in piece] == moves
     for piece in pieces:
         assert len(piece) <= max_files and (len(piece) == 1 or sum(move.size for move in piece) <= max_bytes)
@@ -424,7 +428,7 @@ def test_without_room_nothing_is_moved(
 ) -> None:
     cluster.write_inputs({"f": "x"}, node=0)
     with monkeypatch.context() as context:
-        context.setattr(drain, "MIN_FREE_DISK_BYTES", 1 << 60)
+        context.setattr(drain_plan, "MIN_FREE_DISK_BYTES", 1 << 60)
         told = drain.drain(settings, "node-0")
     assert told["left"] == ["inputs/text/f: every other node is short of disk for its 1 bytes"] and not told["empty"]
     assert every_file(settings) == {("inputs/text/f", b"x"): 1}
@@ -456,7 +460,7 @@ def test_inputs_outside_of_base_dir_are_told(cluster: TestCluster, settings: Set
 
 CODE = """
 import sys
-from mrcore.admin import drain
+from mrcore.admin import drain, drain_plan
 from mrcore.settings.config import load_settings
 drain.STEP_FILES = 4
 settings = load_settings(sys.argv[1]).model_copy(update={"local": False})
@@ -578,7 +582,7 @@ def test_what_is_written_to_meanwhile_stays_and_is_moved_as_it_is_then(
     node = job.holder()
     (base,) = [each.layout.base_dir for each in settings.nodes if each.name == node]
     grown = sorted((base / f"inputs/{job.name}").iterdir())[0]
-    remove, times = drain._Drain._remove, []
+    remove, times = Steps._remove, []
 
     def late(self: Any, *arguments: Any) -> Any:
         if grown.exists() and len(times) < 2:
@@ -587,7 +591,7 @@ def test_what_is_written_to_meanwhile_stays_and_is_moved_as_it_is_then(
                 stream.write("written late\n")
         return remove(self, *arguments)
 
-    monkeypatch.setattr(drain._Drain, "_remove", late)
+    monkeypatch.setattr(Steps, "_remove", late)
     assert drain.drain(settings, node)["empty"] and len(times) == 2
     every = [path.name for path in job.paths()]
     assert sorted(every) == sorted(texts(6)) and job.words()["late"] == 2

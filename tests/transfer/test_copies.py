@@ -16,7 +16,8 @@ from mrcore.admin import drain
 from mrcore.cli.main import main
 from mrcore.errors import JobFault
 from mrcore.system import procfs
-from mrcore.transfer.file_transfer import GATHERING, FileTransfer
+from mrcore.transfer.download import GATHERING
+from mrcore.transfer.file_transfer import FileTransfer
 
 # Names that mean something to mrcore, to a shell, or to nobody.
 NAMES = {

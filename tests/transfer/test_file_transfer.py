@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
+import json
 import os
 import resource
 import signal
@@ -16,22 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from by_name import ByName
 from clusters import TestCluster
 
 from mrcore.cli.main import main
 from mrcore.engine.listing import rendezvous
-from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, Unreachable, UsageError
+from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.launchers import local
+from mrcore.messages.methods import ANNOUNCE, BEGIN_UPLOAD, COMMIT_UPLOAD, DELETE_FILES, LIST_FILES
 from mrcore.node import files
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.settings.config import Settings
 from mrcore.state import manifest
 from mrcore.system.staging import Staging
-from mrcore.transfer import file_transfer
+from mrcore.transfer import batches
+from mrcore.transfer.download import GATHERING
 from mrcore.transfer.file_transfer import FileTransfer
-from mrcore.transfer.session import Crew
-from mrcore.wire.channel import Stream
+from mrcore.transfer.session import Session
+from mrcore.wire.channel import Connection, Stream
 from mrcore.wire.client import Client
 from mrcore.wire.tls import Pki
 
@@ -90,7 +93,7 @@ def counts(told: dict[str, Any]) -> tuple[int, int]:
 
 def agent(cluster: TestCluster, node: int = 0) -> Client:
     at = cluster.settings.nodes[node]
-    return ByName(at.address, at.agent_port, Pki(cluster.settings.pki_dir, "master"), at.name)
+    return Client(at.address, at.agent_port, Pki(cluster.settings.pki_dir, "master"), at.name)
 
 
 def test_odd_names_empty_and_large_files_arrive_and_come_back(
@@ -211,7 +214,7 @@ def test_a_jobs_output_comes_as_it_was_committed(cluster: TestCluster, transfer:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["..", "../x", "a/../../x", "/etc", "", ".", "a//b", "a\0b", "./x"])
+@pytest.mark.parametrize("path", ["..", "../x", "a/../../x", "/etc", "", ".", "a//b", "a\0b", "./x", "a\nb/../../x"])
 def test_a_name_that_would_leave_its_folder_is_refused_on_both_ends(
     cluster: TestCluster, transfer: FileTransfer, tmp_path: Path, path: str
 ) -> None:
@@ -223,34 +226,31 @@ def test_a_name_that_would_leave_its_folder_is_refused_on_both_ends(
     ):
         with pytest.raises(UsageError, match="relative path"):
             call()
-    client = agent(cluster)
-    for method, arguments in (
-        ("begin_upload", {"folder": path}),
-        ("list_files", {"path": path}),
-        ("delete_files", {"path": path}),
-        (
-            "announce",
-            {"files": [[path, 0, 0, 0o600]], "upload": client.call("begin_upload", folder="inputs/n")["upload"]},
-        ),
-    ):
-        with pytest.raises(Refused, match="not a name inside"):
-            client.call(method, **arguments)
-    client.close()
+    with contextlib.closing(agent(cluster)) as client:
+        for method in (BEGIN_UPLOAD, LIST_FILES, DELETE_FILES):
+            with pytest.raises(Refused, match="not a name inside"):
+                client.call(method, **{"folder" if method is BEGIN_UPLOAD else "path": path})
+        upload = client.call(BEGIN_UPLOAD, folder="inputs/n").upload
+        with pytest.raises(Refused, match="not arguments of this method"):
+            client.call(ANNOUNCE, files=[[path, 0, 0, 0o600]], upload=upload)
 
 
-@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "a/../../stolen"])
+@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "a/../../stolen", "a\nb/../../stolen", "a/.."])
 def test_a_name_that_a_node_gives_is_checked_here(
     cluster: TestCluster, transfer: FileTransfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     cluster.write_inputs({"x": "text"}, node=1, entry="inputs/evil")
-    call = Crew.call
+    call = Connection.call
 
-    def evil(crew: Crew, node: Any, method: str, **arguments: Any) -> Any:
-        answer = call(crew, node, method, **arguments)
-        return answer | {"files": [[name, 4, 0, 0o600] for _ in answer["files"]]} if method == "list_files" else answer
+    def evil(connection: Connection, method: str, text: str, most_bytes: int) -> str:
+        answer = call(connection, method, text, most_bytes)
+        if method != "list_files":
+            return answer
+        page = json.loads(answer)["result"]
+        return json.dumps({"result": page | {"files": [[name, 4, 0, 0o600] for _ in page["files"]]}})
 
-    monkeypatch.setattr(Crew, "call", evil)
-    with pytest.raises(Refused, match="not a name inside"):
+    monkeypatch.setattr(Connection, "call", evil)
+    with pytest.raises(Malformed, match=r"node node-\d gave no answer to list_files"):
         transfer.download("inputs/evil", str(tmp_path / "target"))
     assert not (tmp_path / "stolen").exists()
 
@@ -335,14 +335,14 @@ def test_delete_takes_wildcards_and_follows_no_link(
 
 
 def at_bytes(count: int, action: Any) -> Any:
-    """A stand-in for Crew.moved that acts once, when so many bytes went over the wire."""
-    moved, seen = Crew.moved, [0]
+    """A stand-in for Session.moved that acts once, when so many bytes went over the wire."""
+    moved, seen = Session.moved, [0]
 
-    def acting(crew: Crew, more: int) -> None:
+    def acting(session: Session, more: int) -> None:
         before, seen[0] = seen[0], seen[0] + more
         if before < count <= seen[0]:
             action()
-        moved(crew, more)
+        moved(session, more)
 
     return acting
 
@@ -367,11 +367,11 @@ def test_an_agent_killed_in_mid_file(
         return transfer.download("inputs/killed", str(tmp_path / "back"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Crew, "moved", at_bytes(LARGE_BYTES // 2, lambda: os.kill(cluster.agent_pid(holder), 9)))
+        patch.setattr(Session, "moved", at_bytes(LARGE_BYTES // 2, lambda: os.kill(cluster.agent_pid(holder), 9)))
         with pytest.raises(Unreachable, match=f"node node-{holder}"):
             move()
     assert on_nodes(cluster.settings, "inputs/killed") == before
-    assert [name for name in read(tmp_path / "back") if not name.startswith(file_transfer.GATHERING)] == []
+    assert [name for name in read(tmp_path / "back") if not name.startswith(GATHERING)] == []
     local.start_cluster(cluster.settings)
     counts = move()
     assert counts["sent_bytes"] < counts["bytes"] - LARGE_BYTES // 4  # it went on where it was
@@ -381,16 +381,15 @@ def test_an_agent_killed_in_mid_file(
 
 KILLED = """
 import os, sys
-from mrcore.config import load_settings
-from mrcore.file_transfer import FileTransfer
-from mrcore.transfer.session import Crew
-moved, seen = Crew.moved, [0]
-def dying(crew, more):
+from mrcore import FileTransfer, load_settings
+from mrcore.transfer.session import Session
+moved, seen = Session.moved, [0]
+def dying(session, more):
     seen[0] += more
     if seen[0] > int(sys.argv[1]):
         os.kill(os.getpid(), 9)
-    moved(crew, more)
-Crew.moved = dying
+    moved(session, more)
+Session.moved = dying
 getattr(FileTransfer(load_settings()), sys.argv[2])(*sys.argv[3:])
 """
 
@@ -409,7 +408,7 @@ def test_a_client_killed_in_mid_file(cluster: TestCluster, transfer: FileTransfe
         assert together(cluster.settings, "inputs/dead") == {}
         assert staged(cluster.settings)
     else:
-        assert [name for name in read(target) if not name.startswith(file_transfer.GATHERING)] == []
+        assert [name for name in read(target) if not name.startswith(GATHERING)] == []
     counts = getattr(transfer, way)(*arguments)
     assert counts["sent_bytes"] < counts["bytes"] - LARGE_BYTES // 4
     assert (together(cluster.settings, "inputs/dead") if way == "upload_bulk" else read(target)) == contents
@@ -421,7 +420,7 @@ def test_what_was_staged_and_went_bad_is_found_and_sent_anew(
 ) -> None:
     content = os.urandom(LARGE_BYTES)
     source, stop = write(tmp_path / "source", {"large": content}), threading.Event()
-    monkeypatch.setattr(Crew, "moved", at_bytes(LARGE_BYTES // 2, stop.set))
+    monkeypatch.setattr(Session, "moved", at_bytes(LARGE_BYTES // 2, stop.set))
     with pytest.raises(MrcoreError, match="was stopped"):
         FileTransfer(cluster.settings, stop=stop).upload(source, "inputs/bad")
     (partial,) = staged(cluster.settings)
@@ -485,7 +484,7 @@ def test_short_of_disk_is_the_clusters_fault_and_leaves_nothing(
     transfer.upload(source, "inputs/short")
     before = together(cluster.settings, "inputs/short")
     with monkeypatch.context() as patch:
-        patch.setattr(file_transfer, "MIN_FREE_DISK_BYTES", 1 << 60)
+        patch.setattr(batches, "MIN_FREE_DISK_BYTES", 1 << 60)
         with pytest.raises(ClusterFault, match=r"node node-\d has .* make room"):
             transfer.upload(source, "inputs/short")
         with pytest.raises(ClusterFault, match="the master has"):
@@ -536,13 +535,13 @@ def test_what_dead_uploads_left_is_swept(cluster: TestCluster, transfer: FileTra
 
 def test_a_second_upload_into_a_folder_makes_the_first_void(cluster: TestCluster, transfer: FileTransfer) -> None:
     client = agent(cluster)
-    first = client.call("begin_upload", folder="inputs/race")["upload"]
-    other = client.call("begin_upload", folder="inputs/else")["upload"]
-    second = client.call("begin_upload", folder="inputs/race")["upload"]
+    first = client.call(BEGIN_UPLOAD, folder="inputs/race").upload
+    other = client.call(BEGIN_UPLOAD, folder="inputs/else").upload
+    second = client.call(BEGIN_UPLOAD, folder="inputs/race").upload
     with pytest.raises(Refused, match="not known any more"):
-        client.call("commit_upload", upload=first, replace=True)
+        client.call(COMMIT_UPLOAD, upload=first, replace=True)
     for upload in (second, other):
-        client.call("commit_upload", upload=upload, replace=False)
+        client.call(COMMIT_UPLOAD, upload=upload, replace=False)
     client.close()
 
 
@@ -612,7 +611,7 @@ def test_a_transfer_job_is_cancelled_within_a_second(
         asked.append(time.monotonic())
         Scheduler(cluster.settings).cancel("slow")
 
-    monkeypatch.setattr(Crew, "moved", at_bytes(LARGE_BYTES // 4, freeze))
+    monkeypatch.setattr(Session, "moved", at_bytes(LARGE_BYTES // 4, freeze))
     job(cluster.settings, job_name="slow", transfer_type="upload", input_dir=source, output_dir="inputs/slow")
     try:
         assert Runner(cluster.settings).run(once=True) == {"cancelled": 1}
@@ -684,23 +683,22 @@ def test_many_thousand_small_files(cluster: TestCluster, transfer: FileTransfer,
 def test_the_request_for_numbers_that_were_not_given_is_refused(cluster: TestCluster, transfer: FileTransfer) -> None:
     cluster.write_inputs({"x": "text"}, node=0, entry="inputs/numbers")
     client, node = agent(cluster), cluster.settings.nodes[0]
-    listing = client.call("list_files", path="inputs/numbers")["listing"]
-    crew = Crew(cluster.settings, lambda phase, **facts: None, threading.Event())
-    with crew:
+    listing = client.call(LIST_FILES, path="inputs/numbers").listing
+    with Session(cluster.settings) as session:
         for asked in ([listing, 1, 0], [listing, -1, 0], ["no", 0, 0], [listing, 0, 5], [listing, "0", 0], [listing]):
-            with pytest.raises(Refused):
-                crew.data(node).get([{"file": asked}], lambda index, chunk: None)
-        upload = client.call("begin_upload", folder="inputs/numbers")["upload"]
+            with pytest.raises(Refused), session.data(node) as channel:
+                channel.get([{"file": asked}], lambda index, chunk: None)
+        upload = client.call(BEGIN_UPLOAD, folder="inputs/numbers").upload
         for batch in ([upload, 1], ["no", 1], [upload, "1"], [upload]):
-            with pytest.raises(Refused):
-                crew.data(node).put({"batch": batch}, b"text")
-        number = client.call("announce", upload=upload, files=[["a", 2, 0, 0o600], ["b", 1, 0, 0o600]])
-        with pytest.raises(Refused, match="not what was announced"):
-            crew.data(node).put({"batch": [upload, number]}, b"text")
+            with pytest.raises(Refused), session.data(node) as channel:
+                channel.put({"batch": batch}, b"text")
+        number = client.call(ANNOUNCE, upload=upload, files=[["a", 2, 0, 0o600], ["b", 1, 0, 0o600]])
+        with pytest.raises(Refused, match="not what was announced"), session.data(node) as channel:
+            channel.put({"batch": [upload, number]}, b"text")
         for files in (
             [["a", -1, 0, 0]], [["a", 1, 0]], ["a"], [["a", "1", 0, 0]], [["a", 1 << 63, 0, 0]], [["a", 1, 0, 0o4755]]
         ):  # fmt: skip
             with pytest.raises(Refused):
-                client.call("announce", upload=upload, files=files)
+                client.call(ANNOUNCE, upload=upload, files=files)
     client.close()
     assert on_nodes(cluster.settings, "inputs/numbers")["node-0"] == {"x": b"text"}

@@ -55,7 +55,6 @@ HONEST: dict[str, Any] = {  # an answer of each method that is one
     "delete_files": {"files": 1, "bytes": 2, "outputs": [["j", 1, 1, 2]]},
     "holdings": PAGE | {"files": [["a/b", 1, -5, 0o600, 9]], "count": 1, "bytes": 1, "faults": []},
     "taken": [True],
-    "begin_moves": {"upload": "ab", "disk_free_bytes": 1},
     "stage_moves": [[1, 2]],
     "publish_moves": [True],
     "remove_moves": [False],
