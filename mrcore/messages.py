@@ -194,7 +194,6 @@ ANSWERS: dict[str, Answer] = {
     "give": Answer(_record({"given": _COUNT})),
     "poll": Answer(_record({"incarnation": _TOKEN, "events": _EVENTS}), LARGE_BYTES),
     "cancel": Answer(_record({"cancelled": _FLAG})),
-    "status": Answer(_record({"incarnation": _TOKEN, "events": _COUNT})),
 }
 
 

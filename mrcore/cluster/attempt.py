@@ -3,7 +3,7 @@
     MAP     every server maps bundles of splits of its own node until there are none; its spill runs are sealed
     REDUCE  every partition is fetched, merged (SORT) and reduced by whichever server is free
 
-Identity: every order and event carries (job, run, attempt, phase, task, try); what does not fit the task that a server
+Identity: every order and event carries (job, run, phase, task, try); what does not fit the task that a server
 has in hand is stale and ignored. A task that dies is tried again, its bundles and runs with it; a sealed map task's
 runs lie on its node's disk and outlive its server. A fault of the job or the loss of a node ends the attempt.
 """

@@ -81,7 +81,6 @@ class ManageCluster:
         self,
         job: Json,
         run: int,
-        attempt: int = 1,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
     ) -> Json:
@@ -103,12 +102,12 @@ class ManageCluster:
                 counts: Json = {"input_files": 0, "input_bytes": 0, "bytes": 0, "files_read_before": plan["known"]}
                 counts |= {"skipped": skipped} if (skipped := plan["input"]["skipped"]) else {}
                 return {"job": job["job_name"], "run": run, "nothing_new": True, "counts": counts}
-            machine = self._drive(job, run, attempt, plan, clock, stop)
+            machine = self._drive(job, run, plan, clock, stop)
         except BaseException:
             self.abandon(job["job_name"], run)
             raise
         clock.enter("COMMIT")
-        found = self._manifest(job, run, attempt, plan, machine, clock)
+        found = self._manifest(job, run, plan, machine, clock)
         manifest.write(self.settings.state_dir, found)
         self.finish(job, run)
         return found
@@ -123,7 +122,7 @@ class ManageCluster:
         def publish(node: NodeSettings) -> None:
             parts = [part["name"] for part in found["parts"] if part["node"] == node.name]
             agent = self._agent(node)
-            facts = {"attempt": found["attempt"], "parts": parts, "delete_job_data": found["delete_job_data"]}
+            facts = {"parts": parts, "delete_job_data": found["delete_job_data"]}
             agent.call("publish", job=name, run=run, **facts, timeout_seconds=600)
             agent.call("end_run", job=name, run=run, timeout_seconds=600)
             failpoints.point("node finished")
@@ -135,9 +134,7 @@ class ManageCluster:
             with contextlib.closing(Store(self.settings.state_dir)) as store:
                 ledger.commit(store, found)
 
-    def _drive(
-        self, job: Json, run: int, attempt: int, plan: Json, clock: _PhaseClock, stop: threading.Event
-    ) -> Attempt:
+    def _drive(self, job: Json, run: int, plan: Json, clock: _PhaseClock, stop: threading.Event) -> Attempt:
         """Take the attempt through its phases. Raises the fault that ended it, Stopped when asked to stop."""
         servers = self.settings.servers()
         timeout_seconds = self.settings.node_timeout_seconds
@@ -149,7 +146,7 @@ class ManageCluster:
         for part in base["parts"]:
             earlier.setdefault(part["partition"], []).append(part)
         machine = Attempt(
-            {"job": job["job_name"], "run": run, "attempt": attempt},
+            {"job": job["job_name"], "run": run},
             {each.name: each.node.name for each in servers},
             plan["bundles"],
             partitions=base["partitions"],
@@ -253,7 +250,7 @@ class ManageCluster:
 
         self._on_all_nodes(cancel)
 
-    def _manifest(self, job: Json, run: int, attempt: int, plan: Json, machine: Attempt, clock: _PhaseClock) -> Json:
+    def _manifest(self, job: Json, run: int, plan: Json, machine: Attempt, clock: _PhaseClock) -> Json:
         shuffled = machine.shuffled
         remote = sum(length for (source, target), length in shuffled.items() if source != target)
         parts = sorted(machine.parts, key=lambda part: str(part["name"]))
@@ -273,7 +270,6 @@ class ManageCluster:
         return {
             "job": job["job_name"],
             "run": run,
-            "attempt": attempt,
             "committed": time.time(),
             "partitioner": job["partitioner"],
             "partitions": machine.partitions,

@@ -54,9 +54,9 @@ class Process:
         self._connection, self._layout, self._fetch, self._server = connection, layout, fetch, server_name
         self._lines = connection.makefile("rb")
         identity = self._identity
-        self._attempt = (identity["job"], identity["run"], identity["attempt"])
+        self._run = identity["job"], identity["run"]
         self._task_name = f"{identity['phase'].lower()}-{identity['task']}-{identity['try']}"
-        self._folder = layout.attempt_dir(*self._attempt) / self._task_name
+        self._folder = layout.run_dir(*self._run) / self._task_name
         self._seconds: dict[str, float] = {}
 
     def process(self) -> None:
@@ -74,15 +74,15 @@ class Process:
 
     def _obey(self) -> Json:
         task.set_surroundings(
-            job=self._attempt[0],
-            run=self._attempt[1],
-            attempt=self._attempt[2],
+            job=self._run[0],
+            run=self._run[1],
+            attempt=1,  # what projects of the original may ask for; a run handed back has a new number
             phase=self._identity["phase"],
             server=self._server,
             node=self._order.get("node"),
             partition=self._order.get("partition"),
         )
-        for folder in (self._folder, self._layout.runs_dir(*self._attempt), self._layout.parts_dir(*self._attempt)):
+        for folder in (self._folder, self._layout.runs_dir(*self._run), self._layout.parts_dir(*self._run)):
             folder.mkdir(parents=True, exist_ok=True)
         os.chdir(self._folder)  # a file that user code opens by a relative name goes when the task goes
         gc.disable()  # the hot loops make no cycles; collections happen at each spill
@@ -151,7 +151,7 @@ class Process:
             sink = DirectOutput(self._part_writer(self._identity["task"]), watch)
         else:
             sink = Shuffle(
-                self._layout.runs_dir(*self._attempt),
+                self._layout.runs_dir(*self._run),
                 self._task_name,
                 watch,
                 partitions=self._order["partitions"],
@@ -207,8 +207,8 @@ class Process:
 
     def _part_writer(self, partition: int) -> PartWriter:
         return PartWriter(
-            self._layout.parts_dir(*self._attempt),
-            run=self._attempt[1],
+            self._layout.parts_dir(*self._run),
+            run=self._run[1],
             partition=partition,
             attempt_try=self._identity["try"],
             max_items=self._job["max_number_dumped_items_reducer"],
@@ -269,11 +269,11 @@ class Process:
             selector = {"low": order["low"], "high": order["high"]}
         else:
             selector = {"partition": order["partition"]}
-        identity = dict(zip(("job", "run", "attempt"), self._attempt, strict=True))
+        identity = {"job": self._run[0], "run": self._run[1]}
         fetched: dict[str, int] = {}
         for source in order["sources"]:
             if source["node"] == order["node"]:
-                runs_dir = self._layout.runs_dir(*self._attempt)
+                runs_dir = self._layout.runs_dir(*self._run)
                 for run in source["runs"]:
                     for offset, length in select(runs_dir, run["id"], selector):
                         path = runs_dir / f"{run['id']}.data"
@@ -294,7 +294,7 @@ class Process:
         earlier = self._order.get("earlier")
         if not earlier:
             return {}
-        job, parts = self._attempt[0], earlier["parts"]
+        job, parts = self._run[0], earlier["parts"]
         for part in parts:  # names that become paths here, and were a node's to tell once
             if not PART_NAME.fullmatch(part["name"]):
                 raise JobFault(

@@ -82,7 +82,7 @@ class ClusterServer:
 
     def methods(self) -> dict[str, Method]:
         """The RPC methods, all for the master only."""
-        small, large = (self.hello, self.poll, self.cancel, self.status), (self.order, self.give)
+        small, large = (self.hello, self.poll, self.cancel), (self.order, self.give)
         methods = {each.__name__: Method(each, "master") for each in small}
         return methods | {each.__name__: Method(each, "master", LARGE_BYTES) for each in large}
 
@@ -93,9 +93,9 @@ class ClusterServer:
         return who | versions | {"anonymous_bytes": self._own_bytes()}
 
     def order(self, caller: Any, order: Json) -> Json:
-        """Start a task; replaces a task of an older attempt or try. Repeating the last order changes nothing.
+        """Start a task; replaces a task of an older run or try. Repeating the last order changes nothing.
 
-        Raises Refused for an order older than the last and while another task of the attempt runs.
+        Raises Refused for an order older than the last and while another task of the run runs.
         """
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
@@ -170,13 +170,6 @@ class ClusterServer:
             self._events = deque(entry for who, entry in about if (who["job"], who["run"]) != (job, run))
         return {"cancelled": running}
 
-    def status(self, caller: Any) -> Json:
-        """What runs: the identity and pid of the task, or None, and the number of events not yet acknowledged."""
-        with self._changed:
-            task = self._task if self._task and not self._task.end else None
-            what = {"identity": task.identity if task else None, "pid": task.pid if task else None}
-            return what | {"incarnation": self._incarnation, "events": len(self._events)}
-
     def _kill(self, task: _Task) -> None:
         self._control.send(json.dumps({"kill": task.serial}).encode())
 
@@ -186,11 +179,11 @@ class ClusterServer:
     def _is_repeated(self, new: _Task) -> bool:
         """Whether the last order is repeated; raises Refused for one that is stale or comes while we are busy."""
         last = self._task
-        if last is None or last.key("job") != new.key("job") or last.key("run", "attempt") < new.key("run", "attempt"):
+        if last is None or last.key("job") != new.key("job") or last.key("run") < new.key("run"):
             return False
         if last.identity == new.identity and not last.silenced:
             return True
-        if last.key("run", "attempt") > new.key("run", "attempt"):
+        if last.key("run") > new.key("run"):
             raise Refused(f"{self._name}: the order is older than {last.identity}", identity=new.identity)
         same_task = last.key("phase", "task") == new.key("phase", "task")
         if last.end or last.finished or (same_task and last.key("try") < new.key("try")):
@@ -205,8 +198,6 @@ class ClusterServer:
             if task.silenced:
                 return
             task.finished |= event["event"] in ("done", "failed", "died")
-            if event["event"] == "progress" and self._events and self._events[-1][1]["event"] == "progress":
-                self._events.pop()  # the newer says it all
             self._events.append((next(self._sequence), event | {"identity": task.identity}, size))
             self._changed.notify_all()
 

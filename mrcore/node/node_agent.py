@@ -213,14 +213,14 @@ class NodeAgent(MoveMethods):
 
     # ---- after a run
 
-    def publish(
-        self, caller: Identity, job: str, run: int, attempt: int, parts: list[str], delete_job_data: bool
-    ) -> Json:
+    def publish(self, caller: Identity, job: str, run: int, parts: list[str], delete_job_data: bool) -> Json:
         """Give the parts of a committed run that lie on this node their place; remove those of earlier runs if asked.
 
         May be repeated, also after a crash in its middle. Raises ClusterFault when a part is in neither place.
         """
-        source = self._layout.parts_dir(_named(_NAME, job), _number(run), _number(attempt))
+        source = self._layout.parts_dir(_named(_NAME, job), _number(run))
+        if (before := source.parent / "1" / source.name).is_dir():  # of a run that committed in the release before
+            source = before
         target = self._layout.reduce_dir(job)
         names = {_named(PART_NAME, part) for part in parts}
         if not names and not target.is_dir():
@@ -292,12 +292,12 @@ class NodeAgent(MoveMethods):
     def resolve(self, caller: Identity, request: Json) -> list[Range]:
         """Where the bytes lie that a GET asks for.
 
-        {"run": {"job", "run", "attempt", "id", and "partition" or "low" and "high"}}: ranges of a spill run.
+        {"run": {"job", "run", "id", and "partition" or "low" and "high"}}: ranges of a spill run.
         {"part": {"job", "name"}}: a whole published part, which other nodes ask for to merge it.
         {"file": [listing, number, offset]}, the master: a listed file from a byte on. Raises Refused.
         """
         if isinstance(asked := request.get("run"), dict):
-            ids = _named(_NAME, asked.get("job")), _number(asked.get("run")), _number(asked.get("attempt"))
+            ids = _named(_NAME, asked.get("job")), _number(asked.get("run"))
             folder, name = self._layout.runs_dir(*ids), _named(_RUN_ID, asked.get("id"))
             if "partition" in asked or not {"low", "high"} <= asked.keys():
                 _number(asked.get("partition"))

@@ -42,7 +42,6 @@ class Execution:
     run: int
     progress: Callable[..., None]
     number: int = 0
-    attempt: int = 1
     stop: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
     why_stopped: str | None = None
@@ -171,7 +170,7 @@ class Runner:
             self._hooks.configure(fresh)
 
     def _mapreduce(self, execution: Execution) -> dict[str, Any]:
-        facts = {key: getattr(execution, key) for key in ("run", "attempt", "progress", "stop")}
+        facts = {key: getattr(execution, key) for key in ("run", "progress", "stop")}
         result: dict[str, Any] = self._manage_cluster().run(execution.job, **facts)
         return result
 

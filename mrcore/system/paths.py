@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def working_dir(self) -> Path:
-        """Spill runs and unpublished parts, by job, run and attempt; gone after each run."""
+        """Spill runs and unpublished parts, by job and run; gone after each run."""
         return self.compute_dir / "working"
 
     @property
@@ -74,20 +74,16 @@ class Layout:
         return self.compute_dir / "pki"
 
     def run_dir(self, job: str, run: int) -> Path:
-        """Everything temporary of one run on this node."""
+        """Everything temporary of one run on this node, where no other run writes, not even a dead one."""
         return self.working_dir / job / str(run)
 
-    def attempt_dir(self, job: str, run: int, attempt: int) -> Path:
-        """One attempt's own folder: a dead attempt cannot write into its successor's."""
-        return self.run_dir(job, run) / str(attempt)
-
-    def runs_dir(self, job: str, run: int, attempt: int) -> Path:
+    def runs_dir(self, job: str, run: int) -> Path:
         """Spill runs: what the data channel serves to reducing nodes."""
-        return self.attempt_dir(job, run, attempt) / "runs"
+        return self.run_dir(job, run) / "runs"
 
-    def parts_dir(self, job: str, run: int, attempt: int) -> Path:
+    def parts_dir(self, job: str, run: int) -> Path:
         """Finished parts that wait for the commit."""
-        return self.attempt_dir(job, run, attempt) / "parts"
+        return self.run_dir(job, run) / "parts"
 
     def reduce_dir(self, job: str) -> Path:
         """A job's published output on this node."""

@@ -14,7 +14,7 @@ from mrcore.engine.output import part_name
 from mrcore.engine.records import order_key
 from mrcore.errors import ClusterFault, InternalError, JobFault, MrcoreError, TaskDied, Unreachable, UsageError
 
-IDENTITY = {"job": "wc", "run": 3, "attempt": 1}
+IDENTITY = {"job": "wc", "run": 3}
 
 
 def make(

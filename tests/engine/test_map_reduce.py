@@ -556,7 +556,7 @@ def test_process_counts_words_in_partitions_with_spills(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert results[0]["fetched"]["n"] == sum(run["partitions"].get("0", 0) for run in work.runs)
     assert results[0]["keys_kept"] and results[0]["peak_bytes"] > 1 << 20
-    left = sorted(path.name for path in work.layout.attempt_dir("j", 1, 1).iterdir())
+    left = sorted(path.name for path in work.layout.run_dir("j", 1).iterdir())
     assert left == ["parts", "runs"]  # a task's own folder goes with the task
 
 
@@ -575,7 +575,7 @@ def test_process_by_range_gives_the_total_order_of_mixed_keys(tmp_path: Path) ->
     cuts = [None, [500], ["3"], [[3, "3"]], None]  # as JSON brings them
     got: list[Any] = []
     told = [run | {"most_bytes": run["bytes"]} for run in work.runs]
-    remote = [{"node": "other", "folder": str(work.layout.runs_dir("j", 1, 1)), "runs": told}]
+    remote = [{"node": "other", "folder": str(work.layout.runs_dir("j", 1)), "runs": told}]
     for number, (low, high) in enumerate(itertools.pairwise(cuts)):
         got += work.items(work.reduce(number, low, high, sources=remote))
     assert [key for key, _ in got] == [key for key, _ in wanted]
@@ -589,7 +589,7 @@ def test_process_map_only_compressed_in_parts(tmp_path: Path) -> None:
     assert [part["name"] for part in result["parts"]] == [f"part-000001-00000-0000{n}.data.gz" for n in range(3)]
     assert list(work.items(result)) == [("b", 1), ("a", 1)] * 2000
     for part in result["parts"]:
-        path = work.layout.parts_dir("j", 1, 1) / part["name"]
+        path = work.layout.parts_dir("j", 1) / part["name"]
         assert part["text_bytes"] == len(gzip.decompress(path.read_bytes())) and part["bytes"] == path.stat().st_size
 
 
@@ -622,7 +622,7 @@ def test_process_tells_surroundings_and_imports_helpers(tmp_path: Path) -> None:
 def test_process_reports_a_damaged_run_as_retryable(tmp_path: Path) -> None:
     work = Task(tmp_path, MAP, COUNT)
     work.map(bundles(work, tmp_path, b"b a\n"))
-    run = work.layout.runs_dir("j", 1, 1) / f"{work.runs[0]['id']}.data"
+    run = work.layout.runs_dir("j", 1) / f"{work.runs[0]['id']}.data"
     content = bytearray(run.read_bytes())
     content[-1] ^= 1
     run.write_bytes(content)

@@ -69,7 +69,7 @@ def failed(
     (folder / "in.txt").write_text("first\nsecond line\n")
     made = Task(folder, PREAMBLE + map_code, PREAMBLE + reduce_code if reduce_code else "", **job)
     bundles = plan_bundles(made.files([folder / "in.txt"]), 1)
-    order = {"identity": {"job": "j", "run": 1, "attempt": 1, "phase": "MAP", "task": 0, "try": 1}, "job": made.job}
+    order = {"identity": {"job": "j", "run": 1, "phase": "MAP", "task": 0, "try": 1}, "job": made.job}
     order |= {"project": "hash", "partitions": 1, "node": "n", "memory_bytes": 256 << 20}
     end = made.obey(order | {"bundles": bundles, "no_more": True, "sample_by_lines": True})
     if end["event"] == "done":

@@ -113,11 +113,11 @@ def test_a_committed_run_keeps_its_working_files_until_it_is_published(settings:
     manifest.write(settings.state_dir, {"job": "wc", "run": 3})
     for node in settings.nodes:
         for job, run in (("wc", 2), ("wc", 3), ("other", 3)):
-            node.layout.parts_dir(job, run, 1).mkdir(parents=True)
+            node.layout.parts_dir(job, run).mkdir(parents=True)
     end(settings)
     for node in settings.nodes:
         left = {str(path.relative_to(node.layout.working_dir)) for path in node.layout.working_dir.rglob("*")}
-        assert left == {"wc", "wc/3", "wc/3/1", "wc/3/1/parts"}
+        assert left == {"wc", "wc/3", "wc/3/parts"}
 
 
 def test_every_node_has_its_own_certificate_and_folder_and_a_minimal_environment(settings: Settings) -> None:
@@ -244,7 +244,7 @@ def start_stubborn(settings: Settings, file: Path) -> list[int]:
     found = data.stat()
     template = job_template("mapreduce")
     template |= {"job_name": "endless", "project_name": "p", "map_function_name": "endless", "input_dirs": ["input"]}
-    identity = {"job": "endless", "run": 1, "attempt": 1, "phase": "MAP", "task": 0, "try": 1}
+    identity = {"job": "endless", "run": 1, "phase": "MAP", "task": 0, "try": 1}
     piece = [str(data), 0, found.st_size, found.st_size, found.st_mtime_ns, found.st_ino]
     order = {"identity": identity, "job": template, "project": "a" * 32, "partitions": 2, "cuts": None}
     order |= {"bundles": [{"id": 0, "pieces": [piece]}], "sources": [], "sample_by_lines": False}

@@ -54,7 +54,7 @@ class Cluster:
         self.meanwhile: Callable[[], None] = lambda: None
         self.begun: list[tuple[str, int]] = []
 
-    def run(self, job: dict[str, Any], *, run: int, attempt: int, progress: Any, stop: threading.Event) -> Any:
+    def run(self, job: dict[str, Any], *, run: int, progress: Any, stop: threading.Event) -> Any:
         name = job["job_name"]
         assert not manifest.path_of(self.state_dir, name, run).exists(), "a committed run is repeated"
         self.begun.append((name, run))

@@ -35,7 +35,7 @@ class FakeCluster:
         return content
 
     def run(
-        self, job: dict[str, Any], *, run: int, attempt: int, progress: Callable[..., None], stop: threading.Event
+        self, job: dict[str, Any], *, run: int, progress: Callable[..., None], stop: threading.Event
     ) -> dict[str, Any]:
         name, what = job["job_name"], job["map_function_name"]
         self._log(f"start {name} {run}")

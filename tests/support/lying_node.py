@@ -65,7 +65,9 @@ def events(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     if kind == "silence":
         return {"incarnation": given["incarnation"], "events": []}
     first = given["after"] + 1
-    flood = [[first + at, {"event": "progress", "identity": None, "more": "x" * 1000}] for at in range(1_000)]
+    flood = [
+        [first + at, {"event": "phase", "phase": "REDUCE", "identity": None, "more": "x" * 1000}] for at in range(1_000)
+    ]
     return {"incarnation": given["incarnation"], "events": flood}
 
 

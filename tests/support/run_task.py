@@ -64,10 +64,10 @@ class Task:
         from oracle import read_part
 
         for part in result["parts"]:
-            yield from read_part(self.layout.parts_dir("j", 1, 1) / part["name"])
+            yield from read_part(self.layout.parts_dir("j", 1) / part["name"])
 
     def _order(self, phase: str, **more: Any) -> Json:
-        identity = {"job": "j", "run": 1, "attempt": 1, "phase": phase, "task": self.tasks, "try": 1}
+        identity = {"job": "j", "run": 1, "phase": phase, "task": self.tasks, "try": 1}
         self.tasks += 1
         order = {
             "identity": identity,

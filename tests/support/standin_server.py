@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mrcore.errors import interrupt
-from mrcore.node.cluster_server import main
+from mrcore.node import cluster_server
 
 STUBBORN = """
 import os, signal, sys, time
@@ -128,9 +128,18 @@ def act(spec: dict[str, Any], order: dict[str, Any], connection: socket.socket) 
             say("done", result={})
         case "flood":
             for number in range(what["count"]):
-                say("progress" if what.get("progress") else "count", number=number)
+                say("count", number=number)
             say("done", result={})
 
 
+class CountingServer(cluster_server.ClusterServer):
+    """Writes how many events it holds into the file `held` of its node's folder."""
+
+    def _add(self, *event: Any) -> None:
+        super()._add(*event)
+        Path(self._spec["compute_dir"], "held").write_text(str(len(self._events)))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], act))
+    cluster_server.ClusterServer = CountingServer  # type: ignore[misc]
+    sys.exit(cluster_server.main(sys.argv[1], act))

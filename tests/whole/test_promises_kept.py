@@ -172,7 +172,7 @@ def test_no_more_ranges_are_asked_for_at_a_time_than_the_job_says(tmp_path: Path
             sink(number, memoryview(request["run"].encode()))
 
     ours, theirs = socket.socketpair()
-    identity = {"job": "j", "run": 1, "attempt": 1, "phase": "REDUCE", "task": 0, "try": 1}
+    identity = {"job": "j", "run": 1, "phase": "REDUCE", "task": 0, "try": 1}
     for wanted, counts in ((3, [3, 3, 3, 1]), (512, [10]), (1, [1] * 10)):
         asked.clear()
         order = {"identity": identity, "job": {"simultaneous_files_in_redis": wanted}}

@@ -21,7 +21,7 @@ from mrcore.node.cluster_server import ClusterServer
 from mrcore.node.node_agent import NodeAgent
 
 Json = dict[str, Any]
-MAP = {"job": "j", "run": 3, "attempt": 1, "phase": "MAP", "task": 7, "try": 2}
+MAP = {"job": "j", "run": 3, "phase": "MAP", "task": 7, "try": 2}
 REDUCE = MAP | {"phase": "REDUCE", "try": 1}
 WHO = {"name": "n1", "version": "1.0.0", "wire_version": 1, "python": "3.11.2"}
 INPUTS: Json = {
@@ -59,7 +59,6 @@ HONEST: dict[str, Any] = {  # an answer of each method that is one
     "give": {"given": 1},
     "poll": {"incarnation": "ab", "events": [[1, {"event": "want"}]]},
     "cancel": {"cancelled": False},
-    "status": {"incarnation": "ab", "identity": None, "pid": None, "events": 0},
 } | dict.fromkeys(("project_state", "environment_state", "install_environment", "auxiliary"), True) | dict.fromkeys(
     ("end_run", "end_server", "exists"), False
 )  # fmt: skip
@@ -222,7 +221,7 @@ def test_no_event_of_a_task_is_other_than_an_event(event: Json) -> None:
     with pytest.raises(Malformed, match="node n1 gave no event of a task: "):
         messages.event(event, event["identity"], 4, "n1")
     attempt = Attempt(
-        {"job": "j", "run": 3, "attempt": 1}, {"S_0": "n1"}, {"n1": [{"id": 0, "pieces": []}]}, partitions=4,
+        {"job": "j", "run": 3}, {"S_0": "n1"}, {"n1": [{"id": 0, "pieces": []}]}, partitions=4,
         by_range=False, map_only=False, max_attempts=3, node_timeout_seconds=5, now=0,
     )  # fmt: skip
     attempt.server_up("S_0")
