@@ -18,9 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import bag, grouped, lines_of, one_form, rank
 from run_task import Failed, Task
-from test_inputs import piece
-from test_records import keys, texts
-from test_spills_and_sort import StubWatch
+from strategies import keys, texts
+from task_parts import StubWatch, piece
 
 from mrcore import task
 from mrcore.engine.disk_sort import DiskSort
@@ -438,7 +437,7 @@ def test_whatever_can_be_called_with_two_arguments_is_a_function(tmp_path: Path,
 )
 def test_errors_in_a_reduce_function_with_disk_lists_name_its_line(tmp_path: Path, body: str, says: str) -> None:
     code = (
-        "from mrcore.records import BadItem\n"
+        "from mrcore.engine.records import BadItem\n"
         "def r(group, auxiliary):\n"
         "    disk, auxiliary = auxiliary\n"
         f"    {body}\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from run_task import Task
 
 from mrcore.engine.inputs import plan_bundles
@@ -43,7 +43,7 @@ RAISED = {
 }
 PREAMBLE = f"""
 from mrcore.errors import ClusterFault, TaskDied
-from mrcore.records import BadItem
+from mrcore.engine.records import BadItem
 MANY = {MANY}
 class BadStr(Exception):
     def __str__(self): raise KeyboardInterrupt

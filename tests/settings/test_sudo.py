@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from people import TOP, People
 
 from mrcore.cli import main as cli

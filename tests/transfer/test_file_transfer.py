@@ -382,7 +382,7 @@ KILLED = """
 import os, sys
 from mrcore.config import load_settings
 from mrcore.file_transfer import FileTransfer
-from mrcore.transfer_crew import Crew
+from mrcore.transfer.session import Crew
 moved, seen = Crew.moved, [0]
 def dying(crew, more):
     seen[0] += more

@@ -13,22 +13,18 @@ from typing import Any
 
 import click
 import pytest
+from checkout import PROJECT, commands, text_of
 
 from mrcore.cli.main import cli
 from mrcore.queue import job as jobs
 from mrcore.settings.config import LOCAL_SHAPE, Settings
 from mrcore.settings.validation import parse_yaml
 
-PROJECT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("projects/*/README.md")],
     key=lambda path: str(path),
 )
 UNITS = {"": 1, "s": 1, "KiB": 1 << 10, "MiB": 1 << 20}
-
-
-def text_of(name: str) -> str:
-    return (PROJECT / name).read_text(encoding="utf-8")
 
 
 def tables(text: str) -> list[list[str]]:
@@ -119,16 +115,6 @@ def test_defaults_of_keys_are_those_of_the_template() -> None:
 def test_every_setting_is_explained() -> None:
     told = {name for row in tables(text_of("docs/operations.md")) for name in words_in_code(row[0])}
     assert (set(Settings.model_fields) | set(LOCAL_SHAPE)) - {"local"} <= told
-
-
-def commands(group: click.Group, above: str = "") -> list[str]:
-    found = []
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            found += commands(command, f"{above}{name} ")
-        else:
-            found.append(f"mrcore {above}{name}")
-    return found
 
 
 @pytest.mark.parametrize("command", commands(cli))

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 TOOLS = ["cat", "cksum", "cp", "dirname", "env", "flock", "mkdir", "rm", "sed", "sleep", "tr", "true"]
