@@ -26,7 +26,7 @@ RSS_BYTES = 300 << 20  # of the master, whatever it is told
 ATTEMPT = """
 import json, sys
 from mrcore.settings.config import load_settings
-from mrcore.manage_cluster import ManageCluster
+from mrcore.cluster.manage_cluster import ManageCluster
 job = json.loads(sys.argv[2])
 try:
     ManageCluster(load_settings(sys.argv[1])).run(job, run=int(sys.argv[3]))

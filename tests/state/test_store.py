@@ -188,7 +188,7 @@ def test_many_processes_that_open_an_older_queue_upgrade_it_once(tmp_path: Path)
 def test_an_upgrade_that_is_cut_off_changes_nothing(tmp_path: Path) -> None:
     make_v2(tmp_path / "queue.sqlite")
     code = (
-        "import os, sys, sqlite3; from mrcore import store\n"
+        "import os, sys, sqlite3; from mrcore.state import store\n"
         "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
         "db.create_function('die', 0, lambda: os.kill(os.getpid(), 9))\n"
         "store._TO_3 += 'SELECT die();'\n"
