@@ -47,7 +47,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Json = dict[str, Any]
 Serve = Callable[[socket.socket], None]
-RunTask = Callable[[Json, socket.socket], None]
+RunTask = Callable[[bytes, socket.socket], None]
 log = logging.getLogger(__name__)
 
 
@@ -216,7 +216,7 @@ class Supervisor:
         data = connection.recv(size, socket.MSG_WAITALL)
         if not size or len(data) < size:
             sys.exit("the order was cut off")
-        self._run_task(json.loads(data), connection)
+        self._run_task(data, connection)
 
     def _no_breakpoint(self, *_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(

@@ -27,7 +27,8 @@ from mrcore.engine.output import PartWriter
 from mrcore.engine.spills import Parts, RunWriter, Segment
 from mrcore.errors import ClusterFault, JobFault, UsageError
 from mrcore.launchers import local
-from mrcore.node import tails
+from mrcore.messages.nodes import ReadFile
+from mrcore.node.inputs import check_tail
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import ledger, manifest
 
@@ -591,7 +592,7 @@ class History:
             listed.append([str(path), status.st_size, status.st_mtime_ns, status.st_ino])
 
         def look(node: str, asked: list[list[Any]]) -> list[list[Any]]:
-            return [tails.look_into(p, size, inode, mtime, read, self.now) for p, size, mtime, inode, read in asked]
+            return [list(check_tail(ReadFile(*file), self.now)) for file in asked]
 
         news = ledger.compare({"n": listed}, self.entries, look, {"n": ""})
         changed = {Path(text.split(" ")[0]).name for text in news.changed}

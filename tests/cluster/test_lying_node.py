@@ -15,9 +15,12 @@ import pytest
 from checkout import SUPPORT
 from clusters import TestCluster
 from conditions import wait_until
-from run_task import Failed, Task
 
+from mrcore.cluster.preflight import _earlier_output
+from mrcore.errors import JobFault
 from mrcore.launchers import local
+from mrcore.messages.kinds import convert
+from mrcore.messages.tasks import Order
 from mrcore.queue.scheduler import Scheduler
 from mrcore.system import procfs
 
@@ -214,13 +217,19 @@ def test_no_part_gets_a_name_that_a_node_chooses(cluster: LyingCluster, tmp_path
 
 
 @pytest.mark.parametrize("name", ["/tmp/evil", "../evil", "part-000001-00000-00000.data/../../evil", ""])
-def test_a_manifest_is_looked_at_again_before_a_name_of_it_becomes_a_path(tmp_path: Path, name: str) -> None:
-    work = Task(tmp_path, "def m(l, a):\n    return []\n", "def r(g, a):\n    return g\n")
-    part = {"name": name, "node": "other", "records": 1, "bytes": 1, "crc32": 0, "batch_bytes": 1, "max_decoded": 1}
-    with pytest.raises(Failed, match=r"names a part .* which is none") as fault:
-        work.reduce(0, sources=[], earlier={"parts": [part], "sources": [{"node": "other", "folder": str(tmp_path)}]})
-    assert fault.value.error["class"] == "JobFault"
-    assert not (tmp_path / "evil").exists() and not Path("/tmp/evil").exists()
+def test_a_manifest_is_looked_at_again_before_a_name_of_it_becomes_a_path(name: str) -> None:
+    """On the master, which says what to do, and once more by the server that gets the order."""
+    part: dict[str, Any] = {"name": name, "node": "other", "partition": 0, "crc32": 0}
+    part |= dict.fromkeys(("records", "bytes", "text_bytes", "batch_bytes", "max_decoded"), 1)
+    manifest = {"run": 1, "partitions": 1, "cuts": None, "parts": [part]}
+    with pytest.raises(JobFault, match=r"names a part .* which is none.*mrcore ledger forget j`"):
+        _earlier_output("j", manifest)
+    identity = {"job": "j", "run": 2, "phase": "REDUCE", "task": 0, "try": 1}
+    order = {"identity": identity, "node": "n", "job": {}, "project": "a" * 32, "partitions": 1}
+    good = [part | {"name": "part-000001-00000-00000.data"}]
+    assert convert(Order, order | {"earlier": {"parts": good, "sources": []}}).earlier
+    with pytest.raises(ValueError, match="earlier"):
+        convert(Order, order | {"earlier": {"parts": [part], "sources": []}})
 
 
 @pytest.mark.slow

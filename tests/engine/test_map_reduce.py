@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import bag, grouped, lines_of, one_form, rank
-from run_task import Failed, Task
+from run_task import PROJECT, Failed, Task
 from strategies import keys, texts
 from task_parts import StubWatch, piece
 
@@ -573,8 +573,7 @@ def test_process_by_range_gives_the_total_order_of_mixed_keys(tmp_path: Path) ->
     wanted = [(key, v) for key, values in grouped((kinds[n % 5](n), n) for n in numbers) for v in values]
     cuts = [None, [500], ["3"], [[3, "3"]], None]  # as JSON brings them
     got: list[Any] = []
-    told = [run | {"most_bytes": run["bytes"]} for run in work.runs]
-    remote = [{"node": "other", "folder": str(work.layout.runs_dir("j", 1)), "runs": told}]
+    remote = [{"node": "other", "folder": str(work.layout.runs_dir("j", 1)), "runs": work.runs}]
     for number, (low, high) in enumerate(itertools.pairwise(cuts)):
         got += work.items(work.reduce(number, low, high, sources=remote))
     assert [key for key, _ in got] == [key for key, _ in wanted]
@@ -600,7 +599,7 @@ def test_process_tells_surroundings_and_imports_helpers(tmp_path: Path) -> None:
         "    yield shout(line), where + [auxiliary, helper_a.X]\n"
     )
     work = Task(tmp_path, code, auxiliary_data_name_mapper="facts")
-    project = work.layout.projects_dir / "hash"
+    project = work.layout.projects_dir / PROJECT
     (project / "helper_a.py").write_text("X = 5\n")
     (project / "helper_b").mkdir()
     (project / "helper_b" / "inner.py").write_text("def shout(line):\n    return line.strip().upper()\n")

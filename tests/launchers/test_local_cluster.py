@@ -19,6 +19,7 @@ from daemons import living, own_address
 
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable, UsageError
 from mrcore.launchers import local
+from mrcore.messages.tasks import Died, Failed
 from mrcore.queue.job import template as job_template
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
@@ -246,7 +247,7 @@ def start_stubborn(settings: Settings, file: Path) -> list[int]:
     template |= {"job_name": "endless", "project_name": "p", "map_function_name": "endless", "input_dirs": ["input"]}
     identity = {"job": "endless", "run": 1, "phase": "MAP", "task": 0, "try": 1}
     piece = [str(data), 0, found.st_size, found.st_size, found.st_mtime_ns, found.st_ino]
-    order = {"identity": identity, "job": template, "project": "a" * 32, "partitions": 2, "cuts": None}
+    order = {"identity": identity, "job": template, "project": "a" * 32, "partitions": 2, "node": "node-0"}
     order |= {"bundles": [{"id": 0, "pieces": [piece]}], "sources": [], "sample_by_lines": False}
     server = settings.servers()[0]
     with master_client(settings, server.node, server.port) as client:
@@ -254,8 +255,8 @@ def start_stubborn(settings: Settings, file: Path) -> list[int]:
         incarnation = client.call("hello")["incarnation"]
 
         def started() -> bool:
-            for _, event in client.call("poll", incarnation=incarnation, after=0, wait_seconds=0.05)["events"]:
-                assert event["event"] not in ("failed", "died"), event
+            for _, event in client.call("poll", incarnation=incarnation, after=0, wait_seconds=0.05).events:
+                assert not isinstance(event, Failed | Died), event
             return len(file.read_text().split()) == 3
 
         wait_until(started, 15, "the stubborn task")
