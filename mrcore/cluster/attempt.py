@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mrcore import messages
-from mrcore.engine.records import Key, as_tuple, order_key
+from mrcore.engine.records import Key, as_key, order_key
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
 
 Json = dict[str, Any]
@@ -330,7 +330,7 @@ class Attempt:
             return
         selectors: list[Json] = []
         if self.by_range:
-            samples = [(_key(key), weight) for run in runs for key, weight in run["samples"]]
+            samples = [(as_key(key), weight) for run in runs for key, weight in run["samples"]]
             self.cuts = range_cuts(samples, self.partitions) if self.cuts is None else self.cuts
             borders: list[list[Key] | None] = [None, *([cut] for cut in self.cuts), None]
             if runs or self.earlier:
@@ -380,10 +380,6 @@ class Attempt:
 def _blame(error: MrcoreError) -> type[MrcoreError]:
     """Whose fault it is when a task ends so for the last time: only what is the cluster's may hold the queue."""
     return ClusterFault if isinstance(error, ClusterFault) else JobFault
-
-
-def _key(key: Any) -> Key:
-    return as_tuple(key) if isinstance(key, list) else key
 
 
 def range_cuts(samples: Sequence[tuple[Key, int]], partitions: int) -> list[Key]:

@@ -25,11 +25,10 @@ from mrcore.engine.functions import load_auxiliary, load_function, make_combiner
 from mrcore.engine.inputs import Reader, Sample
 from mrcore.engine.mapper import Map
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.output import PartWriter
+from mrcore.engine.output import DirectOutput, Parts, PartWriter
 from mrcore.engine.reducer import Reduce
-from mrcore.engine.shuffler import DirectOutput, Shuffle
-from mrcore.engine.sorter import Combine
-from mrcore.engine.spills import Parts, Segment, select
+from mrcore.engine.shuffler import Combine, Shuffle
+from mrcore.engine.spills import DamagedFrame, Segment, select
 from mrcore.errors import ClusterFault, Interrupted, JobFault, MrcoreError, Refused, TaskDied, is_disk_full, unforeseen
 from mrcore.project.packages import use_packages
 from mrcore.system import forks
@@ -119,7 +118,7 @@ class Process:
                 "the job goes on by itself",
                 hold=True,
             )
-        if isinstance(error, OSError | ValueError):  # ValueError: a damaged frame, which the next try reads anew
+        if isinstance(error, OSError | DamagedFrame):
             return TaskDied(f"{where}: {one_line(error, 500)}")
         return unforeseen(error, where)
 
@@ -277,14 +276,14 @@ class Process:
                 for run in source["runs"]:
                     for offset, length in select(runs_dir, run["id"], selector):
                         path = runs_dir / f"{run['id']}.data"
-                        sorter.add_run(Segment(path, offset, length, run["max_decoded"]))
+                        sorter.add_spill(Segment(path, offset, length, run["max_decoded"]))
                         fetched[source["node"]] = fetched.get(source["node"], 0) + length
                 continue
             requests = [{"run": identity | {"id": run["id"]} | selector} for run in source["runs"]]
             lengths = self._fetch_from(source, requests, [run["most_bytes"] for run in source["runs"]])
             offset = 0
             for run, length in zip(source["runs"], lengths, strict=True):
-                sorter.add_run(Segment(self._fetched_path(source), offset, length, run["max_decoded"]))
+                sorter.add_spill(Segment(self._fetched_path(source), offset, length, run["max_decoded"]))
                 offset += length
             fetched[source["node"]] = offset
         return fetched
@@ -320,7 +319,7 @@ class Process:
                 self._fetch(source, [{"part": {"job": job, "name": part["name"]}} for part in theirs], sink)
             except Refused as error:
                 raise JobFault(f"the earlier output is not to be had: {error.message}") from error
-        sorter.add_run(Parts([folders[part["node"]] / part["name"] for part in parts], parts))
+        sorter.add_spill(Parts([folders[part["node"]] / part["name"] for part in parts], parts))
         return {
             "merged_items": sum(part["records"] for part in parts),
             "merged_bytes": sum(part["bytes"] for part in parts),

@@ -20,10 +20,10 @@ from mrcore.engine.inputs import Reader, plan_bundles
 from mrcore.engine.listing import list_inputs
 from mrcore.engine.mapper import Map
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.output import PartWriter
-from mrcore.engine.records import Key, Value, as_tuple, loads
+from mrcore.engine.output import DirectOutput, PartWriter
+from mrcore.engine.records import Key, Value, as_key, loads
 from mrcore.engine.reducer import Reduce
-from mrcore.engine.shuffler import DirectOutput, Shuffle
+from mrcore.engine.shuffler import Shuffle
 from mrcore.engine.spills import Segment
 from mrcore.errors import JobFault, UsageError, interrupt
 from mrcore.project.packages import use_packages
@@ -98,7 +98,7 @@ def try_job(
             task.set_surroundings(phase="REDUCE", input_file=None, partition=0)
             sorter = DiskSort(folder, watch, combine=combiner, ascending_values=sort_values)
             for run in sealed:
-                sorter.add_run(Segment(folder / f"{run['id']}.data", 0, run["bytes"], run["max_decoded"]))
+                sorter.add_spill(Segment(folder / f"{run['id']}.data", 0, run["bytes"], run["max_decoded"]))
             reducer = Reduce(
                 reduce_function,
                 reduce_name,
@@ -120,7 +120,7 @@ def _items(folder: Path, parts: Sequence[dict[str, Any]]) -> Iterator[tuple[Key,
         with open(folder / part["name"], encoding="utf-8", newline="\n") as lines:
             for line in lines:
                 key, value = loads(line)
-                yield (as_tuple(key) if isinstance(key, list) else key), value
+                yield as_key(key), value
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from oracle import bag, grouped
 
 from mrcore.engine.disk_sort import DiskSort
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.output import PartWriter
-from mrcore.engine.spills import Parts, RunWriter, Segment
+from mrcore.engine.output import Parts, PartWriter
+from mrcore.engine.spills import Segment, SpillWriter
 from mrcore.errors import ClusterFault, JobFault, UsageError
 from mrcore.launchers import local
 from mrcore.node import tails
@@ -666,7 +666,7 @@ def test_parts_merge_as_runs_do(
         told = [part | {"node": "n"} for part in writer.close()]
         assert sum(part["records"] for part in told) == len(old)
         sorter = DiskSort(folder, watch)
-        sorter.add_run(Parts([folder / part["name"] for part in told], told))
+        sorter.add_spill(Parts([folder / part["name"] for part in told], told))
         for item in new:
             sorter.append(item)
         found = [(key, value) for key, values in sorter.groups() for value in values]
@@ -680,14 +680,14 @@ def test_a_large_earlier_output_needs_little_memory(tmp_path: Path) -> None:
     for start in range(0, 300_000, 1000):
         writer.write([(f"{number:08}", 1) for number in range(start, start + 1000)])
     told = [part | {"node": "n"} for part in writer.close()]
-    run = RunWriter(tmp_path, "new", 64 * 1024)
+    run = SpillWriter(tmp_path, "new", 64 * 1024)
     run.write(0, ["00000007", "x"], {"00000007": [1], "x": [1]}, False)
     new = run.close()
     with MemoryWatch(1 << 30) as watch:
         floor = watch.anonymous_bytes()
         sorter = DiskSort(tmp_path, watch)
-        sorter.add_run(Parts([tmp_path / part["name"] for part in told], told))
-        sorter.add_run(Segment(tmp_path / "new.data", 0, new["bytes"], new["max_decoded"]))
+        sorter.add_spill(Parts([tmp_path / part["name"] for part in told], told))
+        sorter.add_spill(Segment(tmp_path / "new.data", 0, new["bytes"], new["max_decoded"]))
         count = total = 0
         for _, values in sorter.groups():
             count, total = count + 1, total + len(values)

@@ -27,9 +27,9 @@ from mrcore.engine.disk_sort import DiskSort
 from mrcore.engine.functions import make_combiner
 from mrcore.engine.inputs import Reader, plan_bundles
 from mrcore.engine.mapper import Map
-from mrcore.engine.output import PartWriter
+from mrcore.engine.output import DirectOutput, PartWriter
 from mrcore.engine.reducer import Reduce
-from mrcore.engine.shuffler import DirectOutput, Shuffle
+from mrcore.engine.shuffler import Shuffle
 from mrcore.engine.spills import Segment, select
 from mrcore.engine.trial import try_job
 from mrcore.errors import JobFault
@@ -88,7 +88,7 @@ def reduced(folder: Path, told: list[dict[str, Any]], function: Function, partit
     sorter = DiskSort(folder, watch, ascending_values=more.pop("sort_values", False), combine=more.pop("combine", None))
     for run in told:
         for offset, length in select(folder, run["id"], {"partition": partition}):
-            sorter.add_run(Segment(folder / f"{run['id']}.data", offset, length, run["max_decoded"]))
+            sorter.add_spill(Segment(folder / f"{run['id']}.data", offset, length, run["max_decoded"]))
     parts = PartWriter(folder, run=1, partition=partition, attempt_try=1, max_items=None, compress=False)
     reducer = Reduce(function, "my_reduce", None, sorter, parts, watch, folder, **more)
     reducer.sort()
@@ -228,7 +228,7 @@ def test_a_full_disk_is_not_the_fault_of_the_job(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     told, _ = mapped(tmp_path, b"a b c\n", words)
-    monkeypatch.setattr("mrcore.engine.spills.RunWriter.write", full)
+    monkeypatch.setattr("mrcore.engine.spills.SpillWriter.write", full)
     monkeypatch.setattr("mrcore.engine.output.PartWriter.write", full)
     with pytest.raises(OSError, match="No space"):
         mapped(tmp_path, b"a b c\n", words, max_items=1)
@@ -438,7 +438,7 @@ def test_whatever_can_be_called_with_two_arguments_is_a_function(tmp_path: Path,
 )
 def test_errors_in_a_reduce_function_with_disk_lists_name_its_line(tmp_path: Path, body: str, says: str) -> None:
     code = (
-        "from mrcore.records import BadItem\n"
+        "from mrcore.engine.records import BadItem\n"
         "def r(group, auxiliary):\n"
         "    disk, auxiliary = auxiliary\n"
         f"    {body}\n"
@@ -633,6 +633,18 @@ def test_process_reports_a_damaged_run_as_retryable(tmp_path: Path) -> None:
     with pytest.raises(Failed) as caught:
         work.reduce()
     assert caught.value.error["class"] == "TaskDied"
+    run.with_suffix(".index").write_bytes(b"")
+    with pytest.raises(Failed, match=r"index is damaged") as caught:
+        work.reduce()
+    assert caught.value.error["class"] == "TaskDied"
+
+
+def test_process_does_not_take_a_mistake_of_ours_for_a_damaged_file(tmp_path: Path) -> None:
+    work = Task(tmp_path, MAP, COUNT)
+    work.map(bundles(work, tmp_path, b"b a\n"))
+    with pytest.raises(Failed, match="ValueError: embedded null byte") as caught:
+        work.reduce(sources=[{"node": "n", "runs": [work.runs[0] | {"id": "no\0name"}]}])
+    assert caught.value.error["class"] == "InternalError"
 
 
 def test_process_fails_by_name_for_a_group_that_does_not_fit(tmp_path: Path) -> None:

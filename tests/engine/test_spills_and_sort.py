@@ -22,10 +22,9 @@ from mrcore.engine import disk_sort, spills
 from mrcore.engine.disk_list import DiskGroup
 from mrcore.engine.disk_sort import DiskSort, merge
 from mrcore.engine.memory import MIN_SPILL_BYTES, MemoryWatch
-from mrcore.engine.records import BadItem, encode_frame, loads, sort_keys
+from mrcore.engine.records import BadItem, loads, sort_keys
 from mrcore.engine.shuffler import Shuffle
-from mrcore.engine.sorter import SpillSorter
-from mrcore.engine.spills import RunWriter, Segment, read_frames, select
+from mrcore.engine.spills import DamagedFrame, Segment, SpillWriter, encode_frame, select
 from mrcore.errors import JobFault
 
 Item = tuple[Any, Any]
@@ -69,7 +68,7 @@ class StubWatch:
 def write(folder: Path, name: str, items: Sequence[Item], frame_bytes: int = 1 << 16) -> Segment:
     """Write items as one run of one partition."""
     groups = dict(grouped(items))
-    writer = RunWriter(folder, name, frame_bytes, keep_first_keys=True)
+    writer = SpillWriter(folder, name, frame_bytes, keep_first_keys=True)
     writer.write(0, sort_keys(groups), groups, True)
     told = writer.close()
     json.dumps(told)
@@ -106,7 +105,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @shared_folder
 def test_a_run_round_trips(small_frames: None, folders: Path, items: list[Item], frame_bytes: int) -> None:
     segment = write(folders, "run", items, frame_bytes)
-    frames = list(read_frames(segment))
+    frames = list(segment.blocks())
     assert all(len(held) == len(lists) for held, lists in frames)
     assert as_items([pair for held, lists in frames for pair in zip(held, lists, strict=True)]) == as_items(
         grouped(items)
@@ -128,7 +127,7 @@ def test_ranges_of_keys_hold_every_key_once(
         segments = [Segment(whole.path, offset, length, whole.max_decoded) for offset, length in ranges]
         sorter = DiskSort(folders, StubWatch(1), low=selector["low"], high=selector["high"])  # type: ignore[arg-type]
         for segment in segments:
-            sorter.add_run(segment)
+            sorter.add_spill(segment)
         part = as_items(list(sorter.groups()))  # type: ignore[arg-type]
         wanted = [item for item in as_items(grouped(items)) if (low is None or rank(item[0]) >= rank(low[0]))]
         assert part == [item for item in wanted if high is None or rank(item[0]) < rank(high[0])]
@@ -137,7 +136,7 @@ def test_ranges_of_keys_hold_every_key_once(
 
 
 def test_partitions_of_a_run(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path, "run", 1 << 16)
+    writer = SpillWriter(tmp_path, "run", 1 << 16)
     for partition in (0, 2, 3):
         writer.write(partition, [f"k{partition}"], {f"k{partition}": list(range(9000))}, False)
     told = writer.close()
@@ -149,7 +148,7 @@ def test_partitions_of_a_run(tmp_path: Path) -> None:
         for offset, length in ranges:
             assert offset == position
             position += length
-            for held, lists in read_frames(Segment(tmp_path / "run.data", offset, length, 1)):
+            for held, lists in Segment(tmp_path / "run.data", offset, length, 1).blocks():
                 assert held == [f"k{partition}"] and len(lists[0]) <= spills.MAX_FRAME_VALUES
     with pytest.raises(FileNotFoundError):
         select(tmp_path, "other", {"partition": 0})
@@ -159,18 +158,18 @@ def test_partitions_of_a_run(tmp_path: Path) -> None:
 def test_every_flipped_byte_of_a_run_is_found(tmp_path: Path) -> None:
     segment = write(tmp_path, "run", [("a", 1), (("b", 2), [1, {"x": "é"}]), ("c", 2)], 30)
     whole = segment.path.read_bytes()
-    assert len(list(read_frames(segment))) > 1
+    assert len(list(segment.blocks())) > 1
     for place in range(len(whole)):
         for flip in (1, 128):
             wrong = bytearray(whole)
             wrong[place] ^= flip
             segment.path.write_bytes(wrong)
-            with pytest.raises(ValueError, match=r"run\.data"):
-                list(read_frames(segment))
+            with pytest.raises(DamagedFrame, match=r"run\.data"):
+                list(segment.blocks())
     for kept in range(len(whole)):
         segment.path.write_bytes(whole[:kept])
-        with pytest.raises(ValueError, match=r"run\.data"):
-            list(read_frames(segment))
+        with pytest.raises(DamagedFrame, match=r"run\.data"):
+            list(segment.blocks())
 
 
 @pytest.mark.parametrize(
@@ -231,7 +230,7 @@ def test_many_merge_passes(
     combine = (lambda key, values: [sum(values)]) if combining else None
     sorter = DiskSort(tmp_path, StubWatch(1), combine=combine)  # type: ignore[arg-type]
     for number, items in enumerate(several):
-        sorter.add_run(write(tmp_path, f"run-{number}", items, 60))
+        sorter.add_spill(write(tmp_path, f"run-{number}", items, 60))
     got = [(key, sum(values)) for key, values in sorter.groups()]  # type: ignore[arg-type]
     assert got == [(key, sum(values)) for key, values in grouped(itertools.chain(*several))]
     assert bool(sorter.merge_passes) == (fan_in < 25)
@@ -269,14 +268,17 @@ def test_any_number_of_spills_and_partitions_gives_the_same_items(
     assert bag(got) == bag(as_items(grouped(items)))
 
 
-def test_a_disk_sort_of_appended_items(tmp_path: Path) -> None:
-    sorter = DiskSort(tmp_path, StubWatch(50), ascending_values=True)  # type: ignore[arg-type]
+def test_next_group_returns_the_groups_of_all_spills(tmp_path: Path) -> None:
     draw = random.Random(1)
     items = [(draw.randrange(30), draw.randrange(1000)) for _ in range(5000)]
-    for item in items:
-        sorter.append(item)
+    sink = Shuffle(tmp_path, "s", StubWatch(50), partitions=1)  # type: ignore[arg-type]
+    for key, value in items:
+        sink.append(key, value)
     with pytest.raises(BadItem):
-        sorter.append(("k", b""))
+        sink.append("k", b"")
+    sorter = DiskSort(tmp_path, StubWatch(50), ascending_values=True)  # type: ignore[arg-type]
+    for spill in sink.shuffle():
+        sorter.add_spill(Segment(tmp_path / f"{spill['id']}.data", 0, spill["bytes"], spill["max_decoded"]))
     got = []
     while (group := sorter.next_group()) is not None:
         got.append(group)
@@ -289,8 +291,8 @@ def test_groups_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     items = [(("k", n % 2), (n * 7919) % 20_011) for n in range(20_000)]
     for ascending in (False, True):
         sorter = DiskSort(tmp_path, StubWatch(10**9), ascending_values=ascending)  # type: ignore[arg-type]
-        for item in items:
-            sorter.append(item)
+        for start in range(0, len(items), 5000):
+            sorter.add_spill(write(tmp_path, f"run-{start}", items[start : start + 5000]))
         for (key, group), (wanted_key, wanted) in zip(sorter.groups(True), grouped(items), strict=True):
             assert isinstance(group, DiskGroup) and key == wanted_key
             values = [value for _, value in group]
@@ -301,7 +303,7 @@ def test_groups_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_group_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = StubWatch(10**9)
     sorter = DiskSort(tmp_path, watch)  # type: ignore[arg-type]
-    sorter.add_run(write(tmp_path, "run", [("small", 1), *(("the key", n) for n in range(20_000))]))
+    sorter.add_spill(write(tmp_path, "run", [("small", 1), *(("the key", n) for n in range(20_000))]))
     monkeypatch.setattr(watch, "fits", lambda more, share=1.0: False)
     with pytest.raises(JobFault, match=r"group of key 'the key' does not fit.*disk_based_input: true.*memory_bytes"):
         list(sorter.groups())
@@ -318,7 +320,7 @@ def test_a_group_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.
 )
 @pytest.mark.parametrize("partitions", [1, 3])
 def test_what_got_in_unchecked_is_found_at_the_spill(tmp_path: Path, bad: Any, place: str, partitions: int) -> None:
-    sorter = SpillSorter(tmp_path, "s", StubWatch(1), partitions=partitions)  # type: ignore[arg-type]
+    sorter = Shuffle(tmp_path, "s", StubWatch(1), partitions=partitions)  # type: ignore[arg-type]
     sorter.groups["fine"].append(1)
     sorter.groups[bad if place == "key" else "k"].append(1 if place == "key" else bad)
     with pytest.raises(BadItem, match=f"the {place}"):

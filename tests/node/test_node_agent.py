@@ -17,7 +17,7 @@ from conftest import wait_until
 from daemons import Daemon, living
 
 from mrcore import WIRE_VERSION
-from mrcore.engine.spills import RunWriter
+from mrcore.engine.spills import SpillWriter
 from mrcore.errors import ClusterFault, MrcoreError, Refused, Unreachable
 from mrcore.project import snapshot
 from mrcore.queue.job import template
@@ -255,7 +255,7 @@ def test_auxiliary_data_is_found_by_name(agent: Agent) -> None:
 def test_spill_runs_are_served_to_any_member_and_counted(agent: Agent) -> None:
     folder = agent.layout.runs_dir("j", 1, 2)
     folder.mkdir(parents=True)
-    writer = RunWriter(folder, "map-0-1-0", 1 << 16)
+    writer = SpillWriter(folder, "map-0-1-0", 1 << 16)
     writer.write(0, ["a"], {"a": [1]}, False)
     writer.write(2, ["b", "c"], {"b": [2], "c": [3]}, False)
     told = writer.close()

@@ -31,7 +31,7 @@ from mrcore.cli.main import cli, main
 from mrcore.cluster.manage_cluster import ManageCluster
 from mrcore.cluster.preflight import Preflight
 from mrcore.engine.process import Process
-from mrcore.engine.spills import RunWriter, select
+from mrcore.engine.spills import SpillWriter, select
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused
 from mrcore.launchers import local
 from mrcore.project.snapshot import project_files, project_hash
@@ -289,7 +289,7 @@ def test_output_that_a_restored_history_does_not_know_is_said_and_the_next_run_m
 
 
 def test_a_run_exists_when_its_index_does(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path, "run", 1000)
+    writer = SpillWriter(tmp_path, "run", 1000)
     writer.write(0, ["a", "b"], {"a": [1], "b": [2]}, False)
     assert not list(tmp_path.glob("*.index*"))
     with pytest.raises(FileNotFoundError):
