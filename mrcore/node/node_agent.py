@@ -9,7 +9,6 @@ by them.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -19,7 +18,6 @@ import secrets
 import shutil
 import signal
 import sys
-import tarfile
 import threading
 import time
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from mrcore.messages import LARGE_BYTES
 from mrcore.node import tails
 from mrcore.node.moves import MoveMethods
 from mrcore.project import packages, snapshot
-from mrcore.system import failpoints, logs, procfs
+from mrcore.system import archives, failpoints, logs, procfs
 from mrcore.system.paths import PART_NAME, PARTIAL, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.system.staging import flush
 from mrcore.system.terminal import log_to
@@ -379,19 +377,10 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar of plain files with relative names into a new folder. Raises Refused for anything else in it."""
     folder.mkdir()
     try:
-        with tarfile.open(archive, "r:") as members:
-            for member in members:
-                parts = member.name.split("/")
-                if not member.isreg() or not all(parts) or {".", ".."} & set(parts) or "\0" in member.name:
-                    raise Refused(f"a project archive holds {member.name!r:.200}, which is no plain file inside it")
-                path = folder.joinpath(*parts)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("xb") as stream:
-                    shutil.copyfileobj(members.extractfile(member) or io.BytesIO(), stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-    except (tarfile.TarError, FileExistsError, NotADirectoryError) as error:
-        raise Refused(f"a project archive cannot be unpacked: {error}") from None
+        with archive.open("rb") as stream:
+            archives.unpack(stream, folder, most_bytes=archive.stat().st_size)
+    except archives.BadArchive as error:
+        raise Refused(f"a project archive {error}") from None
 
 
 def main(spec_file: str) -> int:
