@@ -100,7 +100,7 @@ class Shipment:
             self._archive.close()
 
     def bring(self, call: Callable[..., Any], put: Callable[[Json, tuple[int, int]], Any]) -> None:
-        """Install the environment on a node that has not got it, by the two ways to its agent. Raises what these raise."""
+        """Install the environment on a node that lacks it, by the two ways to its agent. Raises what these raise."""
         if self.hash and not call("environment_state", hash=self.hash):
             put({"environment": self.hash}, self._packed())
             call("install_environment", hash=self.hash, project=self._project.name, timeout_seconds=600)
