@@ -609,8 +609,8 @@ def stopped_server(certificates: Certificates) -> tuple[subprocess.Popen[str], i
     """A server in a process of its own, so that it can be stopped."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from mrcore.rpc.service import Method, Server; from mrcore.rpc.tls import Pki\n"
-        "from mrcore.watched import Membership\n"
+        "from mrcore.wire.service import Method, Server; from mrcore.wire.tls import Pki\n"
+        "from mrcore.wire.members import Membership\n"
         "pki, echo = Pki(Path(sys.argv[1]), 'a'), {'echo': Method(lambda i: 1, 'master')}\n"
         "server = Server('127.0.0.1', 0, pki, lambda: Membership({}), echo)\n"
         "server.start(); print(server.port, flush=True); sys.stdin.read()\n"
