@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from daemons import living, own_address
 
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable, UsageError

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from daemons import Daemon, living
 
 from mrcore import WIRE_VERSION

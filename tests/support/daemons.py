@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import wait_until
+from conditions import wait_until
 
 from mrcore.system import procfs
 from mrcore.wire import pki

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from daemons import members
 
 from mrcore.errors import Refused

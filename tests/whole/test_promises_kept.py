@@ -21,11 +21,11 @@ from typing import Any, cast
 
 import click
 import pytest
+from checkout import PROJECT, commands, text_of
 from clusters import TestCluster
 from daemons import own_address
-from test_docs import PROJECT, commands, text_of
-from test_supervisor import Server as TaskServer
-from test_wire import make_certificates
+from peers import make_certificates
+from task_servers import TaskServer
 
 from mrcore.cli.main import cli, main
 from mrcore.cluster.manage_cluster import ManageCluster

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 from forged import NODE, Forger
 from rpyc.core import brine, consts
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 from daemons import free_port, own_address
 from forged import BOTH, IDENTITIES, NODE, Forger
 

@@ -15,87 +15,30 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from daemons import members
+from peers import FAST, Certificates, descriptors, drain, fake_server, make_certificates, tls_socket
 from rpyc import VoidService
 from rpyc.core import brine, consts
 
 from mrcore import WIRE_VERSION
-from mrcore.errors import ClusterFault, InternalError, JobFault, MrcoreError, Refused, Unreachable, UsageError
+from mrcore.errors import ClusterFault, InternalError, JobFault, Refused, Unreachable, UsageError
 from mrcore.wire import pki, tls
 from mrcore.wire.channel import HARDENED, Channel, Connection, Stream
 from mrcore.wire.client import Client
 from mrcore.wire.data import DataHandler
 from mrcore.wire.members import Membership
 from mrcore.wire.service import Method, Server
-from mrcore.wire.tls import DATA_PROTOCOL, LIMITS, RPC_PROTOCOL, Identity, Limits, Pki, client_context
+from mrcore.wire.tls import DATA_PROTOCOL, RPC_PROTOCOL, Identity, Pki, client_context
 
 BOTH = pytest.mark.parametrize("alpn", [RPC_PROTOCOL, DATA_PROTOCOL])
 Starter = Callable[..., Server]
-FAST = replace(
-    LIMITS,
-    handshake_seconds=1,
-    frame_seconds=0.5,
-    stall_seconds=0.7,
-    idle_data_seconds=0.6,
-    finish_seconds=2,
-    linger_seconds=0.5,
-    frame_bytes=256 << 10,
-    request_bytes=64 << 10,
-    handshakes=16,
-    connections=6,
-    connections_per_peer=4,
-)
-
-
-@dataclass
-class Certificates:
-    """Two clusters: `own` with a master and the nodes a, b, stranger; `other` with a node of the name a."""
-
-    folder: Path
-    serials: dict[str, str]
-
-    def pki(self, name: str) -> Pki:
-        return Pki(self.folder / name, name)
-
-
-def make_certificates(folder: Path) -> Certificates:
-    serials = {}
-    for cluster in ("own", "other"):
-        pki.make_authority(folder / cluster, cluster)
-    for name in ("master", "a", "b", "stranger"):
-        role: Literal["master", "node"] = "master" if name == "master" else "node"
-        serials[name] = pki.issue(folder / "own", folder / name, name, name, role, ["127.0.0.1"])
-    pki.issue(folder / "other", folder / "foreign", "foreign", "a", "node", ["127.0.0.1"])
-    return Certificates(folder, serials)
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def tls_socket(port: int, pki_: Pki, alpn: str, limits: Limits = FAST) -> ssl.SSLSocket:
-    """A raw TLS connection past the handshake, to send what no client of ours would."""
-    raw = socket.create_connection(("127.0.0.1", port), timeout=5)
-    return client_context(pki_, alpn).wrap_socket(raw, server_hostname="127.0.0.1")
-
-
-def drain(sock: socket.socket) -> bytes:
-    """Everything until the server closes; fails if it is silent for 5 s."""
-    data = b""
-    sock.settimeout(5)
-    try:
-        while piece := sock.recv(65536):
-            data += piece
-    except (ConnectionError, ssl.SSLError):
-        pass
-    return data
 
 
 @pytest.fixture(scope="module")
@@ -456,34 +399,6 @@ def test_the_rpyc_settings_are_hardened() -> None:
         assert HARDENED[name] is False
 
 
-class fake_server:
-    """Accepts one TLS connection as node a and plays a part on it in a thread."""
-
-    def __init__(self, certificates: Certificates, play: Callable[[ssl.SSLSocket], None]) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.listener.settimeout(5)
-        self.context, self.play = tls.server_context(certificates.pki("a")), play
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.run)
-
-    def run(self) -> None:
-        raw, _ = self.listener.accept()
-        with self.context.wrap_socket(raw, server_side=True) as sock:
-            sock.settimeout(5)
-            with contextlib.suppress(OSError, MrcoreError):
-                self.play(sock)
-            self.over.wait(5)
-
-    def __enter__(self) -> int:
-        self.thread.start()
-        return int(self.listener.getsockname()[1])
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        self.thread.join()
-        self.listener.close()
-
-
 # --- the silent, the slow, the garbled -------------------------------------------------------------------------------
 
 
@@ -757,7 +672,7 @@ def test_certificate_files(certificates: Certificates, tmp_path: Path) -> None:
 
 def test_daemons_load_nothing_heavy() -> None:
     code = (
-        "import sys, mrcore.rpc.service, mrcore.rpc.client, mrcore.rpc.data; "
+        "import sys, mrcore.wire.service, mrcore.wire.client, mrcore.wire.data; "
         "print([m for m in ('pydantic', 'cryptography', 'fabric', 'click', 'rich', 'yaml') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
