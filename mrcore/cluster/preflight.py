@@ -110,7 +110,7 @@ class Preflight:
         bundles: dict[str, list[Json]] = {}
         for node in self._settings.nodes:
             count = sum(map(len, bundles.values()))
-            bundles[node.name] = plan_bundles(files[node.name], node.servers, first_id=count)
+            bundles[node.name] = msgspec.to_builtins(plan_bundles(files[node.name], node.servers, first_id=count))
         skipped: dict[str, int] = {}
         for some in (*(found.skipped for found in listings), plan.get("skipped", {})):
             for reason, number in some.items():

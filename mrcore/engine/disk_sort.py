@@ -209,7 +209,7 @@ class DiskSort:
                 flush()
         flush()
         spill = writer.close()
-        return Segment(writer.data_path(), 0, spill["bytes"], spill["max_decoded"])
+        return Segment(writer.data_path(), 0, spill.bytes, spill.max_decoded)
 
     def _disk_group(self, key: Key, lists: Iterable[list[Value]]) -> DiskGroup:
         if self._ascending_values:

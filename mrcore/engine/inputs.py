@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Bundle, Split
 from mrcore.system.readers import HEAD_BYTES, Damaged, Format, decompress, format_of, no_text, open_regular
 
 SAMPLE_BLOCK_BYTES = 64 * 1024
@@ -22,46 +23,33 @@ SPLITS_PER_SERVER = 8  # so that a slow one delays the end by an eighth of a ser
 OPEN_COST_BYTES = 16 * 1024  # opening a small file takes as long as reading about so many bytes
 THIN_BY_LINES_BELOW = 64 << 20  # a sample expected to be smaller than this is thinned line by line
 
-InputFile = tuple[str, int, int, int]  # path, size in bytes, mtime in ns, inode
-
 
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
-def plan_bundles(files: Sequence[Sequence[Any]], servers: int, first_id: int = 0) -> list[dict[str, Any]]:
-    """Cut one node's files into bundles of splits, the unit that is handed to a map task.
+def plan_bundles(files: Iterable[Iterable[Any]], servers: int, first_id: int = 0) -> list[Bundle]:
+    """Cut one node's files, fields of an InputFile each, into bundles of splits, the unit that a map task is given.
 
-    A bundle is `{"id": n, "pieces": [[path, start, end, size, mtime_ns, inode]…]}` of 1 to 64 MiB, `end` None for a
-    compressed file, which is one split. Cuts fall on multiples of 64 KiB, so that a sample does not depend on them.
-    An InputFile may have a fifth field: the position from which to read it.
+    A file may have a fifth field: the position from which to read it. A bundle is of 1 to 64 MiB; a compressed file is
+    one split. Cuts fall on multiples of 64 KiB, so that a sample does not depend on them.
     """
+    files = list(map(tuple, files))
     total = sum(max(size - sum(begin), OPEN_COST_BYTES) for _, size, _, _, *begin in files)
     target = min(MAX_SPLIT_BYTES, max(MIN_SPLIT_BYTES, total // max(1, servers * SPLITS_PER_SERVER)))
     target = -(-target // SAMPLE_BLOCK_BYTES) * SAMPLE_BLOCK_BYTES
-    bundles: list[dict[str, Any]] = []
-    pieces: list[list[Any]] = []
-    weight = 0
-
-    def close() -> None:
-        nonlocal pieces, weight
-        if pieces:
-            bundles.append({"id": first_id + len(bundles), "pieces": pieces})
-        pieces, weight = [], 0
-
+    bundles: list[Bundle] = []
+    weight = target  # of the last bundle: full, as there is none yet
     for path, size, mtime_ns, inode, *begin in files:
-        if format_of(path):
-            pieces.append([path, 0, None, size, mtime_ns, inode])
-            weight += max(size * 4, OPEN_COST_BYTES)
-        else:
-            for start in range(sum(begin), size, target):
-                end = min(size, start + target)
-                if weight and weight + end - start > target:
-                    close()
-                pieces.append([path, start, end, size, mtime_ns, inode])
-                weight += max(end - start, OPEN_COST_BYTES)
-        if weight >= target:
-            close()
-    close()
+        cuts = [(0, None, 4 * size)]
+        if not format_of(path):
+            starts = range(sum(begin), size, target)
+            cuts = [(start, end, end - start) for start in starts for end in [min(size, start + target)]]
+        for start, end, weighs in cuts:
+            if weight + weighs > target or not bundles:
+                bundles.append(Bundle(first_id + len(bundles), []))
+                weight = 0
+            bundles[-1].pieces.append(Split(path, start, end, size, mtime_ns, inode))
+            weight += max(weighs, OPEN_COST_BYTES)
     return bundles
 
 
@@ -87,7 +75,7 @@ class Sample:
 
 
 class Reader:
-    """Reads splits as blocks of whole lines: `for offset, block in reader.blocks(piece)`.
+    """Reads splits as blocks of whole lines: `for offset, block in reader.blocks(split)`.
 
     `block` is bytes that end with a line's end (the file's last line may lack it), `offset` its place in the
     (uncompressed) file. `bytes_read` counts what was read. Raises JobFault naming file and offset.
@@ -97,12 +85,13 @@ class Reader:
         self._max_line_bytes, self._block_bytes, self._sample = max_line_bytes, block_bytes, sample
         self.bytes_read = 0
 
-    def blocks(self, piece: Sequence[Any]) -> Iterator[tuple[int, bytes]]:
-        """Read one piece of a bundle (see `plan_bundles`)."""
-        path, start, end, size, _, inode = piece
+    def blocks(self, split: Split) -> Iterator[tuple[int, bytes]]:
+        """Read one split."""
+        path, start, size = split.path, split.start, split.size
+        end = size if split.end is None else split.end
         try:
             with open(open_regular(path), "rb", buffering=0) as raw:
-                self._check_unchanged(raw, path, size, inode)
+                self._check_unchanged(raw, split)
                 if form := format_of(path):
                     yield from self._thinned(
                         path, self._whole_lines(path, 0, self._decompressed(raw, path, size, form))
@@ -113,15 +102,15 @@ class Reader:
                         yield from self._chosen_blocks(raw, path, start, end, size, self._sample)
                     else:
                         yield from self._thinned(path, self._plain(raw, path, start, end, size))
-                self._check_unchanged(raw, path, size, inode)
+                self._check_unchanged(raw, split)
         except OSError as error:
             raise JobFault(f"input file {path} cannot be read: {error.strerror or error}", file=path) from error
 
-    def _check_unchanged(self, raw: BinaryIO, path: str, size: int, inode: int) -> None:
+    def _check_unchanged(self, raw: BinaryIO, split: Split) -> None:
         now = os.fstat(raw.fileno())
-        if now.st_ino != inode or now.st_size < size:
-            what = "was replaced" if now.st_ino != inode else f"shrank from {size} to {now.st_size} bytes"
-            raise JobFault(f"input file {path} {what} since it was listed: run the job again", file=path)
+        if now.st_ino != split.inode or now.st_size < split.size:
+            what = "was replaced" if now.st_ino != split.inode else f"shrank from {split.size} to {now.st_size} bytes"
+            raise JobFault(f"input file {split.path} {what} since it was listed: run the job again", file=split.path)
 
     def _check_text(self, path: str, head: bytes) -> None:
         if what := no_text(head):

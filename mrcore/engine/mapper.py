@@ -15,6 +15,7 @@ from mrcore.engine.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_i
 from mrcore.engine.shuffler import Shuffle
 from mrcore.engine.user_errors import NOTHING, flaw_of, user_fault
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Part, Spill, Split
 from mrcore.system import forks
 from mrcore.system.readers import unfinished_bytes
 from mrcore.text import clean
@@ -59,23 +60,23 @@ class Map:
         self._function, self._name, self._auxiliary = function, name, auxiliary
         self._sink, self._reader, self._on_bad_text = sink, reader, on_bad_text
         self._snapshot = Snapshot()
-        self._since_spill: list[Sequence[Any]] = []
+        self._since_spill: list[Split] = []
         self._emit = self._to_shuffle if isinstance(sink, Shuffle) else self._to_parts
         self.lines = self.items = self.unfinished_characters = 0
         self._held = 0
 
-    def map(self, pieces: Sequence[Sequence[Any]]) -> dict[str, int]:
-        """Map the pieces of one bundle and return `{"lines", "items", "bytes"}` read and emitted by them.
+    def map(self, splits: Sequence[Split]) -> dict[str, int]:
+        """Map the splits of one bundle and return `{"lines", "items", "bytes"}` read and emitted by them.
 
         Raises JobFault naming function, file, offset and line for whatever the user's code or data does wrong.
         """
         lines, items, read = self.lines, self.items, self._reader.bytes_read
-        for piece in pieces:
-            self._since_spill.append(piece)
-            self._map_piece(piece, self._emit)
+        for split in splits:
+            self._since_spill.append(split)
+            self._map_split(split, self._emit)
         return {"lines": self.lines - lines, "items": self.items - items, "bytes": self._reader.bytes_read - read}
 
-    def finish(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[Spill] | list[Part]:
         """Seal the output and return its spills (or its parts, for a job without a reduce function)."""
         try:
             if isinstance(self._sink, DirectOutput):
@@ -84,11 +85,11 @@ class Map:
         except (ValueError, OverflowError, TypeError) as error:
             raise self._name_the_line(error) from error
 
-    def _map_piece(self, piece: Sequence[Any], emit: Any) -> None:
-        path = piece[0]
+    def _map_split(self, split: Split, emit: Callable[[Iterator[str]], None]) -> None:
+        path, size = split.path, None if split.end is None else split.size
         task.set_surroundings(input_file=path)
-        for block_offset, block in self._reader.blocks(piece):
-            if piece[2] is not None and block_offset + len(block) == piece[3] and (cut := unfinished_bytes(block)):
+        for block_offset, block in self._reader.blocks(split):
+            if block_offset + len(block) == size and (cut := unfinished_bytes(block)):
                 block = block[:-cut]  # a writer has flushed half a character: the rest is to come
                 self.unfinished_characters += 1
             for offset, text in self._decode(path, block_offset, block) if block else ():
@@ -178,12 +179,12 @@ class Map:
         except (ValueError, OverflowError, TypeError) as error:
             raise self._name_the_line(error) from error
         self._note()  # a combiner had others
-        del self._since_spill[:-1]  # the piece that is being read may go on
+        del self._since_spill[:-1]  # the split that is being read may go on
 
     def _name_the_line(self, error: Exception) -> JobFault:
-        for piece in self._since_spill:
+        for split in self._since_spill:
             try:
-                self._map_piece(piece, self._to_parts)
+                self._map_split(split, self._to_parts)
             except JobFault as named:
                 return named
         return JobFault(f"map function {self._name}: {error}", function=self._name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import eq
@@ -17,6 +17,7 @@ from mrcore.engine.memory import MemoryWatch
 from mrcore.engine.records import Key, Snapshot, Value, as_key, check_item, dumps, loads, nodes_of
 from mrcore.engine.spills import Block, decoded_bytes
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Part, PlacedPart
 from mrcore.system import forks
 from mrcore.system.paths import PARTIAL, fsync_dir, fsync_file
 
@@ -57,7 +58,7 @@ class PartWriter:
     ) -> None:
         self._folder, self._run, self._partition, self._try = folder, run, partition, attempt_try
         self._max_items, self._compress = max_items, compress
-        self._parts: list[dict[str, Any]] = []
+        self._parts: list[Part] = []
         self._stream: BinaryIO | None = None
         self._checksum = self._bytes = self._records = self._batch_bytes = self._max_decoded = 0
 
@@ -99,21 +100,20 @@ class PartWriter:
         fsync_file(self._partial)
         os.replace(self._partial, self._path)
         self._parts.append(
-            {
-                "name": self._name,
-                "partition": self._partition,
-                "records": self._records,
-                "bytes": self._path.stat().st_size,
-                "text_bytes": self._bytes,
-                "crc32": self._checksum,
-                "batch_bytes": self._batch_bytes,
-                "max_decoded": self._max_decoded,
-            }
+            Part(
+                name=self._name,
+                partition=self._partition,
+                records=self._records,
+                bytes=self._path.stat().st_size,
+                text_bytes=self._bytes,
+                crc32=self._checksum,
+                batch_bytes=self._batch_bytes,
+                max_decoded=self._max_decoded,
+            )
         )
 
-    def close(self) -> list[dict[str, Any]]:
-        """Finish the last part and return all of them: name, partition, records, bytes (on disk),
-        text_bytes and crc32 (of the uncompressed lines), batch_bytes and max_decoded (of the largest batch written)."""
+    def close(self) -> list[Part]:
+        """Finish the last part and return all of them."""
         if self._stream is not None:
             self._finish()
         fsync_dir(self._folder)
@@ -144,7 +144,7 @@ class DirectOutput:
         if self.watch.due:
             self.watch.release()
 
-    def close(self) -> list[dict[str, Any]]:
+    def close(self) -> list[Part]:
         """Finish and return the parts, as `PartWriter.close` does."""
         self._flush()
         return self._parts.close()
@@ -152,44 +152,41 @@ class DirectOutput:
 
 @dataclass(frozen=True)
 class Parts:
-    """The earlier output of one partition, which is merged as if it were a spill: its parts, in order of their keys.
-
-    `recorded` is what `PartWriter.close` returned of each.
-    """
+    """The earlier output of one partition, which is merged as if it were a spill: its parts, in order of their keys."""
 
     paths: Sequence[Path]
-    recorded: Sequence[Mapping[str, Any]]
+    parts: Sequence[PlacedPart]
 
     @property
     def length(self) -> int:
         """Bytes of text."""
-        return sum(part["text_bytes"] for part in self.recorded)
+        return sum(part.text_bytes for part in self.parts)
 
     @property
     def max_decoded(self) -> int:
         """As of a Segment. A block that is read is of two of the batches that were written at most."""
-        return 2 * max((part["max_decoded"] for part in self.recorded), default=0)
+        return 2 * max((part.max_decoded for part in self.parts), default=0)
 
     def blocks(self) -> Iterator[Block]:
         """Read the parts block by block, as `Segment.blocks` reads frames.
 
         Raises JobFault for a part that is missing or damaged.
         """
-        for path, part in zip(self.paths, self.recorded, strict=True):
+        for path, part in zip(self.paths, self.parts, strict=True):
             checksum = 0
             try:
                 with xopen(path, "rb", threads=0) as stream:
-                    while block := stream.read(min(part["batch_bytes"], READ_BYTES)):
+                    while block := stream.read(min(part.batch_bytes, READ_BYTES)):
                         block += stream.readline()
                         checksum = crc32(block, checksum)
                         yield _grouped(loads(b"[" + block[:-1].replace(b"\n", b",") + b"]"))
-                if checksum != part["crc32"]:
+                if checksum != part.crc32:
                     raise ValueError("its checksum is not the committed one")
             except MemoryError:
                 raise
             except Exception as error:  # two formats with error classes of their own
                 raise JobFault(
-                    f"part {part['name']} of the earlier output on {part['node']} cannot be read ({error}): bring it "
+                    f"part {part.name} of the earlier output on {part.node} cannot be read ({error}): bring it "
                     "back, or have all inputs read again by `mrcore ledger forget JOB`"
                 ) from error
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mrcore import task
 from mrcore.engine.disk_sort import DiskSort
 from mrcore.engine.functions import load_auxiliary, load_function, make_combiner
@@ -30,6 +32,8 @@ from mrcore.engine.reducer import Reduce
 from mrcore.engine.shuffler import Combine, Shuffle
 from mrcore.engine.spills import DamagedFrame, Segment, select
 from mrcore.errors import ClusterFault, Interrupted, JobFault, MrcoreError, Refused, TaskDied, is_disk_full, unforeseen
+from mrcore.messages.kinds import convert
+from mrcore.messages.tasks import PlacedPart, Split
 from mrcore.project.packages import use_packages
 from mrcore.system import forks
 from mrcore.system.paths import PART_NAME, Layout, remove_tree
@@ -97,7 +101,7 @@ class Process:
     def _tell(self, **message: Any) -> None:
         forks.check()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server is gone, and we with it
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
+            self._connection.sendall(msgspec.json.encode(message) + b"\n")
 
     def _fault(self, error: BaseException) -> MrcoreError:
         """What ended the task, as one of our errors: its class decides whether the task is tried again."""
@@ -171,7 +175,7 @@ class Process:
         started = time.monotonic()
         totals = {"lines": 0, "items": 0, "bytes": 0}
         for bundle in self._bundles():
-            counters = mapper.map(bundle["pieces"])
+            counters = mapper.map(convert(list[Split], bundle["pieces"]))
             totals = {key: totals[key] + counters[key] for key in totals}
             self._tell(event="bundle_done", id=bundle["id"])
         if mapper.unfinished_characters:
@@ -319,7 +323,9 @@ class Process:
                 self._fetch(source, [{"part": {"job": job, "name": part["name"]}} for part in theirs], sink)
             except Refused as error:
                 raise JobFault(f"the earlier output is not to be had: {error.message}") from error
-        sorter.add_spill(Parts([folders[part["node"]] / part["name"] for part in parts], parts))
+        sorter.add_spill(
+            Parts([folders[part["node"]] / part["name"] for part in parts], convert(list[PlacedPart], parts))
+        )
         return {
             "merged_items": sum(part["records"] for part in parts),
             "merged_bytes": sum(part["bytes"] for part in parts),

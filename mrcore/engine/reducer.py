@@ -14,6 +14,7 @@ from mrcore.engine.output import BATCH_ITEMS, BATCH_NODES, PartWriter
 from mrcore.engine.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe, nodes_of
 from mrcore.engine.user_errors import NOTHING, flaw_of, user_fault
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Part
 from mrcore.system import forks
 
 _UNCHECKED = object()  # stands for the value of an item that is not simply (this key, something)
@@ -55,7 +56,7 @@ class Reduce:
         """Bring the spills to a number that can be merged within the memory budget."""
         self._sorter.prepare()
 
-    def reduce(self) -> list[dict[str, Any]]:
+    def reduce(self) -> list[Part]:
         """Reduce all groups and return the finished parts. Raises JobFault naming function and key."""
         for key, values in self._sorter.groups(self._disk_based_input):
             if self.groups % GROUPS_PER_NOTE == 0 or len(values) > LARGE_GROUP:

@@ -12,12 +12,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mrcore import task
-from mrcore.engine import records
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.records import LARGE, Key, Snapshot, Value, canonical_key, check_item, describe
+from mrcore.engine.records import (
+    LARGE,
+    Key,
+    Snapshot,
+    Value,
+    canonical_key,
+    check_item,
+    describe,
+    partition_keys,
+    sort_keys,
+)
 from mrcore.engine.spills import SpillWriter, frame_bytes_for
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Spill
 from mrcore.system import forks
 
 Combine = Callable[[Key, list[Value]], list[Value]]
@@ -55,7 +67,7 @@ class Shuffle:
         self.max_items = max_items or 1 << 62
         self._folder, self._name, self._combine = folder, name, combine
         self._partitions, self._by_range = 1 if by_range else partitions, by_range
-        self._spills: list[str] = []  # as text: small objects that outlive a spill pin arenas of the allocator
+        self._spills: list[bytes] = []  # as JSON: small objects that outlive a spill pin arenas of the allocator
         self._large = False  # some value may be: frames are then sized before they are encoded
         self._snapshot = Snapshot()
         watch.watch_growth(self.groups)
@@ -74,17 +86,17 @@ class Shuffle:
         if self.watch.due:
             self.spill()
 
-    def shuffle(self) -> list[dict[str, Any]]:
-        """Seal: write what is left and return what `SpillWriter.close` returned of every spill."""
+    def shuffle(self) -> list[Spill]:
+        """Seal: write what is left and return all spills."""
         self.spill()
-        return list(map(records.loads, self._spills))
+        return [msgspec.json.decode(spill, type=Spill) for spill in self._spills]
 
     def spill(self) -> None:
         """Write what is held as one spill and drop it. Raises BadItem, or what `combine` raises."""
         forks.check()
         if self.groups:
             try:
-                self._spills.append(records.dumps(self._write_spill()))
+                self._spills.append(msgspec.json.encode(self._write_spill()))
             except (ValueError, OverflowError, TypeError, JobFault):
                 self._check_all()
                 raise
@@ -92,7 +104,7 @@ class Shuffle:
             self._large = False
         self.watch.release()
 
-    def _write_spill(self) -> dict[str, Any]:
+    def _write_spill(self) -> Spill:
         # A function of its own, so that nothing of the spill is referred to when memory is given back.
         keys = list(self.groups)
         if not set(map(type, keys)) <= _ALREADY_CANONICAL:
@@ -102,8 +114,8 @@ class Shuffle:
         frame_bytes = frame_bytes_for(self.watch.budget_bytes)
         name = f"{self._name}-{len(self._spills)}"
         writer = SpillWriter(self._folder, name, frame_bytes, keep_first_keys=self._by_range)
-        for partition, part in enumerate(records.partition_keys(keys, self._partitions)):
-            writer.write(partition, records.sort_keys(part), self.groups, self._large)
+        for partition, part in enumerate(partition_keys(keys, self._partitions)):
+            writer.write(partition, sort_keys(part), self.groups, self._large)
         return writer.close()
 
     def _combine_all(self, combine: Combine, keys: list[Key]) -> None:

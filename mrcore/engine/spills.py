@@ -7,6 +7,7 @@ of one key range. A group too large for one frame stands in several frames with 
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import sys
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 from zlib import crc32
 
 from mrcore.engine.records import LARGE, Key, Value, as_key, dumps, loads, order_key
+from mrcore.messages.tasks import Spill
 from mrcore.system.paths import PARTIAL
 
 MAX_FRAME_GROUPS = 1000  # 300 to 1,000 measured best for encoding and for merging by blocks
@@ -167,9 +169,8 @@ class SpillWriter:
         self._write_frames(partition, keys, [values[:middle]])
         self._write_frames(partition, keys, [values[middle:]])
 
-    def close(self) -> dict[str, Any]:
-        """Publish the spill: data first, index last. Return what others must know of it, JSON-able: "id", "bytes",
-        "groups", "values", "max_decoded", "partitions": {p: bytes}, "samples": [[first key, bytes]…].
+    def close(self) -> Spill:
+        """Publish the spill: data first, index last. Return what others must know of it.
 
         Working files are not flushed to disk: a machine that loses power starts the attempt again.
         """
@@ -189,15 +190,25 @@ class SpillWriter:
             by_partition[str(partition)] = by_partition.get(str(partition), 0) + length
         step = -(-len(self._lengths) // SAMPLES_PER_SPILL) or 1
         starts = range(0, len(self._first_keys), step)
-        return {
-            "id": self.name,
-            "bytes": sum(self._lengths),
-            "groups": self.groups,
-            "values": self.values,
-            "max_decoded": self._max_decoded,
-            "partitions": by_partition,
-            "samples": [[self._first_keys[start], sum(self._lengths[start : start + step])] for start in starts],
-        }
+        return Spill(
+            id=self.name,
+            bytes=sum(self._lengths),
+            groups=self.groups,
+            values=self.values,
+            max_decoded=self._max_decoded,
+            partitions=by_partition,
+            samples=[(_finite(self._first_keys[start]), sum(self._lengths[start : start + step])) for start in starts],
+        )
+
+
+def _finite(key: Key) -> Key:
+    """Return the key with what is finite and next to it in place of infinities, which have no JSON.
+
+    Samples are cut into ranges, and any key may be the border of a range.
+    """
+    if key.__class__ is tuple:
+        return tuple(map(_finite, key))
+    return math.copysign(sys.float_info.max, key) if key.__class__ is float and math.isinf(key) else key
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------

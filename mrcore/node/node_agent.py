@@ -24,11 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mrcore import VERSIONS
 from mrcore.engine import spills
 from mrcore.engine.listing import Listing
 from mrcore.errors import ClusterFault, Refused
 from mrcore.messages.methods import LARGE_BYTES
+from mrcore.messages.nodes import InputPage
 from mrcore.node import tails
 from mrcore.node.moves import MoveMethods
 from mrcore.project import packages, snapshot
@@ -75,7 +78,7 @@ class _Held:
     """A listing of inputs that is not read to its end."""
 
     walk: Listing
-    found: Json | None = None  # once the walk has come to its end
+    found: InputPage | None = None  # once the walk has come to its end
     start: int = 0  # of the next page
     asked: float = 0.0  # monotonic, when somebody wanted to go on
 
@@ -131,7 +134,7 @@ class NodeAgent(MoveMethods):
 
     # ---- before a run
 
-    def list_inputs(self, caller: Identity, job: Json, node_names: list[str], cursor: str | None = None) -> Json:
+    def list_inputs(self, caller: Identity, job: Json, node_names: list[str], cursor: str | None = None) -> InputPage:
         """List the input files of a job (`input_dirs`, `shared_input`) on this node: by slices of time, then by pages.
 
         Return what `Listing.result` does, of at most FILES_A_PAGE files, and "next": the cursor to go on with, or None.
@@ -150,17 +153,16 @@ class NodeAgent(MoveMethods):
             held = _Held(Listing(asked, self._layout, node_names, self._spec["node"]))
         if held.found is None and held.walk.advance(SLICE_SECONDS):
             held.found = held.walk.result()
-        found = held.found or {"files": [], "matched": {}, "skipped": {}, "fingerprint": "", "faults": []}
-        files, start = found["files"], held.start
+        found = held.found or InputPage(files=[], matched={}, skipped={}, fingerprint="", faults=[], next=None)
+        files, start, following = found.files, held.start, None
         held.start = min(start + FILES_A_PAGE, len(files))
-        page = found | {"files": files[start : held.start], "next": None}
         if held.found is None or held.start < len(files):
-            page["next"], held.asked = secrets.token_hex(8), time.monotonic()
+            following, held.asked = secrets.token_hex(8), time.monotonic()
             with self._lock:
-                self._listings[page["next"]] = held
+                self._listings[following] = held
                 while len(self._listings) > MAX_LISTINGS:
                     del self._listings[next(iter(self._listings))]
-        return page
+        return msgspec.structs.replace(found, files=files[start : held.start], next=following)
 
     def look_into(self, caller: Identity, files: list[list[Any]]) -> list[list[Any]]:
         """What `tails.look_into` finds in each of these listed files: [path, size, mtime_ns, inode, read before]."""

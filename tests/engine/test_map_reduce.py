@@ -32,6 +32,7 @@ from mrcore.engine.shuffler import Shuffle
 from mrcore.engine.spills import Segment, select
 from mrcore.engine.trial import try_job
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Bundle, Spill
 
 Function = Callable[..., Any]
 
@@ -68,7 +69,7 @@ def mapped(
     partitions: int = 1,
     block_bytes: int = 1 << 16,
     **more: Any,
-) -> tuple[list[dict[str, Any]], Map]:
+) -> tuple[Any, Map]:
     """Run Map over a file of `content`, spilling at every `period`th item, and give the runs."""
     path = folder / "input.txt"
     path.write_bytes(content)
@@ -81,17 +82,17 @@ def mapped(
     return mapper.finish(), mapper
 
 
-def reduced(folder: Path, told: list[dict[str, Any]], function: Function, partition: int = 0, **more: Any) -> Any:
+def reduced(folder: Path, told: list[Spill], function: Function, partition: int = 0, **more: Any) -> Any:
     """Run Reduce over one partition of the runs and give its items and itself."""
     watch: Any = StubWatch(3)
     sorter = DiskSort(folder, watch, ascending_values=more.pop("sort_values", False), combine=more.pop("combine", None))
     for run in told:
-        for offset, length in select(folder, run["id"], {"partition": partition}):
-            sorter.add_spill(Segment(folder / f"{run['id']}.data", offset, length, run["max_decoded"]))
+        for offset, length in select(folder, run.id, {"partition": partition}):
+            sorter.add_spill(Segment(folder / f"{run.id}.data", offset, length, run.max_decoded))
     parts = PartWriter(folder, run=1, partition=partition, attempt_try=1, max_items=None, compress=False)
     reducer = Reduce(function, "my_reduce", None, sorter, parts, watch, folder, **more)
     reducer.sort()
-    written = [folder / part["name"] for part in reducer.reduce()]
+    written = [folder / part.name for part in reducer.reduce()]
     items = [json.loads(line) for path in written for line in path.read_text().split("\n")[:-1]]
     for path in written:
         path.unlink()
@@ -248,7 +249,7 @@ def test_a_map_only_task_gives_back_memory_and_batches_by_size(tmp_path: Path) -
         sink.add(("k" * 20_000, ["x"] * 20_000))
         assert sum(len(key) + len(value) for key, value in sink._batch) < 1 << 16
     assert watch.released >= 9
-    assert sink.close()[0]["records"] == 10
+    assert sink.close()[0].records == 10
 
 
 @pytest.mark.parametrize(
@@ -535,7 +536,7 @@ def bundles(work: Task, folder: Path, *contents: bytes) -> list[Any]:
     for number, content in enumerate(contents):
         paths.append(folder / f"in-{number}.txt")
         paths[-1].write_bytes(content)
-    return [dict(bundle, id=n) for n, path in enumerate(paths) for bundle in plan_bundles(work.files([path]), 1)]
+    return [Bundle(n, bundle.pieces) for n, path in enumerate(paths) for bundle in plan_bundles(work.files([path]), 1)]
 
 
 def test_process_counts_words_in_partitions_with_spills(tmp_path: Path) -> None:

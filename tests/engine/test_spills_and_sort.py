@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from mrcore.engine import disk_sort, spills
 from mrcore.engine.disk_list import DiskGroup
 from mrcore.engine.disk_sort import DiskSort, merge
 from mrcore.engine.memory import MIN_SPILL_BYTES, MemoryWatch
-from mrcore.engine.records import BadItem, loads, sort_keys
+from mrcore.engine.records import BadItem, as_key, canonical_key, loads, sort_keys
 from mrcore.engine.shuffler import Shuffle
 from mrcore.engine.spills import DamagedFrame, Segment, SpillWriter, encode_frame, select
 from mrcore.errors import JobFault
@@ -43,9 +44,9 @@ def write(folder: Path, name: str, items: Sequence[Item], frame_bytes: int = 1 <
     writer = SpillWriter(folder, name, frame_bytes, keep_first_keys=True)
     writer.write(0, sort_keys(groups), groups, True)
     told = writer.close()
-    json.dumps(told)
-    assert told["bytes"] == (folder / f"{name}.data").stat().st_size
-    return Segment(folder / f"{name}.data", 0, told["bytes"], told["max_decoded"])
+    assert msgspec.json.encode(told)
+    assert told.bytes == (folder / f"{name}.data").stat().st_size
+    return Segment(folder / f"{name}.data", 0, told.bytes, told.max_decoded)
 
 
 def merged(segments: Sequence[Segment], low: Any = None, high: Any = None) -> list[tuple[Any, list[Any]]]:
@@ -107,16 +108,36 @@ def test_ranges_of_keys_hold_every_key_once(
     assert got == as_items(grouped(items))
 
 
+def test_first_keys_reach_the_master_whatever_they_are(tmp_path: Path) -> None:
+    infinite = float("inf")
+    held: list[Any] = [-infinite, 7, infinite, (infinite, ["x"]), ("a", (-infinite,)), 10**4299, -(10**400)]
+    held = sort_keys(map(canonical_key, held))
+    writer = SpillWriter(tmp_path, "run", 1, keep_first_keys=True)
+    writer.write(0, held, {key: [1] for key in held}, True)
+    plain = json.dumps({"event": "done", "runs": [msgspec.to_builtins(writer.close())]})
+    sent = msgspec.json.decode(plain)["runs"][0]["samples"]
+    cuts = [as_key(key) for key, _ in sent]
+    assert len(cuts) == len(held)
+    assert all(cut == key or "inf" in repr(key) for key, cut in zip(held, cuts, strict=True))
+    got: list[Any] = []
+    for low, high in itertools.pairwise([None, *([cut] for cut in sort_keys(cuts)), None]):
+        sorter = DiskSort(tmp_path, StubWatch(1), low=low, high=high)  # type: ignore[arg-type]
+        for offset, length in select(tmp_path, "run", {"low": low, "high": high}):
+            sorter.add_spill(Segment(tmp_path / "run.data", offset, length, 1))
+        got += [key for key, _ in sorter.groups()]
+    assert got == held, "each key is in one range, in the order of all"
+
+
 def test_partitions_of_a_run(tmp_path: Path) -> None:
     writer = SpillWriter(tmp_path, "run", 1 << 16)
     for partition in (0, 2, 3):
         writer.write(partition, [f"k{partition}"], {f"k{partition}": list(range(9000))}, False)
     told = writer.close()
-    assert set(told["partitions"]) == {"0", "2", "3"} and told["groups"] >= 3 and told["values"] == 27_000
+    assert set(told.partitions) == {"0", "2", "3"} and told.groups >= 3 and told.values == 27_000
     position = 0
     for partition in range(4):
         ranges = select(tmp_path, "run", {"partition": partition})
-        assert sum(length for _, length in ranges) == told["partitions"].get(str(partition), 0)
+        assert sum(length for _, length in ranges) == told.partitions.get(str(partition), 0)
         for offset, length in ranges:
             assert offset == position
             position += length
@@ -232,9 +253,9 @@ def test_any_number_of_spills_and_partitions_gives_the_same_items(
     got: list[Item] = []
     for partition in range(1 if by_range else partitions):
         segments = [
-            Segment(folders / f"{run['id']}.data", offset, length, run["max_decoded"])
+            Segment(folders / f"{run.id}.data", offset, length, run.max_decoded)
             for run in told
-            for offset, length in select(folders, run["id"], {"partition": partition})
+            for offset, length in select(folders, run.id, {"partition": partition})
         ]
         got += as_items(merged(segments))
     assert bag(got) == bag(as_items(grouped(items)))
@@ -250,7 +271,7 @@ def test_next_group_returns_the_groups_of_all_spills(tmp_path: Path) -> None:
         sink.append("k", b"")
     sorter = DiskSort(tmp_path, StubWatch(50), ascending_values=True)  # type: ignore[arg-type]
     for spill in sink.shuffle():
-        sorter.add_spill(Segment(tmp_path / f"{spill['id']}.data", 0, spill["bytes"], spill["max_decoded"]))
+        sorter.add_spill(Segment(tmp_path / f"{spill.id}.data", 0, spill.bytes, spill.max_decoded))
     got = []
     while (group := sorter.next_group()) is not None:
         got.append(group)
