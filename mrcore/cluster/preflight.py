@@ -131,8 +131,8 @@ class Preflight:
             )
         bundles: dict[str, list[Bundle]] = {}
         for node in settings.nodes:
-            planned = plan_bundles(files[node.name], node.servers, first_id=sum(map(len, bundles.values())))
-            bundles[node.name] = convert(list[Bundle], planned)
+            first_id = sum(map(len, bundles.values()))
+            bundles[node.name] = plan_bundles(files[node.name], node.servers, first_id)
         count = sum(map(len, files.values()))
         return Plan(snapshot, packages.hash, bundles, count, total, dict(skipped), **increment)
 

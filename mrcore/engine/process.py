@@ -26,12 +26,10 @@ from mrcore.engine.functions import load_auxiliary, load_function, make_combiner
 from mrcore.engine.inputs import Reader, Sample
 from mrcore.engine.mapper import Map
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.output import PartWriter
-from mrcore.engine.records import dumps
+from mrcore.engine.output import DirectOutput, Parts, PartWriter
 from mrcore.engine.reducer import Reduce
-from mrcore.engine.shuffler import DirectOutput, Shuffle
-from mrcore.engine.sorter import Combine
-from mrcore.engine.spills import Parts, Segment, select
+from mrcore.engine.shuffler import Combine, Shuffle
+from mrcore.engine.spills import DamagedFrame, Segment, select
 from mrcore.errors import ClusterFault, Interrupted, JobFault, MrcoreError, Refused, TaskDied, is_disk_full, unforeseen
 from mrcore.messages import tasks
 from mrcore.messages.kinds import convert
@@ -92,7 +90,7 @@ class Process:
                 forks.check()  # the folder is the parent's
                 os.chdir("/")
                 remove_tree(self._folder)
-            return convert(TaskResult, made | {"peak_bytes": watch.peak_bytes, "seconds": self._seconds})
+            return TaskResult(**made, peak_bytes=watch.peak_bytes, seconds=self._seconds)
 
     def _report(self, event: tasks.TaskEvent) -> None:
         forks.check()
@@ -118,7 +116,7 @@ class Process:
                 "the job goes on by itself",
                 hold=True,
             )
-        if isinstance(error, OSError | ValueError):  # ValueError: a damaged frame, which the next try reads anew
+        if isinstance(error, OSError | DamagedFrame):
             return TaskDied(f"{where}: {one_line(error, 500)}")
         return unforeseen(error, where)
 
@@ -168,7 +166,7 @@ class Process:
         started = time.monotonic()
         totals = {"lines": 0, "items": 0, "bytes": 0}
         for bundle in self._bundles():
-            counters = mapper.map([msgspec.structs.astuple(split) for split in bundle.pieces])
+            counters = mapper.map(bundle.pieces)
             totals = {key: totals[key] + counters[key] for key in totals}
             self._report(tasks.BundleDone(id=bundle.id))
         if mapper.unfinished_characters:
@@ -176,11 +174,7 @@ class Process:
         mapped = time.monotonic()
         sealed = mapper.finish()
         self._seconds = {"map": mapped - started, "seal": time.monotonic() - mapped}
-        if isinstance(sink, DirectOutput):
-            return {"counters": totals, "parts": sealed}
-        for spill in sealed:  # keys travel as text: JSON proper has no infinity
-            spill["samples"] = [(dumps(key), weight) for key, weight in spill["samples"]]
-        return {"counters": totals, "runs": sealed}
+        return {"counters": totals, "parts" if isinstance(sink, DirectOutput) else "runs": sealed}
 
     def _bundles(self) -> Iterator[Bundle]:
         """Yield bundles; ask for more as soon as the last one in hand is begun, so that there is no waiting."""
@@ -265,13 +259,13 @@ class Process:
                 runs_dir = self._layout.runs_dir(job, run)
                 for spill in source.runs:
                     for start, length in select(runs_dir, spill.id, selector):
-                        sorter.add_run(Segment(runs_dir / f"{spill.id}.data", start, length, spill.max_decoded))
+                        sorter.add_spill(Segment(runs_dir / f"{spill.id}.data", start, length, spill.max_decoded))
                         offset += length
             else:
                 requests = [{"run": {"job": job, "run": run, "id": spill.id} | selector} for spill in source.runs]
                 lengths = self._fetch_into(path, source, requests)
                 for spill, length in zip(source.runs, lengths, strict=True):
-                    sorter.add_run(Segment(path, offset, length, spill.max_decoded))
+                    sorter.add_spill(Segment(path, offset, length, spill.max_decoded))
                     offset += length
             fetched[source.node] = offset
         return fetched
@@ -302,7 +296,7 @@ class Process:
             if source.node != self._order.node:
                 self._fetch_parts(source, [part for part in parts if part.node == source.node])
         paths = [(here if part.node == self._order.node else self._folder) / part.name for part in parts]
-        sorter.add_run(Parts(paths, [msgspec.structs.asdict(part) for part in parts]))
+        sorter.add_spill(Parts(paths, parts))
         return {"merged_items": sum(part.records for part in parts), "merged_bytes": sum(part.bytes for part in parts)}
 
     def _fetch_parts(self, source: Source, parts: Sequence[Part]) -> None:

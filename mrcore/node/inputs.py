@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from mrcore.engine.listing import Listing
 from mrcore.errors import JobFault, Refused
 from mrcore.messages.kinds import PAGE_FILES, JobName
-from mrcore.messages.nodes import InputFile, InputPage, ReadFile, Tail
+from mrcore.messages.nodes import InputPage, ReadFile, Tail
 from mrcore.system.paths import Layout
 from mrcore.system.readers import format_of, open_regular, unfinished_bytes
 from mrcore.wire.tls import Identity
@@ -67,8 +67,7 @@ class Inputs:
             asked = job | {"sibling_dirs": self._sibling_dirs}
             held = _Held(Listing(asked, self._layout, node_names, self._node))
         if held.page is None and held.walk.advance(SLICE_SECONDS):
-            result = held.walk.result()
-            held.page = InputPage(**result | {"files": [InputFile(*file) for file in result["files"]], "next": None})
+            held.page = held.walk.result()
         if held.page is not None and len(held.page.files) <= PAGE_FILES:
             return held.page
         held.asked, following = time.monotonic(), secrets.token_hex(8)

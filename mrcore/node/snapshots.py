@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
-import shutil
-import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +13,7 @@ from mrcore.errors import ClusterFault, Refused
 from mrcore.messages.kinds import Hash, JobName, convert
 from mrcore.node.runs import remove
 from mrcore.project import packages, snapshot
+from mrcore.system import archives
 from mrcore.system.paths import PARTIAL, Layout, fsync_dir, remove_tree
 from mrcore.system.staging import flush
 from mrcore.wire.data import Upload
@@ -138,16 +136,7 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar of plain files with relative names into a new folder. Raises Refused for anything else in it."""
     folder.mkdir()
     try:
-        with tarfile.open(archive, "r:") as members:
-            for member in members:
-                parts = member.name.split("/")
-                if not member.isreg() or not all(parts) or {".", ".."} & set(parts) or "\0" in member.name:
-                    raise Refused(f"a project archive holds {member.name!r:.200}, which is no plain file inside it")
-                path = folder.joinpath(*parts)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("xb") as stream:
-                    shutil.copyfileobj(members.extractfile(member) or io.BytesIO(), stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-    except (tarfile.TarError, FileExistsError, NotADirectoryError) as error:
-        raise Refused(f"a project archive cannot be unpacked: {error}") from None
+        with archive.open("rb") as stream:
+            archives.unpack(stream, folder, most_bytes=archive.stat().st_size)
+    except archives.BadArchive as error:
+        raise Refused(f"a project archive {error}") from None

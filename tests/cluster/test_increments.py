@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from clusters import TestCluster
 from hypothesis import given, settings
@@ -23,11 +24,13 @@ from oracle import bag, grouped
 
 from mrcore.engine.disk_sort import DiskSort
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.output import PartWriter
-from mrcore.engine.spills import Parts, RunWriter, Segment
+from mrcore.engine.output import Parts, PartWriter
+from mrcore.engine.shuffler import Shuffle
+from mrcore.engine.spills import Segment, SpillWriter
 from mrcore.errors import ClusterFault, JobFault, UsageError
 from mrcore.launchers import local
 from mrcore.messages.nodes import ReadFile
+from mrcore.messages.tasks import PlacedPart
 from mrcore.node.inputs import check_tail
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import ledger, manifest
@@ -664,12 +667,15 @@ def test_parts_merge_as_runs_do(
         ordered = [(key, value) for key, values in grouped(old) for value in values]
         for start in range(0, len(ordered), batch):
             writer.write(ordered[start : start + batch])
-        told = [part | {"node": "n"} for part in writer.close()]
-        assert sum(part["records"] for part in told) == len(old)
+        told = [PlacedPart(**msgspec.structs.asdict(part), node="n") for part in writer.close()]
+        assert sum(part.records for part in told) == len(old)
         sorter = DiskSort(folder, watch)
-        sorter.add_run(Parts([folder / part["name"] for part in told], told))
-        for item in new:
-            sorter.append(item)
+        sorter.add_spill(Parts([folder / part.name for part in told], told))
+        sink = Shuffle(folder, "new", watch, partitions=1)
+        for key, value in new:
+            sink.append(key, value)
+        for spill in sink.shuffle():
+            sorter.add_spill(Segment(folder / f"{spill.id}.data", 0, spill.bytes, spill.max_decoded))
         found = [(key, value) for key, values in sorter.groups() for value in values]
         expected = grouped(old + new)
         assert [key for key, _ in grouped(found)] == [key for key, _ in expected]
@@ -680,15 +686,15 @@ def test_a_large_earlier_output_needs_little_memory(tmp_path: Path) -> None:
     writer = PartWriter(tmp_path, run=1, partition=0, attempt_try=1, max_items=None, compress=False)
     for start in range(0, 300_000, 1000):
         writer.write([(f"{number:08}", 1) for number in range(start, start + 1000)])
-    told = [part | {"node": "n"} for part in writer.close()]
-    run = RunWriter(tmp_path, "new", 64 * 1024)
+    told = [PlacedPart(**msgspec.structs.asdict(part), node="n") for part in writer.close()]
+    run = SpillWriter(tmp_path, "new", 64 * 1024)
     run.write(0, ["00000007", "x"], {"00000007": [1], "x": [1]}, False)
     new = run.close()
     with MemoryWatch(1 << 30) as watch:
         floor = watch.anonymous_bytes()
         sorter = DiskSort(tmp_path, watch)
-        sorter.add_run(Parts([tmp_path / part["name"] for part in told], told))
-        sorter.add_run(Segment(tmp_path / "new.data", 0, new["bytes"], new["max_decoded"]))
+        sorter.add_spill(Parts([tmp_path / part.name for part in told], told))
+        sorter.add_spill(Segment(tmp_path / "new.data", 0, new.bytes, new.max_decoded))
         count = total = 0
         for _, values in sorter.groups():
             count, total = count + 1, total + len(values)

@@ -14,17 +14,17 @@ from typing import Any
 
 import msgspec
 import pytest
+from by_name import ByName
 from conditions import wait_until
 from daemons import Daemon, living
 
 from mrcore import WIRE_VERSION
-from mrcore.engine.spills import RunWriter
+from mrcore.engine.spills import SpillWriter
 from mrcore.errors import ClusterFault, MrcoreError, Refused, Unreachable
 from mrcore.project import snapshot
 from mrcore.queue.job import template
 from mrcore.system import logs
 from mrcore.system.paths import Layout
-from mrcore.wire.client import Client
 from mrcore.wire.tls import Pki
 
 
@@ -63,7 +63,7 @@ def pack(*members: tarfile.TarInfo | tuple[str, bytes]) -> bytes:
 
 
 def test_health_is_for_members_and_the_rest_for_the_master(agent: Agent) -> None:
-    node = Client(agent.address, agent.port, Pki(agent.pki / "n1", "node"), "n1")
+    node = ByName(agent.address, agent.port, Pki(agent.pki / "n1", "node"), "n1")
     agent.clients.append(node)
     health = node.call("health")
     assert health["name"] == "n1" and health["wire_version"] == WIRE_VERSION and health["disk_free_bytes"] > 0
@@ -270,14 +270,14 @@ def test_auxiliary_data_is_found_by_name(agent: Agent) -> None:
 def test_spill_runs_are_served_to_any_member_and_counted(agent: Agent) -> None:
     folder = agent.layout.runs_dir("j", 1)
     folder.mkdir(parents=True)
-    writer = RunWriter(folder, "map-0-1-0", 1 << 16)
+    writer = SpillWriter(folder, "map-0-1-0", 1 << 16)
     writer.write(0, ["a"], {"a": [1]}, False)
     writer.write(2, ["b", "c"], {"b": [2], "c": [3]}, False)
     told = writer.close()
     asked = {"job": "j", "run": 1, "id": told["id"]}
-    whole = (folder / f"{told['id']}.data").read_bytes()
+    whole = (folder / f"{told.id}.data").read_bytes()
     parts = [agent.get({"run": asked | {"partition": partition}}, "n1") for partition in range(3)]
-    assert b"".join(parts) == whole and parts[1] == b"" and len(parts[0]) == told["partitions"]["0"]
+    assert b"".join(parts) == whole and parts[1] == b"" and len(parts[0]) == told.partitions["0"]
     assert agent.master.call("health")["served_bytes"] == {"run": len(whole)}
     with pytest.raises(Refused, match="has no run"):
         agent.get({"run": asked | {"run": 2, "partition": 0}}, "n1")

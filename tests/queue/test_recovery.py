@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import recovery
+from checkout import PROJECT
 from clusters import TestCluster
 from conditions import wait_until
 from recovery import FIRST, SECOND
@@ -160,9 +161,8 @@ def test_agent_killed_at_every_point(
 
 
 def test_every_point_is_in_the_code_and_unknown_ones_are_refused() -> None:
-    package = Path(failpoints.__file__).parent
-    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "faults.py")
-    named = {point for point in failpoints.POINTS if f'faults.point("{point}")' in code}
+    code = "\n".join(path.read_text() for path in PROJECT.glob("mrcore/**/*.py") if path.name != "failpoints.py")
+    named = {point for point in failpoints.POINTS if f'failpoints.point("{point}")' in code}
     changes = {change for change in failpoints.CHANGES if f'"{change}")' in code or f'"{change}") as' in code}
     assert changes | {"queue"} == set(failpoints.CHANGES)
     assert named | {f"{when} {change}" for change in failpoints.CHANGES for when in ("before", "after")} == set(

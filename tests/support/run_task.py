@@ -17,6 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from mrcore.messages.tasks import Bundle
 from mrcore.queue.job import template
 from mrcore.system.paths import Layout
 
@@ -55,9 +58,9 @@ class Task:
         states = [(str(path), path.stat()) for path in paths]
         return [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states]
 
-    def map(self, bundles: Sequence[Json], **more: Any) -> Json:
+    def map(self, bundles: Sequence[Bundle], **more: Any) -> Json:
         """Carry out one MAP order over the bundles and give its result."""
-        result = self._order("MAP", bundles=list(bundles), no_more=True, sample_by_lines=True, **more)
+        result = self._order("MAP", bundles=msgspec.to_builtins(bundles), no_more=True, sample_by_lines=True, **more)
         self.runs += result.get("runs", ())
         return result
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import click
 import pytest
+from by_name import ByName
 from checkout import PROJECT, commands, text_of
 from clusters import TestCluster
 from daemons import own_address
@@ -32,7 +33,7 @@ from mrcore.cli.main import cli, main
 from mrcore.cluster.manage_cluster import ManageCluster
 from mrcore.cluster.preflight import Preflight
 from mrcore.engine.process import Process
-from mrcore.engine.spills import RunWriter, select
+from mrcore.engine.spills import SpillWriter, select
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused
 from mrcore.launchers import local
 from mrcore.messages.nodes import InputPage
@@ -42,7 +43,6 @@ from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import backup
 from mrcore.system.paths import Layout
 from mrcore.wire import pki
-from mrcore.wire.client import Client
 from mrcore.wire.service import Server
 from mrcore.wire.tls import RPC_PROTOCOL, client_context
 
@@ -104,7 +104,7 @@ def test_an_expired_certificate_is_a_fault_of_the_cluster(
     server.start()
     try:
         with pytest.raises(ClusterFault, match=r"(?i)expired"):
-            Client("127.0.0.1", server.port, certificates.pki("master"), "a").call("anything")
+            ByName("127.0.0.1", server.port, certificates.pki("master"), "a").call("anything")
     finally:
         server.close()
 
@@ -293,7 +293,7 @@ def test_output_that_a_restored_history_does_not_know_is_said_and_the_next_run_m
 
 
 def test_a_run_exists_when_its_index_does(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path, "run", 1000)
+    writer = SpillWriter(tmp_path, "run", 1000)
     writer.write(0, ["a", "b"], {"a": [1], "b": [2]}, False)
     assert not list(tmp_path.glob("*.index*"))
     with pytest.raises(FileNotFoundError):
