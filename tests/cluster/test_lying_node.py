@@ -26,11 +26,13 @@ from mrcore.system import procfs
 
 NODE = "node-1"
 RSS_BYTES = 300 << 20  # of the master, whatever it is told
+TIMEOUT_SECONDS = 8.0  # node_timeout_seconds
+SECONDS = 4 * TIMEOUT_SECONDS  # of an attempt, on a machine that does a lot beside
 ATTEMPT = """
-import json, sys
+import json, sys, time
 from mrcore.settings.config import load_settings
 from mrcore.cluster.manage_cluster import ManageCluster
-job = json.loads(sys.argv[2])
+job, begun = json.loads(sys.argv[2]), time.monotonic()
 try:
     ManageCluster(load_settings(sys.argv[1])).run(job, run=int(sys.argv[3]))
     made = {"class": None, "message": "", "kinds": []}
@@ -39,7 +41,7 @@ except BaseException as error:
     made = {"class": type(error).__name__, "message": str(error), "kinds": kinds}
 # Not ru_maxrss, which a process has from whoever started it: from a test process of any size.
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-print(json.dumps(made | {"rss": int(peak.split()[1]) * 1024}))
+print(json.dumps(made | {"rss": int(peak.split()[1]) * 1024, "seconds": time.monotonic() - begun}))
 """
 RUNNER = """
 import sys
@@ -53,7 +55,9 @@ class LyingCluster(TestCluster):
     """Two nodes, of which the second has other daemons than the first."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, nodes=2, servers=1, node_timeout_seconds=8.0, hold_backoff_first_seconds=0.2)
+        super().__init__(
+            folder, nodes=2, servers=1, node_timeout_seconds=TIMEOUT_SECONDS, hold_backoff_first_seconds=0.2
+        )
         self.config = folder / "config.json"
         self.config.write_text(self.settings.model_dump_json())
         self.number = 100
@@ -159,10 +163,12 @@ RAW: dict[str, dict[str, list[Any]]] = {  # before, text, times, after
 }
 
 
-def check(ended: dict[str, Any], named: str = NODE) -> None:
+def check(ended: dict[str, Any], named: str = NODE, seconds: float = SECONDS) -> None:
+    """The attempt ended soon, by a fault of the cluster that names the node, and the master stayed small."""
     assert "ClusterFault" in ended["kinds"], ended
     assert named in ended["message"] and len(ended["message"]) < 2_000, ended
     assert ended["rss"] < RSS_BYTES, f"{ended['rss'] >> 20} MiB"
+    assert ended["seconds"] < seconds, ended
 
 
 @pytest.mark.slow
@@ -186,7 +192,7 @@ def test_what_is_no_message_is_a_fault_of_the_cluster(cluster: LyingCluster, wha
 @pytest.mark.parametrize("kind", ["endless", "same cursor", "empty"])
 def test_listings_without_an_end_are_ended(cluster: LyingCluster, kind: str) -> None:
     cluster.lie(pages=kind)
-    check(cluster.attempt())
+    check(cluster.attempt(), seconds=10 * SECONDS)  # half a million files are taken before it is too much
 
 
 @pytest.mark.slow
@@ -207,13 +213,42 @@ def manifests(cluster: LyingCluster) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["{evil}", "../../../../evil", "part-000001-00000-00000.data", "", 5])
-def test_no_part_gets_a_name_that_a_node_chooses(cluster: LyingCluster, tmp_path: Path, name: Any) -> None:
+@pytest.mark.parametrize("name", ["/tmp/mrcore-evil", "../../../../evil", "a/b", "part-000001-00000-00000.data", "", 5])
+def test_no_part_gets_a_name_that_a_node_chooses(cluster: LyingCluster, name: Any) -> None:
     """The hole that wrote files: a part's path went by the manifest to the next run, which fetched it there."""
-    evil, before = tmp_path / "evil", manifests(cluster)
-    cluster.lie(rename=str(evil) if name == "{evil}" else name)
+    before, files = manifests(cluster), cluster.files()
+    cluster.lie(results={"parts": {"name": name}})
     check(cluster.attempt(map_function_name="count_words", reduce_function_name=None))
-    assert not evil.exists() and manifests(cluster) == before
+    assert manifests(cluster) == before and not Path("/tmp/mrcore-evil").exists()
+    assert cluster.files() - files <= {path for path in cluster.files() if "/projects/" in path}
+
+
+RESULTS: dict[str, Any] = {  # of a map task
+    "null": None,
+    "a list": [],
+    "without counters": {"counters": None},
+    "counters below nothing": {"counters": {"lines": -1}},
+    "counters of 2^63": {"counters": {"lines": 1 << 63}},
+    "seconds in words": {"seconds": {"map": "long"}},
+    "spills are a table": {"runs": 7},
+    "a spill is a number": {"runs": [7]},
+    "a spill outside": {"runs": {"id": "../../evil"}},
+    "a spill of another task": {"runs": {"id": "map-99-1-0"}},
+    "a spill below nothing": {"runs": {"bytes": -1}},
+    "a partition that there is not": {"runs": {"partitions": {"999": 1}}},
+    "samples that are no keys": {"runs": {"samples": [["{", 1]]}},
+    "a part of 2^70 bytes": {"parts": [{"name": "part-000001-00000-00000.data", "bytes": 1 << 70}]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", RESULTS)
+def test_what_is_no_result_is_a_fault_of_the_cluster_that_names_the_node(cluster: LyingCluster, what: str) -> None:
+    before, files = manifests(cluster), cluster.files()
+    cluster.lie(results=RESULTS[what])
+    check(cluster.attempt(number_of_partitions=2))
+    assert manifests(cluster) == before
+    assert cluster.files() - files <= {path for path in cluster.files() if "/projects/" in path}
 
 
 @pytest.mark.parametrize("name", ["/tmp/evil", "../evil", "part-000001-00000-00000.data/../../evil", ""])

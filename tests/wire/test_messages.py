@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mrcore.cluster.attempt import Attempt, Start
 from mrcore.cluster.partitions import Partition, Partitioning
 from mrcore.engine.output import part_name
-from mrcore.engine.records import as_tuple
+from mrcore.engine.records import as_key
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, UsageError
 from mrcore.messages import pages as pages_of
 from mrcore.messages.methods import METHODS, POLL, decode_error
@@ -64,7 +64,7 @@ HONEST: dict[str, Any] = {  # an answer of each method that is one
     "hello": WHO | {"incarnation": "ab", "pid": 3, "anonymous_bytes": 3},
     "order": {"accepted": True},
     "give": {"given": 1},
-    "poll": {"incarnation": "ab", "events": [[1, {"event": "want"}]]},
+    "poll": {"incarnation": "ab", "events": [[1, {"event": "want", "identity": None}]]},
     "cancel": {"cancelled": False},
 } | dict.fromkeys(("project_state", "environment_state", "install_environment", "auxiliary"), True) | dict.fromkeys(
     ("end_run", "end_server", "exists"), False
@@ -286,7 +286,7 @@ def test_a_key_travels_as_text_whatever_it_is(key: Any) -> None:
     assert isinstance(event, Done) and event.identity is not None
     check_result(event.result, event.identity, 4, "n1")
     ((text, weight),) = event.result.runs[0].samples
-    assert weight == 3 and read_key(text) == (as_tuple(key) if isinstance(key, list) else key)
+    assert weight == 3 and read_key(text) == as_key(key)
 
 
 def test_a_node_may_blame_the_job_only_where_the_job_can_be_at_fault() -> None:
