@@ -14,6 +14,7 @@ from mrcore.system.terminal import raw, speaks_unicode
 from mrcore.text import json_text, one_line
 
 if TYPE_CHECKING:
+    from mrcore.launchers.launcher import Launcher
     from mrcore.queue.scheduler import Scheduler
     from mrcore.settings.config import Settings
 
@@ -78,6 +79,13 @@ def cluster_in_force(settings: Settings | None = None) -> Any:
     from mrcore.cluster.manage_cluster import ManageCluster
 
     return ManageCluster(settings or settings_in_force())
+
+
+def launcher_in_force(settings: Settings) -> Launcher:
+    """Return what starts and stops the daemons of these settings."""
+    from mrcore.launchers.launcher import launcher_of
+
+    return launcher_of(settings)
 
 
 def insist(yes: bool, question: str) -> None:

@@ -21,6 +21,7 @@ from mrcore.cluster.preflight import Preflight, Stopped, check_versions
 from mrcore.engine.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW
 from mrcore.errors import JobFault, MrcoreError, UsageError
 from mrcore.launchers import health
+from mrcore.launchers.launcher import DaemonStatus, launcher_of
 from mrcore.settings.config import NodeSettings, Settings, load_settings
 from mrcore.state import ledger, manifest, outputs
 from mrcore.state.store import Store
@@ -46,34 +47,25 @@ class ManageCluster:
 
     # --- life of the cluster ---
 
-    def start_cluster(self) -> list[Json]:
+    def start_cluster(self) -> list[DaemonStatus]:
         """Start what does not run yet; gives `status()`."""
-        return self._launcher().start_cluster(self.settings)  # type: ignore[no-any-return]
+        return launcher_of(self.settings).start_cluster(self.settings)
 
     def stop_cluster(self) -> int:
         """Stop gracefully, then make certain; gives how many daemons ran."""
-        return self._launcher().stop_cluster(self.settings)  # type: ignore[no-any-return]
+        return launcher_of(self.settings).stop_cluster(self.settings)
 
     def kill_cluster(self) -> int:
         """End everything at once; gives how many daemons ran."""
-        return self._launcher().kill_cluster(self.settings)  # type: ignore[no-any-return]
+        return launcher_of(self.settings).kill_cluster(self.settings)
 
-    def status(self) -> list[Json]:
+    def status(self) -> list[DaemonStatus]:
         """One dict per daemon: name, node, address, port, pid, state."""
-        return self._launcher().status(self.settings)  # type: ignore[no-any-return]
+        return launcher_of(self.settings).status(self.settings)
 
     def check_nodes(self) -> None:
         """Raise ClusterFault, saying what starts those that do not run, unless all agents answer in this version."""
-        health.insist(self.settings, lambda node: check_versions(node, self._agent(node).call("health")))
-
-    def _launcher(self) -> Any:
-        if self.settings.local:
-            from mrcore.launchers import local
-
-            return local
-        from mrcore.launchers import ssh
-
-        return ssh
+        health.require_answers(self.settings, lambda node: check_versions(node, self._agent(node).call("health")))
 
     # --- one attempt of a job ---
 
