@@ -19,8 +19,9 @@ from mrcore import WIRE_VERSION, messages
 from mrcore.errors import Malformed, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.text import one_line
 from mrcore.wire import tls
-from mrcore.wire.channel import Connection, Stream, load_json
+from mrcore.wire.channel import Connection
 from mrcore.wire.members import watch_membership
+from mrcore.wire.stream import Stream, load_json
 from mrcore.wire.tls import LIMITS, RPC_PROTOCOL, Limits, Pki
 
 

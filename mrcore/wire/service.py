@@ -26,9 +26,10 @@ from mrcore.errors import ClusterFault, InternalError, MrcoreError, Refused, Unr
 from mrcore.system.limited_log import INTERVAL_SECONDS, LimitedLog
 from mrcore.text import one_line
 from mrcore.wire import tls
-from mrcore.wire.channel import Connection, Stream, load_json
+from mrcore.wire.channel import Connection
 from mrcore.wire.data import DataHandler
 from mrcore.wire.members import Membership
+from mrcore.wire.stream import Stream, load_json
 from mrcore.wire.tls import DATA_PROTOCOL, LIMITS, RPC_PROTOCOL, Identity, Limits, Pki
 
 log = logging.getLogger(__name__)

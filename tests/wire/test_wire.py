@@ -29,11 +29,12 @@ from rpyc.core import brine, consts
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, InternalError, JobFault, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.wire import pki, tls
-from mrcore.wire.channel import HARDENED, Channel, Connection, Stream
+from mrcore.wire.channel import HARDENED, Channel, Connection
 from mrcore.wire.client import Client
 from mrcore.wire.data import DataHandler
 from mrcore.wire.members import Membership
 from mrcore.wire.service import Method, Server
+from mrcore.wire.stream import Stream
 from mrcore.wire.tls import DATA_PROTOCOL, LIMITS, RPC_PROTOCOL, Identity, Limits, Pki, client_context
 
 BOTH = pytest.mark.parametrize("alpn", [RPC_PROTOCOL, DATA_PROTOCOL])
@@ -609,8 +610,8 @@ def stopped_server(certificates: Certificates) -> tuple[subprocess.Popen[str], i
     """A server in a process of its own, so that it can be stopped."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from mrcore.rpc.service import Method, Server; from mrcore.rpc.tls import Pki\n"
-        "from mrcore.watched import Membership\n"
+        "from mrcore.wire.service import Method, Server; from mrcore.wire.tls import Pki\n"
+        "from mrcore.wire.members import Membership\n"
         "pki, echo = Pki(Path(sys.argv[1]), 'a'), {'echo': Method(lambda i: 1, 'master')}\n"
         "server = Server('127.0.0.1', 0, pki, lambda: Membership({}), echo)\n"
         "server.start(); print(server.port, flush=True); sys.stdin.read()\n"
@@ -757,7 +758,7 @@ def test_certificate_files(certificates: Certificates, tmp_path: Path) -> None:
 
 def test_daemons_load_nothing_heavy() -> None:
     code = (
-        "import sys, mrcore.rpc.service, mrcore.rpc.client, mrcore.rpc.data; "
+        "import sys, mrcore.wire.service, mrcore.wire.client, mrcore.wire.data; "
         "print([m for m in ('pydantic', 'cryptography', 'fabric', 'click', 'rich', 'yaml') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
