@@ -438,7 +438,7 @@ RUNNER = """
 import sys
 from pathlib import Path
 from mrcore.launchers import local
-from mrcore.runner import Runner
+from mrcore.queue.runner import Runner
 
 settings = local.configure(Path(sys.argv[1])).model_copy(update={"projects_dir": Path(sys.argv[2])})
 Runner(settings).run(once=True)

@@ -25,8 +25,8 @@ NODE = "node-1"
 RSS_BYTES = 300 << 20  # of the master, whatever it is told
 ATTEMPT = """
 import json, sys
-from mrcore.config import load_settings
-from mrcore.manage_cluster import ManageCluster
+from mrcore.settings.config import load_settings
+from mrcore.cluster.manage_cluster import ManageCluster
 job = json.loads(sys.argv[2])
 try:
     ManageCluster(load_settings(sys.argv[1])).run(job, run=int(sys.argv[3]))
@@ -40,8 +40,8 @@ print(json.dumps(made | {"rss": int(peak.split()[1]) * 1024}))
 """
 RUNNER = """
 import sys
-from mrcore.config import load_settings
-from mrcore.runner import Runner
+from mrcore.settings.config import load_settings
+from mrcore.queue.runner import Runner
 Runner(load_settings(sys.argv[1])).run()
 """
 

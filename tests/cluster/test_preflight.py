@@ -25,9 +25,7 @@ from mrcore.project.snapshot import pack_project, project_hash
 from mrcore.queue.scheduler import Scheduler
 from mrcore.system import procfs
 
-RUNNER = (
-    "from mrcore.config import load_settings; from mrcore.runner import Runner; Runner(load_settings()).run(once=True)"
-)
+RUNNER = "from mrcore import Runner, load_settings; Runner(load_settings()).run(once=True)"
 MRCORE = "import sys; from mrcore.cli import main; main(sys.argv[1:])"
 LONG = 120  # seconds until a test gives up
 

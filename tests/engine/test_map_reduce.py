@@ -438,7 +438,7 @@ def test_whatever_can_be_called_with_two_arguments_is_a_function(tmp_path: Path,
 )
 def test_errors_in_a_reduce_function_with_disk_lists_name_its_line(tmp_path: Path, body: str, says: str) -> None:
     code = (
-        "from mrcore.records import BadItem\n"
+        "from mrcore.engine.records import BadItem\n"
         "def r(group, auxiliary):\n"
         "    disk, auxiliary = auxiliary\n"
         f"    {body}\n"

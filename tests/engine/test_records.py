@@ -191,7 +191,7 @@ def test_many_mixed_keys_and_values_sort_in_slices(monkeypatch: pytest.MonkeyPat
 
 def test_hash_is_the_same_in_every_process() -> None:
     code = (
-        "from mrcore.records import key_hash\n"
+        "from mrcore.engine.records import key_hash\n"
         "print([key_hash(k) for k in (None, 0, 7, 1.5, 2**1000, 'a', 'é', '', ('a', (None, 1)), ())])"
     )
     told = {

@@ -43,7 +43,7 @@ RAISED = {
 }
 PREAMBLE = f"""
 from mrcore.errors import ClusterFault, TaskDied
-from mrcore.records import BadItem
+from mrcore.engine.records import BadItem
 MANY = {MANY}
 class BadStr(Exception):
     def __str__(self): raise KeyboardInterrupt

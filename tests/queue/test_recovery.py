@@ -31,7 +31,7 @@ SCENARIO = Path(__file__).with_name("recovery.py")
 AGENTS = ("part flushed", "part renamed", "parts published", "old part removed", "working folder removed")
 DRAIN = tuple(each for each in failpoints.POINTS if each.startswith("moved ") or each.endswith(" drain"))  # test_drain
 ELSEWHERE = ("restore ready", "restore manifests", "restore queue", *DRAIN)  # test_backup
-CODE = "import sys; from mrcore.config import load_settings; from mrcore.runner import Runner; Runner(load_settings(sys.argv[1])).run(once='--once' in sys.argv)"  # noqa: E501
+CODE = "import sys; from mrcore import Runner, load_settings; Runner(load_settings(sys.argv[1])).run(once='--once' in sys.argv)"  # noqa: E501
 _names = itertools.count()
 
 

@@ -122,7 +122,7 @@ def test_a_full_disk_changes_nothing_and_is_named(store: Store) -> None:
 def test_what_was_committed_survives_kill_9(tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
-        "from mrcore.store import Store; from test_store import job\n"
+        "from mrcore.state.store import Store; from test_store import job\n"
         "store = Store(pathlib.Path(sys.argv[1]))\n"
         "store.submit(job('a'), 1.0)\n"
         "with store.change():\n    store.submit(job('b'), 1.0); os.kill(os.getpid(), 9)\n"
@@ -138,7 +138,7 @@ def test_what_was_committed_survives_kill_9(tmp_path: Path) -> None:
 def test_many_processes_open_and_write_a_new_queue(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
-        "from mrcore.store import Store; from test_store import job\n"
+        "from mrcore.state.store import Store; from test_store import job\n"
         "store = Store(pathlib.Path(sys.argv[1]))\n"
         "for n in range(10): store.submit(job(f'j{sys.argv[3]}_{n}'), 1.0)\n"
     )
@@ -248,7 +248,7 @@ def test_a_queue_of_the_version_before_is_kept_with_all_its_jobs(tmp_path: Path)
 
 def test_many_processes_that_open_an_older_queue_upgrade_it_once(tmp_path: Path) -> None:
     make_v2(tmp_path / "queue.sqlite")
-    code = "import sys, pathlib; from mrcore.store import Store; Store(pathlib.Path(sys.argv[1])).check()"
+    code = "import sys, pathlib; from mrcore.state.store import Store; Store(pathlib.Path(sys.argv[1])).check()"
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(6)]
     assert [process.wait(60) for process in processes] == [0] * 6
 
@@ -256,7 +256,7 @@ def test_many_processes_that_open_an_older_queue_upgrade_it_once(tmp_path: Path)
 def test_an_upgrade_that_is_cut_off_changes_nothing(tmp_path: Path) -> None:
     make_v2(tmp_path / "queue.sqlite")
     code = (
-        "import os, sys, sqlite3; from mrcore import store\n"
+        "import os, sys, sqlite3; from mrcore.state import store\n"
         "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
         "db.create_function('die', 0, lambda: os.kill(os.getpid(), 9))\n"
         "store._TO_3 += 'SELECT die();'\n"

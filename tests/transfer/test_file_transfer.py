@@ -380,9 +380,9 @@ def test_an_agent_killed_in_mid_file(
 
 KILLED = """
 import os, sys
-from mrcore.config import load_settings
-from mrcore.file_transfer import FileTransfer
-from mrcore.transfer_crew import Crew
+from mrcore.settings.config import load_settings
+from mrcore.transfer.file_transfer import FileTransfer
+from mrcore.transfer.session import Crew
 moved, seen = Crew.moved, [0]
 def dying(crew, more):
     seen[0] += more

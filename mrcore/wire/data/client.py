@@ -8,8 +8,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from mrcore import messages
 from mrcore.errors import ClusterFault, Refused
+from mrcore.messages.methods import decode_error
 from mrcore.wire.client import Caller
 from mrcore.wire.data.pieces import LAST, MORE, Answered, Outbox, Relay, checksum, receive_piece
 from mrcore.wire.stream import Stream
@@ -113,5 +113,5 @@ class DataClient(Caller):
     def _answer(self, stream: Stream, seconds: float, doing: str) -> dict[str, Any]:
         answer = stream.receive_json(seconds, f"{doing} within {seconds:g} s")
         if "error" in answer:
-            raise messages.error(answer["error"], self._name)
+            raise decode_error(answer["error"], self._name)
         return answer

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mrcore import messages
 from mrcore.errors import ClusterFault, MrcoreError, Refused
+from mrcore.messages.methods import decode_error
 from mrcore.system.limited_log import RateLimit
 from mrcore.text import one_line
 from mrcore.wire.stream import Stream
@@ -198,7 +198,7 @@ def receive_piece(stream: Stream, crc: int) -> tuple[int, memoryview, int]:
         plain = None
         with suppress(ValueError, RecursionError):
             plain = json.loads(bytes(chunk))
-        raise messages.error(plain, stream.peer)
+        raise decode_error(plain, stream.peer)
     return kind, chunk, crc
 
 
