@@ -6,11 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import fake_cluster
 import pytest
 
 from mrcore.queue.scheduler import Scheduler
@@ -56,20 +55,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if told and (file := os.environ.get("MRCORE_NOT_RUN")):
         with open(file, "a") as stream:
             stream.writelines(f"{line}\n" for line in told)
-
-
-def wait_until(condition: Callable[[], Any], deadline_seconds: float = 10.0, message: str = "the condition") -> Any:
-    """Call `condition` until it gives something true and return that; fail naming `message` at the deadline."""
-    deadline = time.monotonic() + deadline_seconds
-    pause_seconds = 0.002
-    while True:
-        result = condition()
-        if result:
-            return result
-        if time.monotonic() > deadline:
-            pytest.fail(f"{message}: not true within {deadline_seconds} s (last: {result!r})")
-        time.sleep(pause_seconds)
-        pause_seconds = min(pause_seconds * 1.5, 0.1)
 
 
 @pytest.fixture
@@ -127,7 +112,7 @@ def spawn(config: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(Path(__file__).with_name("fake_cluster.py")), str(config), *arguments]
+        command = [sys.executable, fake_cluster.__file__, str(config), *arguments]
         started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         return started[-1]
 

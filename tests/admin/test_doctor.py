@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 
 from mrcore import WIRE_VERSION, __version__
 from mrcore.admin import doctor

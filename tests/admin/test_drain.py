@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 from clusters import TestCluster
+from commands import MRCORE, UNFIT
 from fake_cluster import FakeCluster
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_terminal import MRCORE, UNFIT
 
 from mrcore.cli import main as cli
 from mrcore.errors import JobFault, MrcoreError

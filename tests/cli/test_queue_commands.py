@@ -232,7 +232,7 @@ def test_reader_that_stops_early_hears_no_complaint(home: Path) -> None:
         "        for n in range(10**6): out.write(b'[1, 2]\\n')\n"
         "fake.ManageCluster = ManageCluster\n"
         "sys.modules['mrcore.cluster.manage_cluster'] = fake\n"
-        "from mrcore.cli import main; main(['cat', 'wc'])\n"
+        "from mrcore.cli.main import main; main(['cat', 'wc'])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr

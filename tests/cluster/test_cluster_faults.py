@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 
 from mrcore.errors import JobFault, MrcoreError
 from mrcore.launchers import local

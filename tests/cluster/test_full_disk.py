@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 
 from mrcore.cluster import preflight
 from mrcore.launchers import local

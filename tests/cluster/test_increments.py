@@ -514,7 +514,7 @@ def test_the_ledger_is_shown_and_forgotten_on_the_command_line(
     environment = os.environ | {"MRCORE_HOME": str(cluster.settings.home)}
 
     def mrcore(*arguments: str) -> tuple[int, str]:
-        script = [sys.executable, "-c", "import sys; from mrcore.cli import main; main(sys.argv[1:])", *arguments]
+        script = [sys.executable, "-c", "import sys; from mrcore.cli.main import main; main(sys.argv[1:])", *arguments]
         done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout + done.stderr
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 from daemons import own_address
+from task_servers import TaskServer
 
 from mrcore.cluster.preflight import Stopped
 from mrcore.errors import JobFault, UsageError
@@ -25,8 +26,11 @@ from mrcore.project.snapshot import pack_project, project_hash
 from mrcore.queue.scheduler import Scheduler
 from mrcore.system import procfs
 
-RUNNER = "from mrcore import Runner, load_settings; Runner(load_settings()).run(once=True)"
-MRCORE = "import sys; from mrcore.cli import main; main(sys.argv[1:])"
+RUNNER = (
+    "from mrcore.settings.config import load_settings; from mrcore.queue.runner import Runner; "
+    "Runner(load_settings()).run(once=True)"
+)
+MRCORE = "import sys; from mrcore.cli.main import main; main(sys.argv[1:])"
 LONG = 120  # seconds until a test gives up
 
 
@@ -295,9 +299,7 @@ def test_the_least_memory_does_for_more_data_than_it_holds(tmp_path: Path) -> No
 
 
 def test_a_task_s_budget_is_never_less_than_it_needs(tmp_path: Path) -> None:
-    from test_supervisor import Server  # a server on a stand-in for the task
-
-    server = Server(tmp_path, memory_bytes=1 << 20)
+    server = TaskServer(tmp_path, memory_bytes=1 << 20)
     try:
         listener, _ = server.start("done")
         assert listener.until("started")["memory_bytes"] == procfs.MIN_TASK_BYTES

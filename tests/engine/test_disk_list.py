@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import grouped, one_form
-from test_records import keys, values
+from strategies import keys, values
 
 from mrcore.engine import disk_list
 from mrcore.engine.disk_list import DiskGroup, DiskList

@@ -17,6 +17,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import lines_of
+from task_parts import piece
 
 from mrcore.engine.inputs import SAMPLE_BLOCK_BYTES, Reader, Sample, cut_lines, plan_bundles
 from mrcore.errors import JobFault
@@ -27,11 +28,6 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
     "zst": lambda content: zstandard.ZstdCompressor().compress(content),
 }
-
-
-def piece(path: Path, start: int = 0, end: int | None = -1) -> list[Any]:
-    state = path.stat()
-    return [str(path), start, state.st_size if end == -1 else end, state.st_size, state.st_mtime_ns, state.st_ino]
 
 
 def reader(block_bytes: int = 1 << 16, max_line_bytes: int = 1 << 26, sample: Sample | None = None) -> Reader:

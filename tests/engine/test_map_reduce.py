@@ -18,9 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import bag, grouped, lines_of, one_form, rank
 from run_task import Failed, Task
-from test_inputs import piece
-from test_records import keys, texts
-from test_spills_and_sort import StubWatch
+from strategies import keys, texts
+from task_parts import StubWatch, piece
 
 from mrcore import task
 from mrcore.engine.disk_sort import DiskSort

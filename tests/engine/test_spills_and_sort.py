@@ -16,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import bag, grouped, one_form, rank
-from test_records import keys
+from strategies import keys
+from task_parts import StubWatch
 
 from mrcore.engine import disk_sort, spills
 from mrcore.engine.disk_list import DiskGroup
@@ -35,35 +36,6 @@ few_keys = st.one_of(
     keys.map(one_form), st.integers(0, 5), st.sampled_from(["a", "b", ("a", 1), ("a", None), None, 1.5])
 )
 items_of_any_kind = st.lists(st.tuples(few_keys, st.integers(0, 9) | st.sampled_from(["v", 1.5, None, [1], {"a": 1}])))
-
-
-class StubWatch:
-    """Stands where MemoryWatch stands: calls for a spill every `period` looks at `due`."""
-
-    def __init__(self, period: int, budget_bytes: int = 64 << 20) -> None:
-        self.budget_bytes, self.floor_bytes = budget_bytes, 0
-        self._looks = itertools.count(1)
-        self._period = period
-        self.released = 0
-
-    @property
-    def due(self) -> bool:
-        return next(self._looks) % self._period == 0
-
-    def look(self) -> None:
-        pass
-
-    def watch_growth(self, container: Any) -> None:
-        pass
-
-    def release(self) -> None:
-        self.released += 1
-
-    def fits(self, more_bytes: int, share: float = 1.0) -> bool:
-        return True
-
-    def anonymous_bytes(self) -> int:
-        return 0
 
 
 def write(folder: Path, name: str, items: Sequence[Item], frame_bytes: int = 1 << 16) -> Segment:

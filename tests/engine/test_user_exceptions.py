@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from run_task import Task
 
 from mrcore.engine.inputs import plan_bundles

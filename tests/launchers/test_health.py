@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from clusters import TestCluster
-from test_config import DEPLOYED
+from deployed import DEPLOYED
 
 from mrcore.cluster.manage_cluster import ManageCluster
 from mrcore.errors import ClusterFault, MrcoreError, Refused, Unreachable

@@ -19,7 +19,7 @@ import click
 import pytest
 import standin_units
 from click.testing import CliRunner
-from conftest import wait_until
+from conditions import wait_until
 from ssh_nodes import DeployedCluster, Node, keygen
 
 from mrcore.cli.main import main

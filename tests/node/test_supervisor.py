@@ -16,45 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
-from daemons import Daemon, Listener, living
+from conditions import wait_until
+from daemons import Listener, living
+from task_servers import STANDIN, TaskServer, order
 
 from mrcore.errors import Refused, Unreachable
 from mrcore.system import procfs
 
-STANDIN = str(Path(__file__).with_name("standin_server.py"))
-
-
-def order(
-    act: str, *, job: str = "j", run: int = 1, attempt: int = 1, task: int = 0, tried: int = 1, **more: Any
-) -> Any:
-    identity = {"job": job, "run": run, "attempt": attempt, "phase": "MAP", "task": task, "try": tried}
-    return {"identity": identity, "job": {"act": act} | more}
-
-
-class Server(Daemon):
-    def __init__(self, folder: Path, **spec: Any) -> None:
-        super().__init__(folder, [STANDIN], "S_0", **spec)
-        assert self.ready == b"ready\n", self.log.read_text()
-        self.master = self.client()
-
-    def start(self, act: str, **more: Any) -> tuple[Listener, Any]:
-        listener = Listener(self.client())
-        given = order(act, **more)
-        assert self.master.call("order", timeout_seconds=60, order=given) == {"accepted": True}
-        return listener, given["identity"]
-
-    def child(self) -> int:
-        """The server child's pid."""
-        return int(json.loads((self.folder / "node/pids/S_0.server.json").read_text())["pid"])
-
-    def only_server_left(self) -> bool:
-        return procfs.descendants(self.process.pid) == {self.child()}
-
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    started = Server(tmp_path)
+def server(tmp_path: Path) -> Iterator[TaskServer]:
+    started = TaskServer(tmp_path)
     yield started
     started.close()
 
@@ -63,14 +35,14 @@ def left_pids(file: Path) -> list[int]:
     return [int(line) for line in file.read_text().split()]
 
 
-def test_hello_and_idle_status(server: Server) -> None:
+def test_hello_and_idle_status(server: TaskServer) -> None:
     hello = server.master.call("hello")
     assert hello["name"] == "S_0" and hello["pid"] == server.child() and hello["anonymous_bytes"] > 0
     status = server.master.call("status")
     assert status == {"incarnation": hello["incarnation"], "identity": None, "pid": None, "events": 0}
 
 
-def test_a_task_runs_in_its_own_group_within_the_rest_of_the_budget(server: Server) -> None:
+def test_a_task_runs_in_its_own_group_within_the_rest_of_the_budget(server: TaskServer) -> None:
     listener, identity = server.start("done")
     started, done = listener.until("started"), listener.until("done")
     assert started["group"] == started["pid"] != server.process.pid
@@ -82,7 +54,7 @@ def test_a_task_runs_in_its_own_group_within_the_rest_of_the_budget(server: Serv
 
 
 def test_without_a_number_the_budget_is_a_share_of_the_daemons_own_machine(tmp_path: Path) -> None:
-    server = Server(tmp_path, memory_bytes=None, servers=3)
+    server = TaskServer(tmp_path, memory_bytes=None, servers=3)
     try:
         listener, _ = server.start("done")
         share = 0.6 * procfs.machine_memory_bytes() / 3
@@ -92,7 +64,7 @@ def test_without_a_number_the_budget_is_a_share_of_the_daemons_own_machine(tmp_p
         server.close()
 
 
-def test_it_records_itself_while_it_lives(server: Server) -> None:
+def test_it_records_itself_while_it_lives(server: TaskServer) -> None:
     """What the node's agent needs to end it, also where systemd started it."""
     record = server.folder / "node/pids/S_0.json"
     known = json.loads(record.read_text())
@@ -102,7 +74,7 @@ def test_it_records_itself_while_it_lives(server: Server) -> None:
     assert not record.exists()
 
 
-def test_bundles_reach_the_task_in_order_and_stale_ones_are_refused(server: Server) -> None:
+def test_bundles_reach_the_task_in_order_and_stale_ones_are_refused(server: TaskServer) -> None:
     listener, identity = server.start("echo")
     listener.until("want")
     bundle = {"id": 3, "pieces": [["/a", 0, 10, 10, 1, 2]]}
@@ -115,13 +87,13 @@ def test_bundles_reach_the_task_in_order_and_stale_ones_are_refused(server: Serv
             server.master.call("give", identity=stale, bundles=[bundle])
 
 
-def test_a_large_order_arrives_whole(server: Server) -> None:
+def test_a_large_order_arrives_whole(server: TaskServer) -> None:
     listener, _ = server.start("done", filling="x" * 5_000_000)
     assert listener.until("started")["length"] > 5_000_000
     listener.until("done")
 
 
-def test_what_a_task_process_finds(server: Server) -> None:
+def test_what_a_task_process_finds(server: TaskServer) -> None:
     listener, _ = server.start("look")
     result = listener.until("done")["result"]
     assert result["stdin"] == "" and result["usual"]
@@ -129,7 +101,7 @@ def test_what_a_task_process_finds(server: Server) -> None:
     wait_until(lambda: "printed by the task" in server.log.read_text())
 
 
-def test_breakpoint_without_a_terminal_fails_by_name(server: Server) -> None:
+def test_breakpoint_without_a_terminal_fails_by_name(server: TaskServer) -> None:
     listener, _ = server.start("breakpoint")
     assert "breakpoint() needs a terminal and S_0 has none" in listener.until("failed")["error"]["message"]
 
@@ -146,7 +118,7 @@ def test_breakpoint_without_a_terminal_fails_by_name(server: Server) -> None:
     ],
 )
 def test_a_task_that_ends_without_a_result_died(
-    server: Server, act: str, status: int | None, number: int | None, text: str
+    server: TaskServer, act: str, status: int | None, number: int | None, text: str
 ) -> None:
     listener, identity = server.start(act)
     died = listener.until("died")
@@ -157,14 +129,14 @@ def test_a_task_that_ends_without_a_result_died(
     wait_until(server.only_server_left)
 
 
-def test_a_task_killed_from_outside_died(server: Server) -> None:
+def test_a_task_killed_from_outside_died(server: TaskServer) -> None:
     listener, _ = server.start("spin")
     os.kill(listener.until("started")["pid"], signal.SIGKILL)
     assert listener.until("died")["signal"] == signal.SIGKILL
 
 
 @pytest.mark.parametrize("act", ["done", "os._exit", "hang"])
-def test_all_that_a_task_started_ends_with_it(server: Server, tmp_path: Path, act: str) -> None:
+def test_all_that_a_task_started_ends_with_it(server: TaskServer, tmp_path: Path, act: str) -> None:
     file = tmp_path / "left"
     listener, _ = server.start(act, leave=str(file))
     listener.until("left")
@@ -181,7 +153,7 @@ def test_all_that_a_task_started_ends_with_it(server: Server, tmp_path: Path, ac
     wait_until(server.only_server_left)
 
 
-def test_cancel_ends_a_stopped_or_spinning_task_and_the_server_is_usable_at_once(server: Server) -> None:
+def test_cancel_ends_a_stopped_or_spinning_task_and_the_server_is_usable_at_once(server: TaskServer) -> None:
     for run, (act, stop) in enumerate([("spin", False), ("hang", True)], 1):
         listener, _ = server.start(act, run=run)
         pid = listener.until("started")["pid"]
@@ -196,7 +168,7 @@ def test_cancel_ends_a_stopped_or_spinning_task_and_the_server_is_usable_at_once
     assert listener.until("done")["identity"]["run"] == 3
 
 
-def test_daemons_that_fork_for_ever_are_caught(server: Server) -> None:
+def test_daemons_that_fork_for_ever_are_caught(server: TaskServer) -> None:
     listener, _ = server.start("fork for ever", chains=3)
     listener.until("forking")
     assert server.master.call("cancel", job="j", run=1) == {"cancelled": True}
@@ -207,7 +179,7 @@ def test_daemons_that_fork_for_ever_are_caught(server: Server) -> None:
     assert server.process.wait(9) == 0
 
 
-def test_newer_orders_replace_and_older_ones_are_refused(server: Server) -> None:
+def test_newer_orders_replace_and_older_ones_are_refused(server: TaskServer) -> None:
     listener, _ = server.start("hang", run=2, attempt=2)
     pid = listener.until("started")["pid"]
     for stale in (order("done", run=1, attempt=9), order("done", run=2, attempt=1)):
@@ -233,7 +205,7 @@ def test_newer_orders_replace_and_older_ones_are_refused(server: Server) -> None
     assert not [event for event in listener.events if event["event"] == "died"], "nobody asked about replaced tasks"
 
 
-def test_poll_waits_wakes_acknowledges_and_knows_its_incarnation(server: Server) -> None:
+def test_poll_waits_wakes_acknowledges_and_knows_its_incarnation(server: TaskServer) -> None:
     listener, _ = server.start("echo")
     listener.until("want")
     ask = {"incarnation": listener.incarnation, "after": listener.after}
@@ -253,7 +225,7 @@ def test_poll_waits_wakes_acknowledges_and_knows_its_incarnation(server: Server)
     assert server.master.call("status")["events"] == 0
 
 
-def test_a_flood_of_events_is_bounded_and_complete(server: Server) -> None:
+def test_a_flood_of_events_is_bounded_and_complete(server: TaskServer) -> None:
     listener, _ = server.start("flood", count=25_000)
     wait_until(lambda: server.master.call("status")["events"] == 10_000, 30)
     done = listener.until("done", 60)
@@ -264,7 +236,7 @@ def test_a_flood_of_events_is_bounded_and_complete(server: Server) -> None:
     assert server.master.call("status")["events"] < 100  # of progress only the last counts
 
 
-def test_cancel_frees_a_task_that_waits_for_its_events_to_be_read(server: Server) -> None:
+def test_cancel_frees_a_task_that_waits_for_its_events_to_be_read(server: TaskServer) -> None:
     server.start("flood", count=25_000)
     wait_until(lambda: server.master.call("status")["events"] == 10_000, 30)
     assert server.master.call("cancel", job="j", run=1) == {"cancelled": True}
@@ -272,7 +244,7 @@ def test_cancel_frees_a_task_that_waits_for_its_events_to_be_read(server: Server
     listener.until("done")
 
 
-def test_a_killed_server_child_is_started_afresh_and_its_tasks_end(server: Server, tmp_path: Path) -> None:
+def test_a_killed_server_child_is_started_afresh_and_its_tasks_end(server: TaskServer, tmp_path: Path) -> None:
     file = tmp_path / "left"
     listener, _ = server.start("hang", leave=str(file))
     pid = listener.until("started")["pid"]
@@ -295,7 +267,7 @@ def test_a_killed_server_child_is_started_afresh_and_its_tasks_end(server: Serve
     listener.until("done")
 
 
-def test_a_stopped_server_child_is_replaced_once_killed(server: Server) -> None:
+def test_a_stopped_server_child_is_replaced_once_killed(server: TaskServer) -> None:
     child = server.child()
     os.kill(child, signal.SIGSTOP)
     with pytest.raises(Unreachable):
@@ -314,7 +286,7 @@ def test_a_stopped_server_child_is_replaced_once_killed(server: Server) -> None:
     listener.until("done")
 
 
-def test_a_server_child_that_keeps_dying_is_given_up(server: Server) -> None:
+def test_a_server_child_that_keeps_dying_is_given_up(server: TaskServer) -> None:
     record, killed = server.folder / "node/pids/S_0.server.json", set()
 
     def kill_the_next() -> bool:
@@ -329,7 +301,7 @@ def test_a_server_child_that_keeps_dying_is_given_up(server: Server) -> None:
     assert not list((server.folder / "node/pids").iterdir())
 
 
-def test_nothing_outlives_a_killed_supervisor(server: Server) -> None:
+def test_nothing_outlives_a_killed_supervisor(server: TaskServer) -> None:
     listener, _ = server.start("spin")
     pids = [listener.until("started")["pid"], server.child()]
     server.process.kill()
@@ -338,7 +310,7 @@ def test_nothing_outlives_a_killed_supervisor(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stopped_child", [False, True])
-def test_sigterm_ends_everything_and_gives_zero(server: Server, tmp_path: Path, stopped_child: bool) -> None:
+def test_sigterm_ends_everything_and_gives_zero(server: TaskServer, tmp_path: Path, stopped_child: bool) -> None:
     file = tmp_path / "left"
     listener, _ = server.start("spin", leave=str(file))
     listener.until("left")
@@ -353,7 +325,7 @@ def test_sigterm_ends_everything_and_gives_zero(server: Server, tmp_path: Path, 
         probe.bind((server.address, server.port))
 
 
-def test_a_port_in_use_ends_the_daemon_with_the_reason_in_its_log(tmp_path: Path, server: Server) -> None:
+def test_a_port_in_use_ends_the_daemon_with_the_reason_in_its_log(tmp_path: Path, server: TaskServer) -> None:
     (tmp_path / "second").mkdir()
     file = tmp_path / "second/spec.json"
     file.write_text(json.dumps(server.spec | {"name": "S_1"}))
@@ -365,7 +337,7 @@ def test_a_port_in_use_ends_the_daemon_with_the_reason_in_its_log(tmp_path: Path
 
 
 def test_in_a_terminal_the_task_has_the_foreground_and_gives_it_back(tmp_path: Path) -> None:
-    first = Server(tmp_path)  # for its spec and certificates
+    first = TaskServer(tmp_path)  # for its spec and certificates
     first.process.terminate()
     first.process.wait()
     pid, terminal = pty.fork()
@@ -412,7 +384,7 @@ def _drain(terminal: int) -> None:
     threading.Thread(target=read, daemon=True).start()
 
 
-def test_orders_are_fast_enough_to_say_so(server: Server) -> None:
+def test_orders_are_fast_enough_to_say_so(server: TaskServer) -> None:
     """Prints latencies and memory (`pytest -s`); decides nothing."""
     listener = Listener(server.client())
     taken = []

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_ansible_plugins import module
+from checkout import module
 
 from mrcore.wire.members import Membership, read_membership
 

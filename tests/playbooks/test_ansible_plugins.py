@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -11,22 +10,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from checkout import PROJECT, module
 
-PROJECT = Path(__file__).resolve().parents[2]
 GOOD = {"m1": "10.0.0.11", "w1": "10.0.0.21", "w2": "10.0.0.22"}
-
-
-def module(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, PROJECT / path)
-    assert spec and spec.loader
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
 
 
 plugin = module("ansible/filter_plugins/mrcore.py")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fake_cluster import FakeCluster, ran
-from test_scheduler import config, job, states  # noqa: F401  a fixture
+from queues import job, states
 
 from mrcore.errors import UsageError
 from mrcore.queue.job import keeps, retry_seconds, validate

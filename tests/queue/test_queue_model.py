@@ -18,10 +18,11 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+from fake_cluster import ran
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from test_scheduler import config, job, ran  # noqa: F401  a fixture
+from queues import job
 
 from mrcore.errors import JobFault, MrcoreError, Unreachable, UsageError
 from mrcore.queue.runner import Execution, Runner
@@ -425,7 +426,7 @@ sys.exit(sum(os.waitpid(pid, 0)[1] != 0 for pid in pids))
 @pytest.mark.slow
 def test_fifty_submitters_and_a_thousand_jobs(
     scheduler: Scheduler,
-    config: Path,  # noqa: F811
+    config: Path,
     spawn: Any,
 ) -> None:
     runner = spawn("--once")

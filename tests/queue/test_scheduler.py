@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from fake_cluster import FakeCluster, ran
+from queues import job, once, states
 
 from mrcore.errors import JobFault, UsageError
 from mrcore.queue.runner import Runner
@@ -24,32 +25,6 @@ from mrcore.queue.turns import pick
 from mrcore.settings.config import Settings, watch_settings
 from mrcore.state.doorbell import Doorbell
 from mrcore.system.paths import write_atomic
-
-BEHAVIOURS = ("ok", "fail", "flaky", "bug", "down", "wait", "stubborn", "die", "die_after_commit", "half")
-
-
-@pytest.fixture
-def config(home: Path, projects_dir: Path) -> Path:
-    project = projects_dir / "fake"
-    project.mkdir()
-    (project / "map_functions.py").write_text("".join(f"def {name}(line, aux): ...\n" for name in BEHAVIOURS))
-    settings = {"hold_backoff_first_seconds": 0.05, "cycle_interval_seconds": 30, "projects_dir": str(projects_dir)}
-    path = home.parent / "config.json"
-    path.write_text(json.dumps(settings))
-    return path
-
-
-def job(name: str, does: str = "ok", **keys: Any) -> dict[str, Any]:
-    base = {"job_name": name, "project_name": "fake", "input_dirs": ["x"], "map_function_name": does, "run_once": True}
-    return base | keys
-
-
-def once(settings: Settings) -> dict[str, int]:
-    return Runner(settings, FakeCluster(settings)).run(once=True)
-
-
-def states(scheduler: Scheduler, name: str) -> list[str]:
-    return [row["state"] for row in scheduler.history(name)]
 
 
 def test_order_force_then_priority_then_submission(scheduler: Scheduler, settings: Settings) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from fake_cluster import FakeCluster
 
 from mrcore.cli import main as cli

@@ -7,20 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from deployed import DEPLOYED
 from pydantic import ValidationError
 
 from mrcore.errors import UsageError
 from mrcore.settings.config import Settings, load_settings, server_memory_bytes
 from mrcore.settings.validation import parse_yaml
 from mrcore.system.procfs import machine_memory_bytes
-
-DEPLOYED = """
-cluster_name: office
-home: {home}
-nodes:
-  - {{name: alpha, address: 10.0.0.1, servers: 2, compute_dir: /data/mrcore}}
-  - {{name: beta, address: 10.0.0.2, servers: 3, compute_dir: /data/mrcore}}
-"""
 
 
 def test_embedded_cluster_is_the_default(home: Path) -> None:

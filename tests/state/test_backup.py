@@ -14,14 +14,16 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_cluster
 import pytest
-from conftest import wait_until
+from backups import contents, rewritten
+from conditions import wait_until
 from fake_cluster import FakeCluster
-from test_store import make_v2
+from queues import job, once
+from stores import make_v2
 
 from mrcore.cli import main as cli
 from mrcore.errors import UsageError
@@ -47,36 +49,8 @@ def elsewhere(settings: Settings, tmp_path: Path) -> Settings:
     return settings.model_copy(update={"state_dir": tmp_path / "other" / "state"})
 
 
-def job(name: str, does: str = "ok", **keys: Any) -> dict[str, Any]:
-    base = {"job_name": name, "project_name": "fake", "input_dirs": ["x"], "map_function_name": does, "run_once": True}
-    return base | keys
-
-
-def once(settings: Settings) -> dict[str, int]:
-    return Runner(settings, FakeCluster(settings)).run(once=True)
-
-
 def but_for_the_cycle(known: dict[str, Any]) -> dict[str, Any]:
     return known | {"meta": [row for row in known["meta"] if row["key"] != "cycle"]}
-
-
-def contents(settings: Settings) -> dict[str, Any]:
-    """What a master knows, but for the numbers of runs that a restore skips."""
-    made = Scheduler(settings)
-    made.store.check()
-    jobs = made.store.rows("SELECT * FROM jobs ORDER BY job_name")
-    found = {
-        "jobs": [{key: value for key, value in row.items() if key != "last_run"} for row in jobs],
-        "runs": made.store.rows("SELECT * FROM runs ORDER BY id"),
-        "events": made.store.rows("SELECT * FROM events ORDER BY id"),
-        "meta": made.store.rows("SELECT * FROM meta ORDER BY key"),
-        "manifests": {
-            str(path.relative_to(settings.state_dir)): path.read_text()
-            for path in settings.state_dir.glob("manifests/*/*.json")
-        },
-    }
-    made.store.close()
-    return found
 
 
 @pytest.fixture
@@ -128,8 +102,7 @@ def test_restore_refuses_a_running_runner_and_a_state_in_use(
     backup.backup(settings, file)
     with pytest.raises(UsageError, match="holds 4 jobs, which a restore would replace: add --force"):
         backup.restore(settings, file)
-    fake = Path(__file__).with_name("fake_cluster.py")
-    with subprocess.Popen([sys.executable, str(fake), str(config)]) as runner:
+    with subprocess.Popen([sys.executable, fake_cluster.__file__, str(config)]) as runner:
         try:
             wait_until(lambda: scheduler.state()["runner"], 20, "a Runner")
             with pytest.raises(UsageError, match=f"process {runner.pid}"):
@@ -162,18 +135,6 @@ def test_a_damaged_backup_changes_nothing(filled: dict[str, Any], settings: Sett
     with pytest.raises(UsageError, match=r"cannot restore .*kept\.backup: "):
         backup.restore(settings, file, force=True)
     assert contents(settings) == filled
-
-
-def rewritten(settings: Settings, folder: Path, add: Callable[[tarfile.TarFile], object]) -> Path:
-    """A backup, not signed, with something more in it."""
-    source, hostile = folder / "source", folder / "hostile.backup"
-    with source.open("wb") as stream:
-        backup.write(settings, stream)
-    with tarfile.open(source) as archive, tarfile.open(hostile, "w:gz") as target:
-        for member in archive:
-            target.addfile(member, archive.extractfile(member))
-        add(target)
-    return hostile
 
 
 @pytest.mark.parametrize(
@@ -245,7 +206,7 @@ def test_a_restore_that_is_killed_is_finished_by_the_next_runner(
     scheduler.resume()
     scheduler.submit_job(job("later"))
     once(settings)
-    code = "import sys; from mrcore.cli import main; main(['--config', *sys.argv[1:]])"
+    code = "import sys; from mrcore.cli.main import main; main(['--config', *sys.argv[1:]])"
     command = [sys.executable, "-c", code, str(config), "restore", str(file), "--force", "--yes"]
     done = subprocess.run(command, env=os.environ | {"MRCORE_FAULT": point})
     assert done.returncode == -signal.SIGKILL

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from clusters import TestCluster
+from commands import mrcore, on_terminal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +21,6 @@ from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import manifest, outputs
 from mrcore.transfer.file_transfer import FileTransfer
 
-CODE = "import sys; sys.argv[0] = 'mrcore'; from mrcore.cli.main import main; main()"
 MERGE = {"hold_state": True, "merge_output": True}
 ACCUMULATE = {"hold_state": True, "delete_job_data": False}
 
@@ -57,35 +54,6 @@ def counted(cluster: TestCluster, name: str, **keys: Any) -> dict[str, Any]:
     cluster.write_inputs({f"f{n}": f"some words {n}\n" for n in range(4)}, entry=f"inputs/{name}")
     job = cluster.job(job_name=name, input_dirs=[f"inputs/{name}"], number_of_partitions=4, **keys)
     return cluster.run(job)
-
-
-def mrcore(*arguments: str) -> tuple[int, str, str]:
-    """The command in a process of its own, without a terminal."""
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
-
-
-def on_terminal(answer: str, *arguments: str) -> tuple[int, str]:
-    """The command on a terminal of its own, whose one question is answered; exit status and what was to be seen."""
-    master, slave = pty.openpty()
-    with subprocess.Popen([sys.executable, "-c", CODE, *arguments], stdin=slave, stdout=slave, stderr=slave) as started:
-        os.close(slave)
-        seen = b""
-        try:
-            while piece := os.read(master, 4096):
-                seen += piece
-                if answer and seen.rstrip().endswith(b"[y/N]:"):
-                    os.write(master, answer.encode() + b"\n")
-                    answer = ""
-        except OSError:  # the other side has ended
-            pass
-        finally:
-            os.close(master)
-            status = started.wait(60)
-    return status, re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", seen.decode())
 
 
 # --- rm --------------------------------------------------------------------------------------------------------------

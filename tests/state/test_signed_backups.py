@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from backups import contents, rewritten
+from commands import mrcore, on_terminal
 from people import TOP, People
-from test_backup import contents, rewritten
-from test_outputs import mrcore, on_terminal
 
 from mrcore.errors import UsageError
 from mrcore.queue.scheduler import Scheduler

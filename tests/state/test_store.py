@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sqlite3
 import subprocess
 import sys
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import SUPPORT
+from stores import V2_JOBS, job, make_v2
 
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
-from mrcore.queue.job import validate
 from mrcore.state.store import ENDINGS, JOB_MOVES, Store
 
 
@@ -23,10 +23,6 @@ def store(tmp_path: Path) -> Any:
     yield made
     made.check()
     made.close()
-
-
-def job(name: str = "a", **keys: Any) -> dict[str, Any]:
-    return validate({"job_name": name, "project_name": "p", "input_dirs": ["x"], "map_function_name": "m"} | keys)
 
 
 def test_a_jobs_way_through_the_queue(store: Store) -> None:
@@ -122,12 +118,12 @@ def test_a_full_disk_changes_nothing_and_is_named(store: Store) -> None:
 def test_what_was_committed_survives_kill_9(tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
-        "from mrcore.state.store import Store; from test_store import job\n"
+        "from mrcore.state.store import Store; from stores import job\n"
         "store = Store(pathlib.Path(sys.argv[1]))\n"
         "store.submit(job('a'), 1.0)\n"
         "with store.change():\n    store.submit(job('b'), 1.0); os.kill(os.getpid(), 9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], check=False)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(SUPPORT)], check=False)
     assert done.returncode == -9
     store = Store(tmp_path)
     assert [row["job_name"] for row in store.rows("SELECT job_name FROM jobs")] == ["a"]
@@ -138,11 +134,11 @@ def test_what_was_committed_survives_kill_9(tmp_path: Path) -> None:
 def test_many_processes_open_and_write_a_new_queue(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[2])\n"
-        "from mrcore.state.store import Store; from test_store import job\n"
+        "from mrcore.state.store import Store; from stores import job\n"
         "store = Store(pathlib.Path(sys.argv[1]))\n"
         "for n in range(10): store.submit(job(f'j{sys.argv[3]}_{n}'), 1.0)\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "s"), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, str(tmp_path / "s"), str(SUPPORT)]
     processes = [subprocess.Popen([*command, str(number)]) for number in range(8)]
     assert [process.wait(60) for process in processes] == [0] * 8
     store = Store(tmp_path / "s")
@@ -159,70 +155,6 @@ def test_check_finds_a_broken_invariant(tmp_path: Path) -> None:
     with pytest.raises(MrcoreError, match="damaged"):
         store.check()
     store.close()
-
-
-V2 = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE jobs (
-    job_name TEXT PRIMARY KEY, state TEXT NOT NULL, reason TEXT, number INTEGER NOT NULL UNIQUE,
-    job_type TEXT NOT NULL, group_name TEXT, job_priority REAL NOT NULL, force_run INTEGER NOT NULL,
-    every REAL, not_before TEXT, spec TEXT NOT NULL, submitted REAL NOT NULL,
-    cycle INTEGER NOT NULL DEFAULT 0, last_run INTEGER NOT NULL DEFAULT 0, last_start REAL);
-CREATE INDEX jobs_by_state ON jobs (state);
-CREATE TABLE runs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, job_name TEXT NOT NULL, run INTEGER NOT NULL, state TEXT NOT NULL,
-    number INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 1, cancel INTEGER NOT NULL DEFAULT 0,
-    started REAL NOT NULL, ended REAL, phases TEXT NOT NULL DEFAULT '{}', counts TEXT NOT NULL DEFAULT '{}',
-    exception TEXT NOT NULL DEFAULT 'null', spec TEXT NOT NULL, UNIQUE (job_name, run));
-CREATE UNIQUE INDEX one_running_run ON runs (state) WHERE state = 'running';
-CREATE TABLE events (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job_name TEXT NOT NULL, run INTEGER, text TEXT NOT NULL);
-CREATE INDEX events_by_job ON events (job_name);
-INSERT INTO meta VALUES ('schema', '2'), ('paused', 'true'), ('cycle', '{"number": 4, "drained": 5.0}');
-"""
-NEW_KEYS = ("on_failure", "retries", "retry_delay", "projects_dir")
-V2_JOBS = {  # state, reason, and the cause that follows from it
-    "waits": ("queued", None, None),
-    "held": ("held", "node-0 does not answer", "cluster"),
-    "done": ("out", "succeeded", "succeeded"),
-    "gone": ("out", "deleted", "deleted"),
-    "ended": ("out", "cancelled", "cancelled"),
-    "bad": ("out", "failed: map failed: x", "failed"),
-    "with_it": ("out", "group failed: bad run 1: map failed: x", "group failed"),
-    "old": ("out", "failed: long ago", "failed"),  # the history has forgotten its events
-}
-
-
-def make_v2(path: Path) -> None:
-    """A queue as the version before this one left it."""
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript(V2)
-        for number, (name, (state, reason, _)) in enumerate(V2_JOBS.items(), 1):
-            group = "g" if name in ("bad", "with_it") else None
-            spec = {key: value for key, value in job(name, group_name=group).items() if key not in NEW_KEYS}
-            columns = (
-                name,
-                state,
-                reason,
-                number,
-                "mapreduce",
-                group,
-                0,
-                0,
-                None,
-                None,
-                json.dumps(spec),
-                100.0,
-                3,
-                1,
-                90.0,
-            )
-            db.execute(f"INSERT INTO jobs VALUES (?{', ?' * 14})", columns)
-            if name != "old":
-                db.execute("INSERT INTO events (time, job_name, text) VALUES (?, ?, 'moved')", (200.0 + number, name))
-        run = "('bad', 1, 'failed', 6, 1, 2, '{}')"
-        db.execute(f"INSERT INTO runs (job_name, run, state, number, started, ended, spec) VALUES {run}")
-        db.commit()
 
 
 def test_a_queue_of_the_version_before_is_kept_with_all_its_jobs(tmp_path: Path) -> None:

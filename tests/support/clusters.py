@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conftest import wait_until
+from conditions import wait_until
 from daemons import own_address
 
 from mrcore.cluster.manage_cluster import ManageCluster

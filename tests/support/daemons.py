@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import wait_until
+from by_name import ByName
+from conditions import wait_until
 
 from mrcore.system import procfs
 from mrcore.wire import pki
@@ -100,7 +101,7 @@ class Daemon:
         self.clients: list[Client | DataClient] = []
 
     def client(self) -> Client:
-        client = Client(self.address, self.port, Pki(self.pki / "master", "master", self.pki / "members.json"), "n1")
+        client = ByName(self.address, self.port, Pki(self.pki / "master", "master", self.pki / "members.json"), "n1")
         self.clients.append(client)
         return client
 

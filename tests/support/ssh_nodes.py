@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from conftest import wait_until
+from conditions import wait_until
 from daemons import free_port, own_address
 
 from mrcore.settings.config import Settings, load_settings

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import MRCORE
 from oracle import bag
 from run_task import Failed, Task
 
@@ -131,8 +131,9 @@ def test_a_trial_is_not_doubled_by_a_child(tmp_path: Path, numbers: Path, ending
     code = f"def m(line, aux):\n    n = int(line)\n    if fork(n): {ending}\n    return [(n, n)]\n"
     (project / "map_functions.py").write_text(FORK + code)
     (project / "reduce_functions.py").write_text(PLAIN_REDUCE)
-    command = [sys.executable, "-c", "import sys; from mrcore.cli import main; main(sys.argv[1:])", "try", str(project)]
-    done = subprocess.run([*command, "--map", "m", "--reduce", "r", str(numbers)], capture_output=True, text=True)
+    done = subprocess.run(
+        [MRCORE, "try", str(project), "--map", "m", "--reduce", "r", str(numbers)], capture_output=True, text=True
+    )
     items: Callable[[str], list[list[int]]] = lambda out: [json.loads(line) for line in out.splitlines()]  # noqa: E731
     assert done.returncode == 0, done.stderr
     assert bag(items(done.stdout)) == EXPECTED

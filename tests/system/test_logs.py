@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 from daemons import Daemon
 from fake_cluster import FakeCluster
-from test_supervisor import STANDIN, Server
+from task_servers import STANDIN, TaskServer
 
 from mrcore.cli import main as cli
 from mrcore.errors import Unreachable
@@ -214,14 +214,16 @@ def test_messages_of_many_threads_stay_whole(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    started = Server(tmp_path, log_bytes=LIMIT)
+def server(tmp_path: Path) -> Iterator[TaskServer]:
+    started = TaskServer(tmp_path, log_bytes=LIMIT)
     yield started
     started.close()
 
 
 @pytest.mark.parametrize("crash", [False, True])
-def test_a_task_that_prints_300_mb_takes_a_bounded_log_and_its_last_line_is_there(server: Server, crash: bool) -> None:
+def test_a_task_that_prints_300_mb_takes_a_bounded_log_and_its_last_line_is_there(
+    server: TaskServer, crash: bool
+) -> None:
     listener, _ = server.start("print", mebibytes=300, crash=crash)
     listener.until("died" if crash else "done", 120)
     stack = b"the last line\nFatal Python error: "  # of the crash, which comes last then
@@ -236,7 +238,7 @@ def test_a_task_that_prints_300_mb_takes_a_bounded_log_and_its_last_line_is_ther
     wait_until(lambda: whole(server.log).endswith(b"\nthe first line\nthe last line\n"))
 
 
-def test_floods_of_many_tasks_in_a_row_stay_within_the_limit(server: Server) -> None:
+def test_floods_of_many_tasks_in_a_row_stay_within_the_limit(server: TaskServer) -> None:
     for run in range(1, 16):
         listener, _ = server.start("print", mebibytes=8, run=run)
         listener.until("done", 60)
@@ -246,7 +248,7 @@ def test_floods_of_many_tasks_in_a_row_stay_within_the_limit(server: Server) -> 
 
 def test_in_a_window_all_is_seen_and_kept(tmp_path: Path) -> None:
     """As the unit of a cluster server has it: standard error is the log, the rest a terminal."""
-    first = Server(tmp_path, log_bytes=LIMIT)  # for its spec and certificates
+    first = TaskServer(tmp_path, log_bytes=LIMIT)  # for its spec and certificates
     first.process.terminate()
     first.process.wait()
     log, (master, slave) = tmp_path / "S_0.log", pty.openpty()
@@ -284,7 +286,7 @@ def test_in_a_window_all_is_seen_and_kept(tmp_path: Path) -> None:
         os.close(master)
 
 
-def answers(server: Server) -> bool:
+def answers(server: TaskServer) -> bool:
     try:
         return bool(server.master.call("hello"))
     except Unreachable:
@@ -297,7 +299,7 @@ def read_all(terminal: int, into: bytearray) -> None:
             into += data
 
 
-def test_a_log_that_was_removed_is_made_anew(server: Server) -> None:
+def test_a_log_that_was_removed_is_made_anew(server: TaskServer) -> None:
     server.log.unlink()
     listener, _ = server.start("print", mebibytes=0)
     listener.until("done")

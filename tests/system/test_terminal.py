@@ -7,15 +7,14 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import MRCORE, UNFIT
 from fake_cluster import FakeCluster
 
 from mrcore.errors import JobFault
@@ -24,9 +23,7 @@ from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import load_settings
 from mrcore.system import terminal
 
-MRCORE = str(Path(sys.executable).with_name("mrcore"))
 HOSTILE = "Größe \ud83d \x1b[31mred\x1b]0;title\x07 \u202egpj.exe [bold]markup[/bold] \x9b2J line\nmrcore: all is well"
-UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_name import ByName
 from clusters import TestCluster
 
 from mrcore.cli.main import main
@@ -89,7 +90,7 @@ def counts(told: dict[str, Any]) -> tuple[int, int]:
 
 def agent(cluster: TestCluster, node: int = 0) -> Client:
     at = cluster.settings.nodes[node]
-    return Client(at.address, at.agent_port, Pki(cluster.settings.pki_dir, "master"), at.name)
+    return ByName(at.address, at.agent_port, Pki(cluster.settings.pki_dir, "master"), at.name)
 
 
 def test_odd_names_empty_and_large_files_arrive_and_come_back(
@@ -380,8 +381,8 @@ def test_an_agent_killed_in_mid_file(
 
 KILLED = """
 import os, sys
-from mrcore.settings.config import load_settings
-from mrcore.transfer.file_transfer import FileTransfer
+from mrcore.config import load_settings
+from mrcore.file_transfer import FileTransfer
 from mrcore.transfer.session import Crew
 moved, seen = Crew.moved, [0]
 def dying(crew, more):

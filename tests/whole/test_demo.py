@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from daemons import own_address
 from screen import Terminal
 

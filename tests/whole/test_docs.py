@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import pkgutil
 import re
 import subprocess
 import sys
@@ -13,22 +13,19 @@ from typing import Any
 
 import click
 import pytest
+from checkout import PROJECT, commands, text_of
+from commands import MRCORE
 
 from mrcore.cli.main import cli
 from mrcore.queue import job as jobs
 from mrcore.settings.config import LOCAL_SHAPE, Settings
 from mrcore.settings.validation import parse_yaml
 
-PROJECT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("projects/*/README.md")],
     key=lambda path: str(path),
 )
 UNITS = {"": 1, "s": 1, "KiB": 1 << 10, "MiB": 1 << 20}
-
-
-def text_of(name: str) -> str:
-    return (PROJECT / name).read_text(encoding="utf-8")
 
 
 def tables(text: str) -> list[list[str]]:
@@ -121,16 +118,6 @@ def test_every_setting_is_explained() -> None:
     assert (set(Settings.model_fields) | set(LOCAL_SHAPE)) - {"local"} <= told
 
 
-def commands(group: click.Group, above: str = "") -> list[str]:
-    found = []
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            found += commands(command, f"{above}{name} ")
-        else:
-            found.append(f"mrcore {above}{name}")
-    return found
-
-
 @pytest.mark.parametrize("command", commands(cli))
 def test_every_command_is_documented(command: str) -> None:
     assert re.search(rf"{command}\b", text_of("README.md") + text_of("docs/operations.md"))
@@ -194,6 +181,29 @@ def test_every_module_has_a_name_that_the_documents_use_rightly() -> None:
         for kind, name in re.findall(r"`(\w+)\.(\w+)`", path.read_text(encoding="utf-8")):
             if kind in places:
                 assert hasattr(getattr(importlib.import_module(f"mrcore.{places[kind]}"), kind), name), f"{kind}.{name}"
+
+
+def test_what_contributing_names_is_there() -> None:
+    """Paths, modules with their attributes, and parts of the tests."""
+    spans = re.findall(r"`([^`\n]+)`", text_of("CONTRIBUTING.md"))
+    paths = [span for span in spans if "/" in span and " " not in span and not span.startswith(".venv/")]
+    dotted = [span for span in spans if re.fullmatch(r"mrcore(\.\w+)+", span)]
+    names = re.findall(r"`(\w+)`[^`]{0,20} \(?`(tests/support/\w+\.py)`", text_of("CONTRIBUTING.md"))
+    names += [(name, path) for name, path in re.findall(r"`(\w+)` of `(tests/\S+)`", text_of("CONTRIBUTING.md"))]
+    assert len(paths) > 25 and len(dotted) >= 3 and len(names) >= 3
+    assert [path for path in paths if not (PROJECT / path).exists()] == []
+    for name in dotted:
+        assert pkgutil.resolve_name(name), name
+    for name, path in names:
+        assert re.search(rf"^(def|class) {name}\b", text_of(path), re.MULTILINE), f"{path} has no {name}"
+    parts = re.findall(r"PART=(\w+)", text_of("CONTRIBUTING.md") + text_of("docs/testing.md") + text_of("Makefile"))
+    assert len(parts) >= 3 and all(list((PROJECT / "tests" / part).glob("test_*.py")) for part in parts), parts
+
+
+def test_the_first_change_of_contributing_runs(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^    \.venv/bin/mrcore (try .*)$", text_of("CONTRIBUTING.md"), re.MULTILINE)
+    done = subprocess.run([MRCORE, *line.split()], cwd=PROJECT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0 and '["MapReduce", ' in done.stdout, done.stderr
 
 
 def test_the_example_of_the_readme_runs(home: Path, tmp_path: Path) -> None:

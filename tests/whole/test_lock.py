@@ -13,12 +13,12 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from checkout import PROJECT, module
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_ansible_plugins import wheelhouse
 from wheels import make_wheel
 
-PROJECT = Path(__file__).resolve().parents[2]
+wheelhouse = module("scripts/wheelhouse.py")
 FILES = ("base", "build", "dev", "appliance", "bench")
 PINNED = re.compile(r"([a-z0-9-]+)==([^\s;]+)( ; [^\\]+)? \\")
 CHECKSUM = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")

@@ -17,9 +17,9 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conditions import wait_until
 from daemons import members
-from test_wire import FAST, Certificates, descriptors, drain, fake_server, make_certificates, tls_socket
+from peers import FAST, Certificates, descriptors, drain, fake_server, make_certificates, tls_socket
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, Refused, Unreachable

@@ -1,0 +1,34 @@
+"""The files of this checkout: its root, texts, scripts as modules, and the commands of its CLI."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import click
+
+PROJECT = Path(__file__).resolve().parents[2]
+SUPPORT = Path(__file__).parent  # for processes that import from it
+
+
+def module(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, PROJECT / path)
+    assert spec and spec.loader
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def text_of(name: str) -> str:
+    return (PROJECT / name).read_text(encoding="utf-8")
+
+
+def commands(group: click.Group, above: str = "") -> list[str]:
+    found = []
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found += commands(command, f"{above}{name} ")
+        else:
+            found.append(f"mrcore {above}{name}")
+    return found
