@@ -13,9 +13,8 @@ from mrcore.cli.common import (
     JSON,
     cluster_in_force,
     launcher_in_force,
-    print_json,
-    print_table,
-    scheduler_of,
+    print_rows,
+    scheduler_in_force,
     settings_in_force,
 )
 from mrcore.errors import ClusterFault, UsageError
@@ -45,7 +44,7 @@ def start(**shape: Any) -> None:
         launcher_in_force(settings).configure(settings.home, **shape)
         settings = settings_in_force()
     cluster_in_force(settings).start_cluster()
-    scheduler_of(settings).end_hold()  # which may have waited for this
+    scheduler_in_force(settings).end_hold()  # which may have waited for this
     servers = settings.servers()
     click.echo(f"cluster {settings.cluster_name} is up: {len(settings.nodes)} nodes, {len(servers)} cluster servers")
 
@@ -69,10 +68,7 @@ def kill() -> None:
 def status(as_json: bool) -> None:
     """Show every node agent and cluster server; status 1 when a node gives no answer."""
     answer = cluster_in_force().status()
-    if as_json:
-        print_json(answer)
-    else:
-        print_table(answer, {key: key.upper() for row in answer for key in row if key != "reason"})
+    print_rows(answer, {key: key.upper() for row in answer for key in row if key != "reason"}, as_json)
     reasons = {row["node"]: row["reason"] for row in answer if "reason" in row}
     _require_answers(reasons, len({row["node"] for row in answer}))
 

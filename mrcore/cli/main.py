@@ -26,13 +26,13 @@ from mrcore.cli.common import (
     ARGUMENTS,
     JSON,
     cluster_in_force,
+    duration,
     hand_over_jobs,
     print_json,
     print_table,
     scheduler_in_force,
     settings_in_force,
     settings_of_caller,
-    told_seconds,
 )
 from mrcore.errors import MrcoreError, UsageError
 from mrcore.system import terminal
@@ -180,7 +180,7 @@ def _reporter() -> Iterator[Callable[..., None]]:
             try:
                 click.echo(escaped(text), file=stream)
             except (OSError, ValueError):  # nobody reads it: the queue is drained all the same
-                terminal.let_go(stream, 1 + err)
+                terminal.discard_output(stream, 1 + err)
             if line is not None:
                 line.start()
 
@@ -210,7 +210,7 @@ def _reporter() -> Iterator[Callable[..., None]]:
 def _then(facts: dict[str, Any]) -> str:
     """What becomes of a job after a run that failed; nothing for one that leaves."""
     if facts.get("retry_at"):
-        return f" (retry {facts['tries'] + 1} of {facts['retries']} in {told_seconds(facts['retry_at'] - time.time())})"
+        return f" (retry {facts['tries'] + 1} of {facts['retries']} in {duration(facts['retry_at'] - time.time())})"
     return " (the job stays in the queue)" if facts.get("stays") else ""
 
 
@@ -230,7 +230,7 @@ def queue(as_json: bool) -> None:
         row["state"] = f"running {row['phase'] or ''}".strip() if row["running"] else row["state"]
         priority = f"{row['job_priority']:g}" if row["job_priority"] else None
         row["job_priority"] = "force_run" if row["force_run"] else priority
-        row["estimate"] = told_seconds(estimate["median_seconds"]) if estimate else None
+        row["estimate"] = duration(estimate["median_seconds"]) if estimate else None
         row["why"] = row["why"]["text"]
     columns = {"job_name": "JOB", "state": "STATE", "group_name": "GROUP", "job_priority": "PRIORITY"}
     columns |= {"last_run": "RUNS", "estimate": "USUALLY", "why": "WHY"}
@@ -277,7 +277,7 @@ def history(job: str | None, limit: int, as_json: bool) -> None:
         return print_json(rows)
     for row in rows:
         row["start"] = row["start_time"][:19].replace("T", " ")
-        row["took"] = told_seconds(row["seconds"])
+        row["took"] = duration(row["seconds"])
         row["error"] = (row["exception"] or {}).get("message")
     columns = {"job_name": "JOB", "run": "RUN", "state": "STATE", "start": "START", "took": "TOOK", "error": "WHY"}
     print_table(rows, columns)
@@ -297,9 +297,9 @@ def show(job: str, as_json: bool) -> None:
         if value is not None:
             click.echo(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
     for row in story["runs"][:10]:
-        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {told_seconds(row['seconds'])}")
+        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {duration(row['seconds'])}")
         for phase, times in row["phases"].items():
-            click.echo(f"  {phase}: {told_seconds(times['seconds'])}")
+            click.echo(f"  {phase}: {duration(times['seconds'])}")
         for name, count in row["counts"].items():
             by_reason = count.items() if isinstance(count, dict) else ()
             click.echo(f"  {name}: {', '.join(f'{number} {reason}' for reason, number in by_reason) or count}")
@@ -360,7 +360,7 @@ def resume() -> None:
 def cat(job: str, head: int | None) -> None:
     """Print a job's output, one JSON item per line, in the order of its parts."""
     sys.stdout.flush()
-    out = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
+    out: Any = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
     cluster_in_force().cat(job, out, head=head)
 
 

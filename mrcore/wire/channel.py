@@ -9,8 +9,10 @@ peer can make us call it back. Exceptions travel as text: RPyC's loader would le
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
+from rpyc import VoidService
 from rpyc.core import brine, consts
 from rpyc.core import channel as rpyc_channel
 from rpyc.core.protocol import DEFAULT_CONFIG
@@ -68,15 +70,21 @@ def _is_one_text(data: bytes) -> bool:
 
 
 class Connection(RpycConnection):  # type: ignore[misc]
-    """RPyC's request and reply engine, reduced to calls by value of the root's one method, `exposed_call`."""
+    """RPyC's request and reply engine, reduced to calls by value of one function of the peer: (method, arguments).
+
+    `answer` is the function that the peer may call; without it, none.
+    """
 
     _closed: bool
 
-    def __init__(self, root: Any, stream: Stream, most_bytes: int | None = None) -> None:
-        super().__init__(root, Channel(stream, most_bytes), HARDENED)
+    def __init__(
+        self, stream: Stream, answer: Callable[[str, str], str] | None = None, most_bytes: int | None = None
+    ) -> None:
+        super().__init__(VoidService(), Channel(stream, most_bytes), HARDENED)
+        self._answer = answer or self._refuse
 
     def call(self, method: str, arguments: str, most_bytes: int) -> str:
-        """Call the peer's `exposed_call`; the answer has at most so many bytes. Raises Refused, what Stream raises."""
+        """Call the peer's function; the answer has at most so many bytes. Raises Refused, what Stream raises."""
         self._channel.most_bytes = most_bytes
         reply = self.sync_request(consts.HANDLE_CALLATTR, None, "call", (method, arguments))
         if type(reply) is not str:
@@ -96,7 +104,7 @@ class Connection(RpycConnection):  # type: ignore[misc]
             self._refuse()
         if type(args) is not tuple or len(args) != 2 or any(type(arg) is not str for arg in args):
             raise Refused("`call` takes two texts: a method and its arguments as JSON")
-        return getattr(self._local_root, "exposed_call", self._refuse)(*args)
+        return self._answer(*args)
 
     def _box(self, obj: Any) -> tuple[int, Any]:
         if not brine.dumpable(obj):

@@ -14,7 +14,6 @@ from time import monotonic
 from typing import Any, TypeVar, overload
 
 import msgspec
-from rpyc import VoidService
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import Malformed, MrcoreError, Refused, Unreachable, UsageError
@@ -173,7 +172,7 @@ class Client(Caller):
         if self._stream is None or self._connection is None or not self._is_good(self._stream):
             self._drop()
             self._stream = self._connect()
-            self._connection = Connection(VoidService(), self._stream)
+            self._connection = Connection(self._stream)
         return self._stream, self._connection
 
     def _drop(self) -> None:

@@ -10,6 +10,7 @@ Membership and the deny list are looked up at every call, so who is struck off l
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -21,7 +22,6 @@ from time import monotonic
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 import msgspec
-from rpyc import VoidService
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, InternalError, MrcoreError, Refused, Unreachable, unforeseen
@@ -67,16 +67,6 @@ def _arguments_of(function: Callable[..., object]) -> Any:
         for each in parameters
     ]
     return msgspec.defstruct("arguments", fields, forbid_unknown_fields=True)
-
-
-class _Root(VoidService):  # type: ignore[misc]
-    """What a peer's calls reach: one method, bound to the peer's identity."""
-
-    def __init__(self, answer: Callable[[Identity, str, str], str], identity: Identity) -> None:
-        self._answer, self._identity = answer, identity
-
-    def exposed_call(self, method: str, arguments: str) -> str:
-        return self._answer(self._identity, method, arguments)
 
 
 class Server:
@@ -204,7 +194,7 @@ class Server:
             return data.serve(stream, identity, self.authorise)
         limits = self._limits
         most = limits.frame_bytes if identity.role == "master" else limits.member_frame_bytes
-        with Connection(_Root(self._answer, identity), stream, most) as connection:
+        with Connection(stream, functools.partial(self._answer, identity), most) as connection:
             while True:
                 connection.serve(None)
 

@@ -25,7 +25,6 @@ from by_name import ByName
 from conditions import wait_until
 from daemons import members
 from peers import FAST, Certificates, descriptors, drain, fake_server, make_certificates, tls_socket
-from rpyc import VoidService
 from rpyc.core import brine, consts
 
 from mrcore import WIRE_VERSION
@@ -313,7 +312,7 @@ def raw_call(start: Starter, certificates: Certificates) -> Iterator[Callable[..
         sock = tls_socket(server.port, certificates.pki("b"), RPC_PROTOCOL)
         opened.append(stream := Stream(sock, FAST, "peer"))
         stream.receive_json(2, "")
-        connection = Connection(VoidService(), stream)
+        connection = Connection(stream)
         with stream.within(2, ""):
             if boxed is None:
                 return connection.sync_request(handler, *args)
