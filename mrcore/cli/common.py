@@ -53,7 +53,7 @@ def hand_over_jobs(batch: list[Any], options: list[str]) -> None:
     settings = settings_of_caller()
     if sudo.is_needed(settings):
         try:
-            content = json.dumps([job.with_absolute_paths(each) for each in batch], default=str).encode()
+            content = json.dumps([job.with_absolute_paths(spec) for spec in batch], default=str).encode()
         except (ValueError, TypeError, RecursionError) as error:  # YAML knows what JSON does not
             raise UsageError(f"a job cannot be handed on to user {settings.user}: {error}") from None
         sudo.hand_over(settings, [*chosen_settings(), "submit", "-", *options], content)

@@ -165,15 +165,15 @@ def run(once: bool) -> None:
 
 @contextlib.contextmanager
 def _reporter() -> Iterator[Callable[..., None]]:
-    """What the Runner tells: ends of runs always, what goes on meanwhile only on a terminal, a hold once."""
+    """Yield what prints the Runner's events: ends of runs always, progress only on a terminal, a hold once."""
     from rich.console import Console
     from rich.text import Text
 
-    console, said = Console(file=terminal.raw(sys.stderr)), [""]
+    console, shown = Console(file=terminal.raw(sys.stderr)), [""]
 
     with console.status("waiting for jobs") if console.is_terminal else contextlib.nullcontext() as line:
 
-        def say(text: str, err: bool) -> None:
+        def write(text: str, err: bool) -> None:
             if line is not None:  # or the text would stand behind the spinner, and rich would send it to stderr
                 line.stop()
             stream = sys.stderr if err else sys.stdout  # now that rich has put ours back
@@ -187,15 +187,15 @@ def _reporter() -> Iterator[Callable[..., None]]:
         def report(event: str, **facts: Any) -> None:
             name = f"{facts.get('job_name')} run {facts.get('run')}"
             if event == "ended":
-                said[0] = ""
+                shown[0] = ""
                 error = facts.get("exception")
                 failed = f": {one_line(error['message'])}" if error else ""
-                say(f"{name}: {facts['state']}{failed}{_then(facts)}", bool(error))
+                write(f"{name}: {facts['state']}{failed}{_then(facts)}", bool(error))
             elif event in ("hold", "paused"):
                 reason = facts.get("reason", "it is paused; `mrcore resume` goes on")
-                if said[0] != reason:
-                    say(f"the queue holds: {one_line(reason)}", True)
-                said[0] = reason
+                if shown[0] != reason:
+                    write(f"the queue holds: {one_line(reason)}", True)
+                shown[0] = reason
             if line is not None:
                 counts = {
                     key: n for key, n in facts.items() if event == "progress" and isinstance(n, int) and key != "run"
@@ -208,7 +208,7 @@ def _reporter() -> Iterator[Callable[..., None]]:
 
 
 def _then(facts: dict[str, Any]) -> str:
-    """What becomes of a job after a run that failed; nothing for one that leaves."""
+    """Return what becomes of a job after a run that failed; nothing for one that leaves."""
     if facts.get("retry_at"):
         return f" (retry {facts['tries'] + 1} of {facts['retries']} in {duration(facts['retry_at'] - time.time())})"
     return " (the job stays in the queue)" if facts.get("stays") else ""
@@ -253,7 +253,7 @@ def queue(as_json: bool) -> None:
 
 
 def _print_fallen(rows: list[dict[str, Any]]) -> None:
-    """Tell what left by a failure, each group once, and how to bring it back."""
+    """Print what left by a failure, each group once, and how to bring it back."""
     together: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         together.setdefault(row["requeue"], []).append(row)
@@ -311,7 +311,7 @@ def show(job: str, as_json: bool) -> None:
                 click.echo(f"  {name}: {one_line(detail)}")
             if frames:
                 lines = frames if isinstance(frames, str) else "".join(frames)
-                click.echo("\n".join(f"    {each}" for each in lines.splitlines()))
+                click.echo("\n".join(f"    {line}" for line in lines.splitlines()))
     return None
 
 
@@ -415,5 +415,5 @@ def _say_whose_code(folder: Path, as_root: bool) -> None:
     click.echo(f"mrcore: runs code of {one_line(folder)} with your rights; {who} may change {one_line(path)}", err=True)
 
 
-for each in (*cli_cluster.COMMANDS, *cli_admin.COMMANDS, *cli_files.COMMANDS):
-    cli.add_command(each)
+for command in (*cli_cluster.COMMANDS, *cli_admin.COMMANDS, *cli_files.COMMANDS):
+    cli.add_command(command)

@@ -285,7 +285,7 @@ def _connect(settings: Settings, node: NodeSettings) -> Iterator[Connection]:
         node.address,
         user=_user(settings),
         port=node.ssh_port,
-        config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # nobody's own files have a say
+        config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # nobody's own files count
         connect_timeout=CONNECT_SECONDS,
         connect_kwargs={
             "key_filename": str(key), "allow_agent": False, "look_for_keys": False, "banner_timeout": CONNECT_SECONDS,
@@ -346,7 +346,7 @@ def _explain(settings: Settings, node: NodeSettings, error: Exception) -> str:
     if isinstance(error, paramiko.BadHostKeyException):
         return (
             f"its SSH host key has changed: it shows {_fingerprint(error.key)}, known is "
-            f"{_fingerprint(error.expected_key)}. Nothing was sent. If the machine was installed anew, `make deploy` "
+            f"{_fingerprint(error.expected_key)}. Nothing was sent. If the machine was installed again, `make deploy` "
             "takes up its key; if not, something answers in its place: find out what"
         )
     if isinstance(error, paramiko.AuthenticationException):

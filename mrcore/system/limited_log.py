@@ -18,7 +18,7 @@ OTHERS = "others", "refused or failed"
 class LimitedLog:
     """Writes to `log` the first line of each peer and reason in an interval, and at its end how many more there were.
 
-    So one interval makes at most 2 × (MAX_KEYS + 1) lines, whoever connects however often. For any number of threads.
+    So one interval makes at most 2 × (MAX_KEYS + 1) lines, however many peers connect. For any number of threads.
     """
 
     def __init__(self, log: logging.Logger, interval_seconds: float = INTERVAL_SECONDS) -> None:

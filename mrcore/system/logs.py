@@ -24,7 +24,7 @@ from time import monotonic
 
 from mrcore.system.deadline import Deadline
 
-LOG_BYTES = 32 << 20  # when nobody says how much
+LOG_BYTES = 32 << 20  # when nothing else is set
 MIN_LOG_BYTES = 1 << 20
 RATE_BYTES = 256 << 10  # a second
 TAIL_BYTES = 64 << 10

@@ -33,7 +33,7 @@ class _Stream:
         return int(self._do(self.stream.write, content))
 
     def flush(self) -> None:
-        """Have what was written taken by whoever reads."""
+        """Have what was written taken by the reader."""
         self._do(self.stream.flush)
 
     def _do(self, operation: Callable[..., Any], *arguments: Any) -> Any:
@@ -102,32 +102,31 @@ def run(command: Callable[[], int | None]) -> int:
 
 
 def _status(command: Callable[[], int | None]) -> int:
+    status = 1
     try:
-        status = command() or 0
+        answer = command() or 0
         sys.stdout.flush()
+        return answer
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except MrcoreError as error:
-        print_error(error.message)
-        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `mrcore cat JOB | head`: nobody reads on: quiet, as click is about it
         return 1
+    except MrcoreError as error:
+        message, status = error.message, 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        print_error(_os_error_text(error))
-        return 1
+        message = _os_error_text(error)
     except UnicodeEncodeError as error:
-        print_error(f"{error.object[:200]!r} {text.unfit(error.object) or f'cannot be said in {error.encoding}'}")
-        return 1
+        message = f"{error.object[:200]!r} {text.unfit(error.object) or f'cannot be said in {error.encoding}'}"
     except Exception as error:  # noqa: BLE001  a fault of ours: one line, and where to look
         if os.environ.get("MRCORE_TRACEBACK"):
             traceback.print_exc()
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}, line {last.lineno}"
         what = f"internal error: {text.type_name(error)}: {text.one_line(error, 300)} ({place})"
-        print_error(f"{what}: a fault of mrcore; MRCORE_TRACEBACK=1 shows the way there")
-        return 1
+        message = f"{what}: a fault of mrcore; MRCORE_TRACEBACK=1 shows the way there"
+    print_error(message)
     return status
 
 

@@ -46,7 +46,7 @@ class Method(NamedTuple):
     """One callable of a daemon: `function(identity, **arguments)` returns a message, or what JSON can say.
 
     The arguments are decoded as the function's signature annotates them, strictly and with the bounds of `messages`;
-    without annotations they come as JSON says.
+    without annotations they are plain JSON.
     `role` "master": only the master's certificate may call it; "member": the nodes' as well. `request_bytes` bounds
     the arguments.
     """
@@ -60,11 +60,11 @@ def _arguments_of(function: Callable[..., object]) -> Any:
     """Return the type that the arguments of a method have: a struct with a field for each parameter but the caller."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     hints = get_type_hints(function, include_extras=True)
-    if not all(each.name in hints and each.kind is not each.VAR_KEYWORD for each in parameters):
+    if not all(item.name in hints and item.kind is not item.VAR_KEYWORD for item in parameters):
         return dict[str, Any]
     fields = [
-        (each.name, hints[each.name]) if each.default is each.empty else (each.name, hints[each.name], each.default)
-        for each in parameters
+        (item.name, hints[item.name]) if item.default is item.empty else (item.name, hints[item.name], item.default)
+        for item in parameters
     ]
     return msgspec.defstruct("arguments", fields, forbid_unknown_fields=True)
 
@@ -100,7 +100,7 @@ class Server:
         self._acceptor = threading.Thread(target=self._accept, name=f"accept:{self.port}", daemon=True)
 
     def start(self) -> None:
-        """Serve from threads of its own; gives back at once."""
+        """Serve from threads of its own; return at once."""
         self._acceptor.start()
 
     def close(self) -> None:

@@ -135,7 +135,7 @@ class Outbox:
                 return
 
     def relay(self, source: Relay, at: int) -> None:
-        """Add all of a source from byte `at` on. Raises ClusterFault when it is not as long as it said."""
+        """Add all of a source from byte `at` on. Raises ClusterFault when it is not as long as it was announced."""
         is_ended = False
 
         def write(chunk: memoryview) -> None:
@@ -165,7 +165,7 @@ class Outbox:
         self._add(FAULT, view)
 
     def flush(self) -> None:
-        """Write what was gathered. With `heed`, raises Answered instead when the peer has said something."""
+        """Write what was gathered. With `heed`, raises Answered instead when the peer has sent something."""
         if self._heed and self._stream.readable():
             raise Answered
         self._stream.write(self._view[: self._used])
