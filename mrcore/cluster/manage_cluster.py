@@ -14,6 +14,7 @@ from mrcore.cluster.connections import Agents
 from mrcore.cluster.coordinator import Coordinator, PhaseClock, Progress
 from mrcore.cluster.preflight import Preflight, check_versions
 from mrcore.launchers import health
+from mrcore.launchers.launcher import DaemonStatus, launcher_of
 from mrcore.messages.methods import END_RUN, HEALTH
 from mrcore.settings.config import Settings, load_settings
 from mrcore.state import manifest, outputs
@@ -32,34 +33,25 @@ class ManageCluster:
 
     # --- life of the cluster ---
 
-    def start_cluster(self) -> list[Json]:
+    def start_cluster(self) -> list[DaemonStatus]:
         """Start what does not run yet; return `status()`."""
-        return self._launcher().start_cluster(self.settings)  # type: ignore[no-any-return]
+        return launcher_of(self.settings).start_cluster(self.settings)
 
     def stop_cluster(self) -> int:
         """Stop gracefully, then make certain; return how many daemons ran."""
-        return self._launcher().stop_cluster(self.settings)  # type: ignore[no-any-return]
+        return launcher_of(self.settings).stop_cluster(self.settings)
 
     def kill_cluster(self) -> int:
         """End everything at once; return how many daemons ran."""
-        return self._launcher().kill_cluster(self.settings)  # type: ignore[no-any-return]
+        return launcher_of(self.settings).kill_cluster(self.settings)
 
-    def status(self) -> list[Json]:
-        """Return one dict per daemon: name, node, address, port, pid, state."""
-        return self._launcher().status(self.settings)  # type: ignore[no-any-return]
+    def status(self) -> list[DaemonStatus]:
+        """Return one row per daemon: name, node, address, port, pid, state."""
+        return launcher_of(self.settings).status(self.settings)
 
     def check_nodes(self) -> None:
         """Raise ClusterFault, saying what starts those that do not run, unless all agents answer in this version."""
-        health.insist(self.settings, lambda node: check_versions(node, self._agents.client(node).call(HEALTH)))
-
-    def _launcher(self) -> Any:
-        if self.settings.local:
-            from mrcore.launchers import local
-
-            return local
-        from mrcore.launchers import ssh
-
-        return ssh
+        health.require_answers(self.settings, lambda node: check_versions(node, self._agents.client(node).call(HEALTH)))
 
     # --- one attempt of a job ---
 

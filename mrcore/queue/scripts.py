@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mrcore.errors import JobFault, MrcoreError
 from mrcore.system import logs, procfs
-from mrcore.system.subreaper import describe, sweep
+from mrcore.system.subreaper import Ending, describe, sweep
 
 if TYPE_CHECKING:
     from mrcore.settings.config import Settings
@@ -177,7 +177,7 @@ class _Guard:
             signal.signal(number, lambda *_: None)  # only the pipe ends us; a handler does not pass to the script
         signal.set_wakeup_fd(wake_in, warn_on_full_buffer=False)
 
-    def run(self, mark: str, command: list[str]) -> dict[str, Any]:
+    def run(self, mark: str, command: list[str]) -> Ending:
         """Run the command until it ends or is told to; gives how it ended. Nothing of it is then left.
 
         `mark` is put into its environment, for `end_leftovers`.

@@ -19,6 +19,7 @@ from conditions import wait_until
 from mrcore.cluster.preflight import _earlier_output
 from mrcore.errors import JobFault
 from mrcore.launchers import local
+from mrcore.launchers.launcher import daemons
 from mrcore.messages.kinds import convert
 from mrcore.messages.tasks import Order
 from mrcore.queue.scheduler import Scheduler
@@ -70,14 +71,14 @@ class LyingCluster(TestCluster):
         self.write_inputs({"a": "one two\n", "b": "two\n"})
 
     def _replace(self) -> None:
-        theirs = [daemon for daemon in local._daemons(self.settings) if daemon.node.name == NODE]
+        theirs = [daemon for daemon in daemons(self.settings) if daemon.node.name == NODE]
         running = local._running(self.settings.home)
         for daemon in theirs:
-            known = running[daemon.record]
-            procfs.send_signal(known["pid"], known["start_ticks"], signal.SIGTERM)
-        wait_until(lambda: not any(procfs.state(running[each.record]["pid"]) for each in theirs), 20, "their end")
-        lying = [local._Daemon(each.name, "lying_node", each.node, each.port, each.owner) for each in theirs]
-        local._await_ready({local._launch(self.settings, each): each for each in lying})
+            procfs.send_signal(*running[local._record(daemon)], signal.SIGTERM)
+        wait_until(
+            lambda: not any(procfs.state(running[local._record(daemon)].pid) for daemon in theirs), 20, "their end"
+        )
+        local._await_ready({local._launch(self.settings, daemon, "lying_node"): daemon for daemon in theirs})
 
     def lie(self, **lie: Any) -> None:
         partial = self.lies.with_suffix(".partial")

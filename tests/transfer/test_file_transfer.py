@@ -31,8 +31,8 @@ from mrcore.system.staging import Staging
 from mrcore.transfer import file_transfer
 from mrcore.transfer.file_transfer import FileTransfer
 from mrcore.transfer.session import Crew
-from mrcore.wire.channel import Stream
 from mrcore.wire.client import Client
+from mrcore.wire.stream import Stream
 from mrcore.wire.tls import Pki
 
 LARGE_BYTES = 24 << 20
