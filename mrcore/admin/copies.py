@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mrcore.launchers import ssh
 from mrcore.settings.config import Settings
-from mrcore.state.backup import last_backup, note
+from mrcore.state.backup import LastBackup, last_backup, note
 from mrcore.system.paths import write_atomic
 
 _MOMENT = re.compile(r"\d{1,12}(\.\d{1,12})?")
@@ -23,15 +23,15 @@ def copy_to_node(settings: Settings, file: Path, node_name: str) -> Path:
     Until it is there the doctor knows that it is missing.
     """
     folder = settings.node(node_name).compute_dir / "backups"
-    about = (last_backup(settings.state_dir) or {}) | {"copy_to": node_name, "copied": False}
-    note(settings, **about)
+    about = (last_backup(settings.state_dir) or {}) | LastBackup(copy_to=node_name, copied=False)
+    note(settings, about)
     if settings.local:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         target = folder / file.name
         write_atomic(target, file.read_bytes(), 0o600)
     else:
         target = ssh.copy_file(settings, node_name, file, folder)
-    note(settings, **about | {"copied": True})
+    note(settings, about | LastBackup(copied=True))
     return target
 
 

@@ -101,7 +101,7 @@ def _ask_all(settings: Settings) -> dict[str, Json]:
         return dict(zip(ports, pool.map(ask, ports), strict=True))
 
 
-def _compare_outputs(settings: Settings, answers: dict[str, Json], running: Json | None, deep: bool) -> list[Json]:
+def _compare_outputs(settings: Settings, answers: dict[str, Json], running: Json | None, deep: bool) -> list[Any]:
     """Compare what manifests name with what the nodes that answer hold; all of a node that is no member is missing."""
     keys, known = master_pki(settings), outputs.named(settings)
 
@@ -119,14 +119,12 @@ def _compare_outputs(settings: Settings, answers: dict[str, Json], running: Json
     lists = {node: files for node, files in found.items() if isinstance(files, dict)}
     members = {node.name for node in settings.nodes}
     everywhere = lists | {node: dict[str, int]() for node in known if node not in members}
-    wrong = outputs.compare(known, everywhere, running["job_name"] if running else None)
+    wrong: list[Any] = [*outputs.compare(known, everywhere, running["job_name"] if running else None)]
     if deep:
         seen = {(each["job"], each["node"], name) for each in wrong for name in each["names"]}
         unread = {
             node: {
-                path: part
-                for path, part in known.get(node, {}).items()
-                if (part["job"], node, part["name"]) not in seen
+                path: part for path, part in known.get(node, {}).items() if (part.job, node, part.part.name) not in seen
             }
             for node in lists
         }

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+import msgspec
+
 from mrcore.cluster.attempt import Attempt, EndServer, Give, Start, default_partitions
 from mrcore.cluster.connections import Links
 from mrcore.cluster.preflight import Preflight, Stopped, check_versions
@@ -23,6 +25,7 @@ from mrcore.errors import JobFault, MrcoreError, UsageError
 from mrcore.launchers import health
 from mrcore.settings.config import NodeSettings, Settings, load_settings
 from mrcore.state import ledger, manifest, outputs
+from mrcore.state.manifest import Manifest
 from mrcore.state.store import Store
 from mrcore.system import failpoints
 from mrcore.wire.client import Client
@@ -108,10 +111,10 @@ class ManageCluster:
             self.abandon(job["job_name"], run)
             raise
         clock.enter("COMMIT")
-        found = self._manifest(job, run, attempt, plan, machine, clock)
+        found = self._manifest(job, run, plan, machine, clock)
         manifest.write(self.settings.state_dir, found)
         self.finish(job, run)
-        return found
+        return manifest.to_dict(found)
 
     def finish(self, job: Json, run: int) -> None:
         """Do what follows from a commit: publish the parts, remove what is temporary. May be repeated after a crash."""
@@ -121,9 +124,9 @@ class ManageCluster:
             raise UsageError(f"run {run} of {name} has not committed")
 
         def publish(node: NodeSettings) -> None:
-            parts = [part["name"] for part in found["parts"] if part["node"] == node.name]
+            parts = [part.name for part in found.parts if part.node == node.name]
             agent = self._agent(node)
-            facts = {"attempt": found["attempt"], "parts": parts, "delete_job_data": found["delete_job_data"]}
+            facts = {"attempt": 1, "parts": parts, "delete_job_data": found.delete_job_data}
             agent.call("publish", job=name, run=run, **facts, timeout_seconds=600)
             agent.call("end_run", job=name, run=run, timeout_seconds=600)
             failpoints.point("node finished")
@@ -131,7 +134,7 @@ class ManageCluster:
         failpoints.point("finish begun")
         self._on_all_nodes(publish)
         failpoints.point("nodes finished")
-        if found.get("ledger"):
+        if found.ledger:
             with contextlib.closing(Store(self.settings.state_dir)) as store:
                 ledger.commit(store, found)
 
@@ -144,17 +147,17 @@ class ManageCluster:
         total_bytes = plan["input"]["bytes"]
         # Those of a job with merge_output are for good, so they are not counted by what the first run happens to read.
         partitions = default_partitions((1 << 62) if job["merge_output"] else total_bytes, len(servers))
-        base = plan.get("base") or {"parts": [], "partitions": job["number_of_partitions"] or partitions, "cuts": None}
+        base = plan.get("base") or Manifest("", 0, partitions=job["number_of_partitions"] or partitions)
         earlier: dict[int, list[Json]] = {}
-        for part in base["parts"]:
-            earlier.setdefault(part["partition"], []).append(part)
+        for part in base.parts:
+            earlier.setdefault(part.partition, []).append(msgspec.to_builtins(part))
         machine = Attempt(
             {"job": job["job_name"], "run": run, "attempt": attempt},
             {each.name: each.node.name for each in servers},
             plan["bundles"],
-            partitions=base["partitions"],
+            partitions=base.partitions,
             earlier=earlier,
-            cuts=base["cuts"],
+            cuts=base.cuts,
             by_range=job["partitioner"] == "range",
             map_only=job["reduce_function_name"] is None,
             max_attempts=job["max_attempts"] or self.settings.max_attempts,
@@ -253,7 +256,7 @@ class ManageCluster:
 
         self._on_all_nodes(cancel)
 
-    def _manifest(self, job: Json, run: int, attempt: int, plan: Json, machine: Attempt, clock: _PhaseClock) -> Json:
+    def _manifest(self, job: Json, run: int, plan: Json, machine: Attempt, clock: _PhaseClock) -> Manifest:
         shuffled = machine.shuffled
         remote = sum(length for (source, target), length in shuffled.items() if source != target)
         parts = sorted(machine.parts, key=lambda part: str(part["name"]))
@@ -270,29 +273,24 @@ class ManageCluster:
             "peak_task_bytes": machine.peak_bytes,
             "skipped": plan["input"]["skipped"],
         }
-        return {
-            "job": job["job_name"],
-            "run": run,
-            "attempt": attempt,
-            "committed": time.time(),
-            "partitioner": job["partitioner"],
-            "partitions": machine.partitions,
-            "cuts": machine.cuts,
-            "delete_job_data": job["delete_job_data"] or plan.get("replaces", False),
-            "merge_output": job["merge_output"],
-            "merged_run": (plan.get("base") or {}).get("run"),
-            "ledger": plan.get("ledger"),
-            "compress": job["compress"],
-            "project": plan["project"],
-            "keys_kept": machine.keys_kept,
-            "parts": parts,
-            "shuffle": [[source, target, length] for (source, target), length in sorted(shuffled.items())],
-            "skipped": plan["input"]["skipped"],
-            "counts": {name: count for name, count in counts.items() if count != {}},
-            "task_seconds": {name: round(seconds, 3) for name, seconds in machine.seconds.items()},
-            "phases": clock.seconds(),
-            "deaths": machine.deaths,
-        }
+        return Manifest(
+            job=job["job_name"],
+            run=run,
+            parts=msgspec.convert(parts, list[manifest.Part]),
+            delete_job_data=job["delete_job_data"] or plan.get("replaces", False),
+            merge_output=job["merge_output"],
+            keys_kept=machine.keys_kept,
+            partitioner=job["partitioner"],
+            partitions=machine.partitions,
+            cuts=None if machine.cuts is None else list(machine.cuts),
+            ledger=plan.get("ledger"),
+            counts={name: count for name, count in counts.items() if count != {}},
+            skipped=plan["input"]["skipped"],
+            shuffle=[(source, target, length) for (source, target), length in sorted(shuffled.items())],
+            task_seconds={name: round(seconds, 3) for name, seconds in machine.seconds.items()},
+            phases=clock.seconds(),
+            deaths=machine.deaths,
+        )
 
     # --- output ---
 

@@ -95,10 +95,10 @@ class Preflight:
             base_dirs = {node.name: str(node.layout.base_dir) for node in self._settings.nodes}
             state_dir, one_machine = self._settings.state_dir, self._settings.local
             with contextlib.closing(Store(state_dir)) as store:
-                plan = ledger.plan(
+                increment = ledger.plan(
                     job, files, self._look, store, state_dir=state_dir, base_dirs=base_dirs, one_machine=one_machine
                 )
-            files = plan["files"]
+            plan, files = vars(increment), increment.files
         total = sum(each[1] - sum(each[4:]) for found in files.values() for each in found)
         if (splits := total // MAX_SPLIT_BYTES + sum(map(len, files.values()))) > MAX_SPLITS:
             raise JobFault(
