@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+import msgspec
+
 from mrcore import VERSIONS
 from mrcore.errors import MrcoreError
 from mrcore.launchers import local
@@ -90,7 +92,7 @@ def _ask_all(settings: Settings) -> dict[str, Json]:
         with contextlib.closing(Client(node.address, port, keys, node.name, ASK_SECONDS, ASK_SECONDS)) as client:
             begun = time.time()
             try:
-                answer: Json = client.call(method)
+                answer: Json = msgspec.to_builtins(client.call(method))
             except MrcoreError as error:
                 return {"error": error.message, "node": node.name}
             if "time" in answer:  # the answer was made between `begun` and now

@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mrcore import messages
 from mrcore.engine.records import Key, as_tuple, order_key
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
+from mrcore.messages import legacy
+from mrcore.messages.methods import decode_error
 
 Json = dict[str, Any]
 BUNDLES_AHEAD = 2  # one in work, one in hand: a server never waits for the next
@@ -180,7 +181,7 @@ class Attempt:
         if task is None or event.get("identity") != (task_identity := self._identity(task)):
             return
         try:
-            event = messages.event(event, task_identity, self.partitions, server.node)
+            event = legacy.event(event, task_identity, self.partitions, server.node)
         except Malformed as error:
             self._fail(error)
             return
@@ -196,7 +197,7 @@ class Attempt:
             task.move("done")
             self._take(server, task, event["result"])
         elif what == "failed":
-            self._task_failed(server, messages.error(event["error"], server.node))
+            self._task_failed(server, decode_error(event["error"], server.node))
         elif what == "died":
             self._lose_task(server, event["message"], JobFault)
 

@@ -16,10 +16,13 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mrcore import WIRE_VERSION, __version__
 from mrcore.engine.inputs import MAX_SPLIT_BYTES, plan_bundles
 from mrcore.engine.listing import ALIAS, gather
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
+from mrcore.messages.nodes import InputPage, Versions
 from mrcore.project.packages import Shipment
 from mrcore.project.snapshot import pack_project, project_hash
 from mrcore.settings.config import NodeSettings, Settings
@@ -88,8 +91,8 @@ class Preflight:
             listings = self._on_all_nodes(lambda node: self._prepare_node(node, job, run, snapshot, folder, packages))
         self._check_inputs(job, listings)
         if self._settings.local:
-            _drop_aliases(listings)
-        files = {node.name: found["files"] for node, found in zip(self._settings.nodes, listings, strict=True)}
+            listings = _without_aliases(listings)
+        files = {node.name: found.files for node, found in zip(self._settings.nodes, listings, strict=True)}
         plan: Json = {"nothing_new": False, "known": 0}
         if job["hold_state"]:
             base_dirs = {node.name: str(node.layout.base_dir) for node in self._settings.nodes}
@@ -109,8 +112,8 @@ class Preflight:
             count = sum(map(len, bundles.values()))
             bundles[node.name] = plan_bundles(files[node.name], node.servers, first_id=count)
         skipped: dict[str, int] = {}
-        for found in (*listings, plan):
-            for reason, number in found.get("skipped", {}).items():
+        for some in (*(found.skipped for found in listings), plan.get("skipped", {})):
+            for reason, number in some.items():
                 skipped[reason] = skipped.get(reason, 0) + number
         read = {"files": sum(map(len, files.values())), "bytes": total, "skipped": skipped}
         return plan | {"project": snapshot, "environment": packages.hash, "bundles": bundles, "input": read}
@@ -126,7 +129,7 @@ class Preflight:
 
     def _prepare_node(
         self, node: NodeSettings, job: Json, run: int, snapshot: str, folder: Path, packages: Shipment
-    ) -> Json:
+    ) -> InputPage:
         """Check one node, bring it the project and its packages, make its working folder and list its inputs."""
         call = functools.partial(self._call, node)
         check_versions(node, call("health"))
@@ -140,7 +143,7 @@ class Preflight:
                 raise JobFault(f"auxiliary data {job[key]!r} is not on node {node.name}: {file} is missing; upload it")
         # One job runs at a time: whatever else is there is of dead runs.
         call("sweep", keep=[[job["job_name"], run]], timeout_seconds=600)
-        free = call("start_run", job=job["job_name"], run=run)["disk_free_bytes"]
+        free = call("start_run", job=job["job_name"], run=run).disk_free_bytes
         if free < MIN_FREE_DISK_BYTES:
             raise ClusterFault(
                 f"node {node.name} has {free >> 20} MiB of free disk, less than {MIN_FREE_DISK_BYTES >> 20}: make room",
@@ -151,17 +154,17 @@ class Preflight:
             asked["sibling_dirs"] = str(node.compute_dir.parent)
         names = [each.name for each in self._settings.nodes]
         call = functools.partial(call, timeout_seconds=SLICE_ANSWER_SECONDS)
-        return gather(call, asked, names, node.name)
+        return gather(functools.partial(call, "list_inputs"), asked, names, node.name)
 
-    def _check_inputs(self, job: Json, listings: list[Json]) -> None:
-        faults = [fault for found in listings for fault in found["faults"]]
+    def _check_inputs(self, job: Json, listings: list[InputPage]) -> None:
+        faults = [fault for found in listings for fault in found.faults]
         for entry in job["input_dirs"]:
-            if not any(found["matched"].get(entry) for found in listings):
+            if not any(found.matched.get(entry) for found in listings):
                 where = "" if entry.startswith("/") else " under any node's base_dir"
                 faults.append(f"the input {entry} matches no file{where}: check the path, or upload the files first")
-        prints = {found["fingerprint"] for found in listings}
+        prints = {found.fingerprint for found in listings}
         absolute = any(
-            entry.startswith("/") and found["matched"][entry] for found in listings for entry in job["input_dirs"]
+            entry.startswith("/") and found.matched[entry] for found in listings for entry in job["input_dirs"]
         )
         unclear = job["shared_input"] is None and not self._settings.local and len(listings) > 1
         if unclear and absolute and len(prints) == 1:
@@ -173,10 +176,10 @@ class Preflight:
             raise JobFault(listed(faults), faults=faults)
 
 
-def check_versions(node: NodeSettings, health: Json) -> None:
+def check_versions(node: NodeSettings, health: Versions) -> None:
     """Raise ClusterFault unless a node, by what its `health` says, runs the mrcore and the Python of this master."""
     ours = (__version__, WIRE_VERSION, platform.python_version_tuple()[:2])
-    theirs = (health["version"], health["wire_version"], tuple(health["python"].split(".")[:2]))
+    theirs = (health.version, health.wire_version, tuple(health.python.split(".")[:2]))
     if ours != theirs:
         raise ClusterFault(
             f"node {node.name} runs mrcore {theirs[0]} (wire {theirs[1]}) on Python {'.'.join(theirs[2])}, the "
@@ -185,20 +188,21 @@ def check_versions(node: NodeSettings, health: Json) -> None:
         )
 
 
-def _drop_aliases(listings: list[Json]) -> None:
+def _without_aliases(listings: list[InputPage]) -> list[InputPage]:
     """Where all nodes are one machine, a link in one's folder may lead to what another reads: the first reads it."""
     first_paths: dict[int, list[str]] = {}  # by inode
+    left = []
     for listing in listings:
         kept = []
-        for file in listing["files"]:
-            others = first_paths.get(file[3], ())
-            if any(_are_one(file[0], other) for other in others):
-                listing["skipped"][ALIAS] = listing["skipped"].get(ALIAS, 0) + 1
-            else:
+        for file in listing.files:
+            if not any(_are_one(file.path, other) for other in first_paths.get(file.inode, ())):
                 kept.append(file)
         for file in kept:
-            first_paths.setdefault(file[3], []).append(file[0])
-        listing["files"] = kept
+            first_paths.setdefault(file.inode, []).append(file.path)
+        dropped = len(listing.files) - len(kept)
+        skipped = listing.skipped | ({ALIAS: listing.skipped.get(ALIAS, 0) + dropped} if dropped else {})
+        left.append(msgspec.structs.replace(listing, files=kept, skipped=skipped))
+    return left
 
 
 def _are_one(path: str, other: str) -> bool:

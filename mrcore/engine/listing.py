@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mrcore.engine.globbing import expand
-from mrcore.messages import MAX_INPUT_BYTES, MAX_INPUT_FILES, MAX_INPUT_NAMES, InputPages
+from mrcore.messages.kinds import MAX_INPUT_BYTES, MAX_INPUT_FILES, MAX_INPUT_NAMES
+from mrcore.messages.nodes import InputPage
+from mrcore.messages.pages import InputPages
 from mrcore.system.paths import PARTIAL, Layout
 from mrcore.system.readers import NotRegular, open_regular
 from mrcore.text import one_line
@@ -35,14 +37,13 @@ def list_inputs(job: Mapping[str, Any], layout: Layout, node_names: Sequence[str
     return listing.result()
 
 
-def gather(call: Callable[..., Json], job: Json, node_names: Sequence[str], node: str) -> Json:
+def gather(call: Callable[..., InputPage], job: Json, node_names: Sequence[str], node: str) -> InputPage:
     """Ask the agent of `node` for its whole listing, by slices of its walk and then by pages: its answer with all
     "files". Raises Malformed for one that no honest node has."""
     pages, cursor = InputPages(node, job["input_dirs"]), None
-    while True:
-        page = call("list_inputs", job=job, node_names=node_names, cursor=cursor)
-        if (cursor := pages.add(page)) is None:
-            return pages.listing
+    while pages.listing is None:
+        cursor = pages.add(call(job=job, node_names=node_names, cursor=cursor))
+    return pages.listing
 
 
 def rendezvous(name: str, nodes: Sequence[str]) -> str:

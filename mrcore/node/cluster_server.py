@@ -32,7 +32,7 @@ from typing import Any
 
 from mrcore import VERSIONS
 from mrcore.errors import ClusterFault, Refused
-from mrcore.messages import LARGE_BYTES
+from mrcore.messages.methods import LARGE_BYTES
 from mrcore.node.supervisor import Json, Supervisor
 from mrcore.system import logs, procfs
 from mrcore.system.paths import Layout, write_atomic

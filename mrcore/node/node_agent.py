@@ -30,7 +30,7 @@ from mrcore import VERSIONS
 from mrcore.engine import spills
 from mrcore.engine.listing import Listing
 from mrcore.errors import ClusterFault, Refused
-from mrcore.messages import LARGE_BYTES
+from mrcore.messages.methods import LARGE_BYTES
 from mrcore.node import tails
 from mrcore.node.moves import MoveMethods
 from mrcore.project import packages, snapshot

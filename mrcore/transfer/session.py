@@ -27,12 +27,12 @@ Progress = Callable[..., None]
 def every_file(call: Callable[..., Any], path: str, wildcards: bool) -> tuple[str, list[File]]:
     """Ask for a listing page by page, by `call(path=, …)` of an agent's `list_files`; return its token and files."""
     page = call(path=path, wildcards=wildcards)
-    token, files = page["listing"], [checked_file(file) for file in page["files"]]
+    token, files = page["listing"], [checked_file([*file]) for file in page["files"]]
     while page["next"] is not None:
         if not page["files"] or len(files) >= MAX_FILES:
             raise Refused(f"a listing of {path!r} does not end: {len(files):,} files so far")
         page = call(path=path, listing=token, start=page["next"])
-        files += [checked_file(file) for file in page["files"]]
+        files += [checked_file([*file]) for file in page["files"]]
     return token, files
 
 

@@ -48,15 +48,20 @@ _TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 _L4 = struct.Struct("!L")
 
 
-def load_json(text: str, limits: Limits) -> Any:
-    """Decode a peer's JSON. Raises ValueError for what is none, or has more values than a message needs.
+def check_values(text: str, limits: Limits) -> str:
+    """Return a peer's JSON as it came. Raises ValueError when it has more values than a message needs.
 
     Decoded, a value takes up to a hundred bytes for its two in the text: 8 MiB of `[],` would become 200 MiB.
     """
     if _values(text) > limits.json_values and _values(_TEXT.sub("", text)) > limits.json_values:
         raise ValueError(f"more than {limits.json_values:,} values")
+    return text
+
+
+def load_json(text: str, limits: Limits) -> Any:
+    """Decode a peer's JSON. Raises ValueError for what is none, or has more values than a message needs."""
     try:
-        return json.loads(text)
+        return json.loads(check_values(text, limits))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -11,17 +11,22 @@ import socket
 import ssl
 import threading
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar, overload
 
+import msgspec
 from rpyc import VoidService
 
-from mrcore import WIRE_VERSION, messages
+from mrcore import WIRE_VERSION
 from mrcore.errors import Malformed, MrcoreError, Refused, Unreachable, UsageError
+from mrcore.messages.kinds import decode
+from mrcore.messages.methods import METHODS, Method, decode_error
 from mrcore.text import one_line
 from mrcore.wire import tls
-from mrcore.wire.channel import Connection, Stream, load_json
+from mrcore.wire.channel import Connection, Stream, check_values
 from mrcore.wire.members import watch_membership
 from mrcore.wire.tls import LIMITS, RPC_PROTOCOL, Limits, Pki
+
+T = TypeVar("T")
 
 
 class Caller:
@@ -83,13 +88,20 @@ class Caller:
             if why := self._objection(stream):
                 raise Refused(f"{peer} is not trusted: {why}")
             if "error" in greeting:
-                raise messages.error(greeting["error"], self._name)
+                raise decode_error(greeting["error"], self._name)
             if greeting.get("welcome") != WIRE_VERSION or sock.selected_alpn_protocol() != self.ALPN:
                 raise Refused(f"{peer} speaks wire version {greeting.get('welcome')}, this side {WIRE_VERSION}")
         except BaseException:
             stream.close()
             raise
         return stream
+
+
+class _Answer(msgspec.Struct):
+    """What a server answers a call with: one of the two."""
+
+    result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    error: Any = msgspec.UNSET
 
 
 class Client(Caller):
@@ -103,27 +115,30 @@ class Client(Caller):
     _connection: Connection | None = None
     _closed = False
 
-    def call(self, method: str, *, timeout_seconds: float | None = None, **arguments: Any) -> Any:
-        """Give the method's result. `arguments` and result are what JSON can say.
+    @overload
+    def call(self, method: Method[T], *, timeout_seconds: float | None = None, **arguments: object) -> T: ...
+    @overload
+    def call(self, method: str, *, timeout_seconds: float | None = None, **arguments: object) -> Any: ...
+    def call(self, method: Method[Any] | str, *, timeout_seconds: float | None = None, **arguments: object) -> Any:
+        """Call a method; return its answer, checked. `arguments` are messages, or what JSON can say.
 
         Raises what the method raised (of `errors`), Refused, Unreachable (no answer within `timeout_seconds`, which
         does not count the time to connect), UsageError (the request is too large), TypeError (is no JSON).
         """
-        text = json.dumps(arguments)
+        method = METHODS.get(method) or Method(method, Any) if isinstance(method, str) else method
+        name, text = method.name, json.dumps(msgspec.to_builtins(arguments))
         if len(text) >= self.limits.frame_bytes - self.limits.frame_room_bytes:
-            raise UsageError(f"{method}: arguments of {len(text)} bytes exceed the frame limit")
+            raise UsageError(f"{name}: arguments of {len(text)} bytes exceed the frame limit")
         seconds = self._call_seconds if timeout_seconds is None else timeout_seconds
         if not self._lock.acquire(timeout=seconds):
-            raise Unreachable(
-                f"{self.address}:{self.port}: another call held the connection: {method} in {seconds:g} s"
-            )
+            raise Unreachable(f"{self.address}:{self.port}: another call held the connection: {name} in {seconds:g} s")
         try:
             stream, connection = self._ready()
             if self._closed:  # looked at after the stream is where close() finds it
                 raise Unreachable(f"{self.address}:{self.port} was not asked: this client is closed")
-            with stream.within(seconds, f"{method} within {seconds:g} s"):
-                most = min(messages.most_bytes(method), self.limits.frame_bytes)
-                answer = load_json(connection.call(method, text, most), self.limits)
+            with stream.within(seconds, f"{name} within {seconds:g} s"):
+                most = min(method.most_bytes, self.limits.frame_bytes)
+                answer = decode(_Answer, check_values(connection.call(name, text, most), self.limits))
         except Refused as error:
             self._drop()
             raise Refused(f"node {self._name}: {error.message}", **error.details) from error
@@ -133,16 +148,16 @@ class Client(Caller):
         except BaseException as error:  # an answer may still be under way: never reuse the connection
             self._drop()
             if isinstance(error, Exception):
-                what = f"{self.address}:{self.port} garbled its answer to {method}"
+                what = f"{self.address}:{self.port} garbled its answer to {name}"
                 raise Malformed(f"node {self._name}: {what}: {one_line(repr(error), 300)}", node=self._name) from error
             raise
         finally:
             self._lock.release()
-        if type(answer) is not dict or not answer.keys() & {"error", "result"}:
-            raise Malformed(f"node {self._name} answered {method} with something that is no answer", node=self._name)
-        if "error" in answer:
-            raise messages.error(answer["error"], self._name, method)
-        return messages.checked(method, arguments, answer["result"], self._name)
+        if answer.result is not msgspec.UNSET:
+            return method.decode(answer.result, arguments, self._name)
+        if answer.error is not msgspec.UNSET:
+            raise decode_error(answer.error, self._name, method)
+        raise Malformed(f"node {self._name} answered {name} with something that is no answer", node=self._name)
 
     def close(self) -> None:
         """End for good, without waiting; a call that another thread has under way raises Unreachable."""

@@ -29,8 +29,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
-from mrcore import messages
 from mrcore.errors import ClusterFault, MrcoreError, Refused
+from mrcore.messages.methods import decode_error
 from mrcore.text import one_line
 from mrcore.wire.channel import TRACEBACKS, Stream
 from mrcore.wire.client import Caller
@@ -212,7 +212,7 @@ def _receive_piece(stream: Stream, crc: int) -> tuple[int, memoryview, int]:
         plain = None
         with suppress(ValueError, RecursionError):
             plain = json.loads(bytes(chunk))
-        raise messages.error(plain, stream.peer)
+        raise decode_error(plain, stream.peer)
     return kind, chunk, crc
 
 
@@ -437,5 +437,5 @@ class DataClient(Caller):
     def _answer(self, stream: Stream, seconds: float, doing: str) -> dict[str, Any]:
         answer = stream.receive_json(seconds, f"{doing} within {seconds:g} s")
         if "error" in answer:
-            raise messages.error(answer["error"], self._name)
+            raise decode_error(answer["error"], self._name)
         return answer

@@ -10,6 +10,7 @@ Membership and the deny list are looked up at every call, so who is struck off l
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import socket
@@ -17,16 +18,18 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
+import msgspec
 from rpyc import VoidService
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, InternalError, MrcoreError, Refused, Unreachable, unforeseen
+from mrcore.messages.kinds import decode
 from mrcore.system.limited_log import INTERVAL_SECONDS, LimitedLog
 from mrcore.text import one_line
 from mrcore.wire import tls
-from mrcore.wire.channel import Connection, Stream, load_json
+from mrcore.wire.channel import Connection, Stream, check_values
 from mrcore.wire.data import DataHandler
 from mrcore.wire.members import Membership
 from mrcore.wire.tls import DATA_PROTOCOL, LIMITS, RPC_PROTOCOL, Identity, Limits, Pki
@@ -39,8 +42,10 @@ DROP_SECONDS = 1.0  # for a dropped handshake's thread to end
 
 
 class Method(NamedTuple):
-    """One callable of a daemon: `function(identity, **arguments)` gives something JSON-able.
+    """One callable of a daemon: `function(identity, **arguments)` returns a message, or what JSON can say.
 
+    The arguments are decoded as the function's signature annotates them, strictly and with the bounds of `messages`;
+    without annotations they come as JSON says.
     `role` "master": only the master's certificate may call it; "member": the nodes' as well. `request_bytes` bounds
     the arguments.
     """
@@ -48,6 +53,19 @@ class Method(NamedTuple):
     function: Callable[..., Any]
     role: Literal["master", "member"]
     request_bytes: int = REQUEST_BYTES
+
+
+def _arguments_of(function: Callable[..., object]) -> Any:
+    """Return the type that the arguments of a method have: a struct with a field for each parameter but the caller."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    hints = get_type_hints(function, include_extras=True)
+    if not all(each.name in hints and each.kind is not each.VAR_KEYWORD for each in parameters):
+        return dict[str, Any]
+    fields = [
+        (each.name, hints[each.name]) if each.default is each.empty else (each.name, hints[each.name], each.default)
+        for each in parameters
+    ]
+    return msgspec.defstruct("arguments", fields, forbid_unknown_fields=True)
 
 
 class _Root(VoidService):  # type: ignore[misc]
@@ -74,6 +92,7 @@ class Server:
         self._trusted = tls.watch_authorities(pki)
         self._context = tls.watch_files(pki, lambda: tls.server_context(pki))
         self._membership, self._methods = membership, dict(methods)
+        self._arguments = {name: _arguments_of(method.function) for name, method in methods.items()}
         self._data_handler, self._limits = data_handler, limits
         self._changed = threading.Condition()
         self._peers: dict[Stream, Identity | None] = {}  # oldest first; None until the handshake is done
@@ -225,12 +244,11 @@ class Server:
             if len(arguments) > entry.request_bytes:
                 raise Refused(f"{method}: arguments of {len(arguments)} bytes, limit {entry.request_bytes}")
             try:
-                given = load_json(arguments, self._limits)
+                given = decode(self._arguments[method], check_values(arguments, self._limits))
             except ValueError as error:
-                raise Refused(f"{method}: the arguments are no JSON: {one_line(error, 200)}") from None
-            if type(given) is not dict:
-                raise Refused(f"{method}: the arguments must be a JSON object")
-            text = json.dumps({"result": entry.function(identity, **given)})
+                raise Refused(f"{method}: not arguments of this method: {one_line(error, 200)}") from None
+            named = given if type(given) is dict else msgspec.structs.asdict(given)
+            text = json.dumps({"result": msgspec.to_builtins(entry.function(identity, **named))})
             if len(text) >= self._limits.frame_bytes - self._limits.frame_room_bytes:
                 raise InternalError(f"{method}: a reply of {len(text):,} bytes exceeds the limit of a frame")
             return text

@@ -457,7 +457,7 @@ def test_inputs_outside_of_base_dir_are_told(cluster: TestCluster, settings: Set
 CODE = """
 import sys
 from mrcore.admin import drain
-from mrcore.config import load_settings
+from mrcore.settings.config import load_settings
 drain.STEP_FILES = 4
 settings = load_settings(sys.argv[1]).model_copy(update={"local": False})
 drain.drain(settings, sys.argv[2])

@@ -245,7 +245,7 @@ def test_reader_that_stops_early_hears_no_complaint(home: Path) -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     heavy = ("pydantic", "yaml", "rich", "rpyc", "sqlite3")
-    code = f"import sys, mrcore.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, mrcore.cli.main; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
 
 

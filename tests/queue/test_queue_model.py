@@ -401,8 +401,8 @@ TestQueueModel = pytest.mark.slow(QueueMachine.TestCase)
 
 SUBMITTERS = """
 import os, sys
-from mrcore.config import load_settings
-from mrcore.scheduler import Scheduler
+from mrcore.settings.config import load_settings
+from mrcore.queue.scheduler import Scheduler
 settings = load_settings(sys.argv[1])
 go, start = os.pipe()
 pids = []

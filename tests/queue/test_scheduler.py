@@ -348,8 +348,8 @@ def test_killed_runner_after_cancel_counts_as_cancelled(scheduler: Scheduler, se
 
 SUBMITTER = """
 import sys
-from mrcore.config import load_settings
-from mrcore.scheduler import Scheduler
+from mrcore.settings.config import load_settings
+from mrcore.queue.scheduler import Scheduler
 scheduler = Scheduler(load_settings(sys.argv[1]))
 for n in range(int(sys.argv[3])):
     scheduler.submit_job({"job_name": f"j{sys.argv[2]}_{n}", "project_name": "fake", "input_dirs": ["x"],

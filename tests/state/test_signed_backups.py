@@ -215,7 +215,7 @@ def people() -> Iterator[People]:
     made.shell(f"cat >{TOP}/cluster.json", json.dumps(settings))
     made.shell(f"mkdir -p {TOP}/keys/pki && chmod 755 {TOP}/keys {TOP}/keys/pki")
     made.shell(f"install -d -o mrcore -m 700 {TOP}/kept; mkdir -p {TOP}/home/root")
-    code = f"from mrcore import pki; from pathlib import Path; pki.make_backup_key(Path('{TOP}/keys'))"
+    code = f"from mrcore.wire import pki; from pathlib import Path; pki.make_backup_key(Path('{TOP}/keys'))"
     made.shell(f'{sys.executable} -c "{code}" && chmod 400 {TOP}/keys/backup.key')
     yield made
     made.close()

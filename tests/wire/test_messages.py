@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrcore import messages
 from mrcore.cluster.attempt import Attempt
 from mrcore.engine.output import part_name
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, UsageError
-from mrcore.messages import ANSWERS, InputPages
+from mrcore.messages import legacy
+from mrcore.messages import pages as pages_of
+from mrcore.messages.methods import METHODS, decode_error
+from mrcore.messages.nodes import InputPage
+from mrcore.messages.pages import InputPages
 from mrcore.node.cluster_server import ClusterServer
 from mrcore.node.node_agent import NodeAgent
 
@@ -48,7 +53,7 @@ HONEST: dict[str, Any] = {  # an answer of each method that is one
     "commit_upload": 3,
     "drop_upload": None,
     "delete_files": {"files": 1, "bytes": 2, "outputs": [["j", 1, 1, 2]]},
-    "holdings": PAGE | {"files": [["a/b", 1, -5, 0o600, 9]], "count": 1, "bytes": 1, "faults": []},
+    "holdings": PAGE | {"files": [["a/b", 1, -5, 0o600, 9]], "count": 1, "bytes": 1},
     "taken": [True],
     "begin_moves": {"upload": "ab", "disk_free_bytes": 1},
     "stage_moves": [[1, 2]],
@@ -66,15 +71,22 @@ HONEST: dict[str, Any] = {  # an answer of each method that is one
 GIVEN = {"files": [["/x/a", 10, 1, 2, 0]], "names": ["a"]}
 
 
+def checked(method: str, arguments: Json, answer: Any, node: str) -> Any:
+    """What a caller gets to see of an answer, as JSON has it."""
+    return json.loads(
+        msgspec.json.encode(METHODS[method].decode(msgspec.Raw(json.dumps(answer).encode()), arguments, node))
+    )
+
+
 def test_every_method_of_every_daemon_has_its_answer(tmp_path: Path) -> None:
     spec = {"node": "n1", "compute_dir": str(tmp_path), "name": "S_0"}
     methods = NodeAgent(spec).methods().keys() | ClusterServer(spec, None).methods().keys()  # type: ignore[arg-type]
-    assert methods == ANSWERS.keys() == HONEST.keys()
+    assert methods == METHODS.keys() == HONEST.keys()
 
 
 @pytest.mark.parametrize("method", HONEST)
 def test_an_honest_answer_passes_unchanged(method: str) -> None:
-    assert messages.checked(method, GIVEN, copy.deepcopy(HONEST[method]), "n1") == HONEST[method]
+    assert checked(method, GIVEN, copy.deepcopy(HONEST[method]), "n1") == HONEST[method]
 
 
 WRONG: list[Any] = [
@@ -90,7 +102,7 @@ def test_anything_else_is_a_fault_that_names_node_and_method(method: str) -> Non
     refused = 0
     for wrong in kinds + list(replaced(HONEST[method])):
         try:
-            messages.checked(method, GIVEN, copy.deepcopy(wrong), "n1")
+            checked(method, GIVEN, copy.deepcopy(wrong), "n1")
         except Malformed as error:
             assert isinstance(error, ClusterFault) and f"node n1 gave no answer to {method}: " in error.message
             assert error.details == {"node": "n1"} and len(error.message) < 1000
@@ -113,11 +125,11 @@ JSON = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(method=st.sampled_from(sorted(ANSWERS)), answer=JSON)
+@given(method=st.sampled_from(sorted(METHODS)), answer=JSON)
 def test_whatever_comes_it_is_taken_or_refused(method: str, answer: Any) -> None:
     with contextlib.suppress(Malformed):
-        messages.checked(method, GIVEN, answer, "n1")
-    messages.error(answer, "n1")
+        checked(method, GIVEN, answer, "n1")
+    decode_error(answer, "n1")
 
 
 @pytest.mark.parametrize(
@@ -130,8 +142,16 @@ def test_whatever_comes_it_is_taken_or_refused(method: str, answer: Any) -> None
     ],
 )  # fmt: skip
 def test_no_listed_file_is_other_than_a_file(file: Any) -> None:
-    with pytest.raises(Malformed, match="node n1 gave no answer to list_inputs: files: "):
-        messages.checked("list_inputs", {}, INPUTS | {"files": [file]}, "n1")
+    with pytest.raises(Malformed, match="node n1 gave no answer to list_inputs: "):
+        checked("list_inputs", {}, INPUTS | {"files": [file]}, "n1")
+
+
+def page(*files: Any, **more: Any) -> InputPage:
+    return page_of(listing(*files, **more))
+
+
+def page_of(plain: Json) -> InputPage:
+    return METHODS["list_inputs"].decode(msgspec.Raw(json.dumps(plain).encode()), {}, "n1")  # type: ignore[no-any-return]
 
 
 def listing(*files: Any, cursor: str | None = None, **more: Any) -> Json:
@@ -140,10 +160,10 @@ def listing(*files: Any, cursor: str | None = None, **more: Any) -> Json:
 
 def test_pages_are_put_together() -> None:
     pages = InputPages("n1", ["in"])
-    cursors = [pages.add(listing(cursor="c0", matched={})), pages.add(listing(("a", 1), cursor="c1"))]
-    cursors += [pages.add(listing(("b", 2), cursor="c2")), pages.add(listing(("c", 3)))]
+    cursors = [pages.add(page(cursor="c0", matched={})), pages.add(page(("a", 1), cursor="c1"))]
+    cursors += [pages.add(page(("b", 2), cursor="c2")), pages.add(page(("c", 3)))]
     assert cursors == ["c0", "c1", "c2", None]
-    assert [file[0] for file in pages.listing["files"]] == ["/x/a", "/x/b", "/x/c"]
+    assert [file[0] for file in pages.listing.files] == ["/x/a", "/x/b", "/x/c"]
 
 
 @pytest.mark.parametrize(
@@ -158,19 +178,19 @@ def test_pages_are_put_together() -> None:
     ],
 )
 def test_what_no_honest_node_lists_is_a_fault(pages: list[Json], what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "MAX_EMPTY_PAGES", 3)
+    monkeypatch.setattr(pages_of, "MAX_EMPTY_PAGES", 3)
     with pytest.raises(Malformed, match=f"node n1 gave no answer to list_inputs: it lists {what}"):
         found = InputPages("n1", ["in"])
         for page in pages:
-            found.add(page)
+            found.add(page_of(page))
 
 
 def test_the_number_of_files_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "MAX_INPUT_FILES", 3)
+    monkeypatch.setattr(pages_of, "MAX_INPUT_FILES", 3)
     pages = InputPages("n1", ["in"])
     with pytest.raises(Malformed, match="more than 3 files"):
         for number in range(10):
-            pages.add(listing((str(number), 1), cursor=f"c{number}"))
+            pages.add(page((str(number), 1), cursor=f"c{number}"))
 
 
 def done(identity: Json, **result: Any) -> Json:
@@ -220,7 +240,7 @@ BAD_NAMES = [
 def test_no_event_of_a_task_is_other_than_an_event(event: Json) -> None:
     """And in the attempt it ends as the cluster's fault, with nothing of it taken."""
     with pytest.raises(Malformed, match="node n1 gave no event of a task: "):
-        messages.event(event, event["identity"], 4, "n1")
+        legacy.event(event, event["identity"], 4, "n1")
     attempt = Attempt(
         {"job": "j", "run": 3, "attempt": 1}, {"S_0": "n1"}, {"n1": [{"id": 0, "pieces": []}]}, partitions=4,
         by_range=False, map_only=False, max_attempts=3, node_timeout_seconds=5, now=0,
@@ -235,21 +255,21 @@ def test_no_event_of_a_task_is_other_than_an_event(event: Json) -> None:
 @pytest.mark.parametrize("identity", [MAP, REDUCE])
 def test_an_honest_result_passes_and_fields_that_nobody_knows_do_not(identity: Json) -> None:
     event = done(identity)
-    assert messages.event(event, identity, 4, "n1") == event
+    assert legacy.event(event, identity, 4, "n1") == event
     key = "runs" if identity is MAP else "parts"
     event["result"][key][0] = event["result"][key][0] | {"evil": "x"}
-    assert messages.event(event | {"more": 1}, identity, 4, "n1")["result"] == done(identity)["result"]
+    assert legacy.event(event | {"more": 1}, identity, 4, "n1")["result"] == done(identity)["result"]
 
 
 def test_a_node_may_blame_the_job_only_where_the_job_can_be_at_fault() -> None:
     blame = JobFault("bad input", file="x").to_dict()
-    assert isinstance(messages.error(blame, "n1", "look_into"), JobFault)
-    assert isinstance(messages.error(blame, "n1"), JobFault), "a task's error"
+    assert isinstance(decode_error(blame, "n1", METHODS["look_into"]), JobFault)
+    assert isinstance(decode_error(blame, "n1"), JobFault), "a task's error"
     for method in ("health", "publish", "poll", "start_run", "order", "end_run"):
-        made = messages.error(blame, "n1", method)
+        made = decode_error(blame, "n1", METHODS[method])
         assert isinstance(made, ClusterFault) and made.details == {"file": "x"}
     for other in (UsageError("x").to_dict(), MrcoreError("x").to_dict(), {"class": "SystemExit", "message": "x"}):
-        assert isinstance(messages.error(other, "n1", "look_into"), ClusterFault)
+        assert isinstance(decode_error(other, "n1", METHODS["look_into"]), ClusterFault)
 
 
 @pytest.mark.parametrize(
@@ -257,14 +277,12 @@ def test_a_node_may_blame_the_job_only_where_the_job_can_be_at_fault() -> None:
     [None, [], "x", {}, {"class": "JobFault"}, {"class": [], "message": "x"}, {"class": "JobFault", "message": {}}],
 )
 def test_what_is_no_error_is_the_clusters(plain: Any) -> None:
-    assert isinstance(messages.error(plain, "n1"), Malformed)
+    assert isinstance(decode_error(plain, "n1"), Malformed)
 
 
 def test_an_error_of_a_node_is_clean_and_bounded() -> None:
     details = {"message": "x", "self": "y", "file": "z"}
-    made = messages.error(
-        {"class": "JobFault", "message": "\x1b[2J\ud800" + "x" * 10_000_000, "details": details}, "n1"
-    )
+    made = decode_error({"class": "JobFault", "message": "\x1b[2J\ud800" + "x" * 10_000_000, "details": details}, "n1")
     assert len(made.message) < 25_000 and made.details == {"file": "z"}
     made.message.encode()
     assert "\x1b" not in made.message

@@ -1,0 +1,285 @@
+"""What master, cluster servers and tasks say to each other: orders, events, results, and what they are made of."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from mrcore.errors import Malformed
+from mrcore.messages.kinds import (
+    AbsolutePath,
+    Count,
+    Crc32,
+    Hash,
+    Inode,
+    JobName,
+    Line,
+    Message,
+    Positive,
+    Row,
+    Seconds,
+    TimeNs,
+    Token,
+    Word,
+)
+from mrcore.messages.nodes import Versions
+from mrcore.text import one_line
+
+KEY_DEPTH = 64
+MAX_EVENTS = 1_000  # in one answer to a poll
+Counters = dict[Word, Count]
+
+
+class RunIdentity(Message, frozen=True, kw_only=True):
+    """A run of a job."""
+
+    job: JobName
+    run: Positive
+
+
+class TaskIdentity(RunIdentity, frozen=True, kw_only=True, rename={"try_": "try"}):
+    """A try of a task: orders, events and paths carry it, so that late words of the dead change nothing."""
+
+    phase: Literal["MAP", "REDUCE"]
+    task: Count
+    try_: Positive
+
+
+# --- Orders ----------------------------------------------------------------------------------------------------------
+
+
+class Split(Row, frozen=True):
+    """A byte range of an input file; `end` None: a compressed file as a whole. `size`: of the file when listed."""
+
+    path: AbsolutePath
+    start: Count
+    end: Count | None
+    size: Count
+    mtime_ns: TimeNs
+    inode: Inode
+
+
+class Bundle(Struct, frozen=True):
+    """Splits of about equal weight together, the unit that is handed to a map task."""
+
+    id: Count
+    pieces: list[Split]
+
+
+class SpillShare(Message, frozen=True, kw_only=True):
+    """A spill from which a reduce task takes its share, of `most_bytes` at most; `max_decoded`: bytes of a frame."""
+
+    id: Word
+    max_decoded: Count
+    most_bytes: Count
+
+
+class Source(Message, frozen=True, kw_only=True):
+    """A node from which to fetch, and which spills it has. Without spills: it has earlier output."""
+
+    node: Word
+    address: Word
+    port: Count
+    runs: list[SpillShare] = []
+
+
+class Part(Message, frozen=True, kw_only=True):
+    """A published output file. `text_bytes` uncompressed; `batch_bytes`, `max_decoded`: of its largest batch."""
+
+    name: Annotated[str, Meta(pattern=r"\Apart-[0-9]{1,12}-[0-9]{1,9}-[0-9]{1,9}\.data(\.gz)?\Z")]
+    partition: Count
+    records: Count
+    bytes: Count
+    text_bytes: Count
+    batch_bytes: Count
+    max_decoded: Count
+    crc32: Crc32
+
+
+class PlacedPart(Part, frozen=True, kw_only=True):
+    """A part, and the node that it lies on."""
+
+    node: Word
+
+
+class Earlier(Message, frozen=True, kw_only=True):
+    """Earlier output that is merged with what is new: its parts, and the nodes that hold them."""
+
+    parts: list[PlacedPart]
+    sources: list[Source]
+
+
+class Order(Message, frozen=True, kw_only=True):
+    """One task. `job`: the validated job; `project`, `environment`: hashes of what it runs with.
+
+    MAP has `bundles` and `no_more`. REDUCE has `partition`, the keys from `low` up to `high` ([key]; None: no limit),
+    `sources` and, with `merge_output`, `earlier`. `memory_bytes` is added by the server.
+    """
+
+    identity: TaskIdentity
+    node: Word
+    job: dict[str, Any]
+    project: Hash
+    environment: Hash | None = None
+    partitions: Positive
+    sample_by_lines: bool = False
+    memory_bytes: Count = 0
+    bundles: list[Bundle] = []
+    no_more: bool = False
+    partition: Count = 0
+    low: list[Any] | None = None
+    high: list[Any] | None = None
+    sources: list[Source] = []
+    earlier: Earlier | None = None
+
+
+# --- Results ---------------------------------------------------------------------------------------------------------
+
+
+class Spill(Message, frozen=True, kw_only=True):
+    """A sorted spill of a map task. `partitions`: bytes by number; `samples`: first keys of frames and their bytes."""
+
+    id: Word
+    bytes: Count
+    groups: Count
+    values: Count
+    max_decoded: Count
+    partitions: dict[Annotated[str, Meta(pattern=r"\A[0-9]{1,9}\Z")], Count]
+    samples: list[tuple[Any, Count]]
+
+
+class TaskResult(Message, frozen=True, kw_only=True):
+    """What a task made: `runs` (spills) of MAP, or `parts`; `fetched`: bytes by node; `seconds` by what took them."""
+
+    peak_bytes: Count
+    counters: Counters
+    seconds: dict[Word, Seconds]
+    parts: list[Part] = []
+    runs: list[Spill] = []
+    keys_kept: bool = True
+    fetched: Counters = {}
+
+
+class PlainError(Struct, frozen=True, rename={"kind": "class"}):
+    """An error on its way (`errors.to_dict`)."""
+
+    kind: Word
+    message: str
+    details: dict[str, Any] = {}
+
+
+# --- Events ----------------------------------------------------------------------------------------------------------
+
+
+class Event(Message, frozen=True, kw_only=True, tag_field="event"):
+    """What a task reports; the server adds whose it is."""
+
+    identity: TaskIdentity | None = None
+
+
+class Want(Event, frozen=True, kw_only=True, tag="want"):
+    """A map task has begun its last bundle in hand."""
+
+
+class BundleDone(Event, frozen=True, kw_only=True, tag="bundle_done"):
+    """A bundle is mapped."""
+
+    id: Count
+
+
+class PhaseBegun(Event, frozen=True, kw_only=True, tag="phase"):
+    """A reduce task has merged its partition: REDUCE begins."""
+
+    phase: Word
+
+
+class Done(Event, frozen=True, kw_only=True, tag="done"):
+    """The task is done."""
+
+    result: TaskResult
+
+
+class Failed(Event, frozen=True, kw_only=True, tag="failed"):
+    """The task has ended by an error that it could report."""
+
+    error: PlainError
+
+
+class Died(Event, frozen=True, kw_only=True, tag="died"):
+    """The task process ended without a result: the server's own word."""
+
+    message: Line
+    signal: Count | None = None
+    status: Count | None = None
+
+
+TaskEvent = Want | BundleDone | PhaseBegun | Done | Failed | Died
+
+
+# --- Answers of cluster servers --------------------------------------------------------------------------------------
+
+
+class Hello(Versions, frozen=True, kw_only=True):
+    """A cluster server, one life of its child (`incarnation`), and the memory of server and supervisor."""
+
+    incarnation: Token
+    pid: Count
+    anonymous_bytes: Count
+
+
+class Accepted(Message, frozen=True, kw_only=True):
+    """An order was taken."""
+
+    accepted: bool
+
+
+class Given(Message, frozen=True, kw_only=True):
+    """Bundles were handed on."""
+
+    given: Count
+
+
+class Polled(Message, frozen=True, kw_only=True):
+    """Numbered events of an incarnation."""
+
+    incarnation: Token
+    events: Annotated[list[tuple[Positive, TaskEvent]], Meta(max_length=MAX_EVENTS)]
+
+
+class Cancelled(Message, frozen=True, kw_only=True):
+    """Whether a task of the run was under way."""
+
+    cancelled: bool
+
+
+# --- What a type cannot say ------------------------------------------------------------------------------------------
+
+
+def check_result(result: TaskResult, identity: TaskIdentity, partitions: int, node: str) -> None:
+    """Raise Malformed, naming the node, unless a task of this identity can have made all of this."""
+    spill = re.compile(rf"map-{identity.task}-{identity.try_}-[0-9]{{1,9}}")
+    part = re.compile(rf"part-{identity.run:06d}-{identity.task:05d}-[0-9]{{5,9}}\.data(\.gz)?")
+    wrong: list[object] = [each.id for each in result.runs if not spill.fullmatch(each.id)]
+    wrong += [each.name for each in result.parts if not part.fullmatch(each.name)]
+    wrong += [f"partition {each.partition}" for each in result.parts if each.partition != identity.task]
+    wrong += [f"partition {name}" for each in result.runs for name in each.partitions if int(name) >= partitions]
+    wrong += ["a sample's key" for each in result.runs for key, _ in each.samples if not _is_key(key)]
+    made = [each.id for each in result.runs] + [each.name for each in result.parts]
+    wrong += [f"{name} twice" for name in made if made.count(name) > 1] if len(set(made)) < len(made) else []
+    if wrong or (result.runs and identity.phase != "MAP"):
+        what = one_line(wrong[0] if wrong else "spills of a reduce task", 200)
+        raise Malformed(f"node {node} gave no event of a task: done: {what}", node=node)
+
+
+def _is_key(key: object, depth: int = 0) -> bool:
+    if type(key) is list:
+        return depth < KEY_DEPTH and all(_is_key(item, depth + 1) for item in key)
+    return key is None or type(key) in (str, int, float, bool)
+
+
+def parse_event(line: bytes) -> TaskEvent:
+    """Return an event as a task wrote it. Raises msgspec.MsgspecError, ValueError."""
+    return msgspec.json.decode(line, type=TaskEvent)  # type: ignore[no-any-return]
