@@ -23,6 +23,7 @@ from mrcore.cluster.preflight import Preflight, Stopped, check_versions
 from mrcore.engine.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW
 from mrcore.errors import JobFault, MrcoreError, UsageError
 from mrcore.launchers import health
+from mrcore.messages.tasks import PlacedPart
 from mrcore.settings.config import NodeSettings, Settings, load_settings
 from mrcore.state import ledger, manifest, outputs
 from mrcore.state.manifest import Manifest
@@ -276,7 +277,7 @@ class ManageCluster:
         return Manifest(
             job=job["job_name"],
             run=run,
-            parts=msgspec.convert(parts, list[manifest.Part]),
+            parts=msgspec.convert(parts, list[PlacedPart]),
             delete_job_data=job["delete_job_data"] or plan.get("replaces", False),
             merge_output=job["merge_output"],
             keys_kept=machine.keys_kept,

@@ -22,7 +22,7 @@ from mrcore import WIRE_VERSION, __version__
 from mrcore.engine.inputs import MAX_SPLIT_BYTES, plan_bundles
 from mrcore.engine.listing import ALIAS, gather
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
-from mrcore.messages.nodes import InputPage, Versions
+from mrcore.messages.nodes import InputPage, Tail, Versions
 from mrcore.project.packages import Shipment
 from mrcore.project.snapshot import pack_project, project_hash
 from mrcore.settings.config import NodeSettings, Settings
@@ -118,8 +118,8 @@ class Preflight:
         read = {"files": sum(map(len, files.values())), "bytes": total, "skipped": skipped}
         return plan | {"project": snapshot, "environment": packages.hash, "bundles": bundles, "input": read}
 
-    def _look(self, node: str, files: list[list[Any]]) -> list[list[Any]]:
-        found: list[list[Any]] = []
+    def _look(self, node: str, files: list[list[Any]]) -> list[Tail]:
+        found: list[Tail] = []
         for first in range(0, len(files), FILES_A_LOOK):
             some = files[first : first + FILES_A_LOOK]
             found += self._call(outputs.node_of(self._settings, node), "look_into", files=some, timeout_seconds=600)

@@ -41,7 +41,7 @@ MARK = "MRCORE_SCRIPT"
 def run(
     job: dict[str, Any], run: int, settings: Settings, progress: Callable[..., None], stop: threading.Event
 ) -> dict[str, Any]:
-    """Run a script job to its end and give its counts; setting `stop` ends the script and all it started.
+    """Run a script job to its end and return its counts; setting `stop` ends the script and all it started.
 
     What it prints goes to `log_of` as it comes, `log_bytes` of it at most. Raises JobFault when the script cannot be
     run or does not succeed, with the last lines that it printed; MrcoreError when it was stopped.
@@ -88,7 +88,7 @@ def run(
     if told.get("status") != 0:
         last = details["output"].splitlines()[-1:]
         raise JobFault(f"the script {script} {told['message']}" + (f": {last[0]:.200}" if last else ""), **details)
-    return {"counts": {"output_bytes": log_file.stat().st_size}}
+    return {"output_bytes": log_file.stat().st_size}
 
 
 def interpreter(job: dict[str, Any], settings: Settings) -> str:

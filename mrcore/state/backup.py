@@ -23,15 +23,14 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Annotated, Any, TypedDict
-
-import msgspec
+from typing import IO, Any, TypedDict
 
 from mrcore import __version__
 from mrcore.errors import UsageError
+from mrcore.messages.kinds import Count, Seconds, convert
 from mrcore.settings.config import Settings
 from mrcore.state.database import SCHEMA_VERSION, sole_runner, upgrade
-from mrcore.state.manifest import Time, load
+from mrcore.state.manifest import load
 from mrcore.state.store import Store
 from mrcore.system import failpoints
 from mrcore.system.paths import PARTIAL, fsync_dir, fsync_file, publish_file, remove_tree, write_atomic
@@ -56,7 +55,7 @@ _TO_RUN = (
 class LastBackup(TypedDict, total=False):
     """What `last_backup.json` holds of the newest backup."""
 
-    time: Time
+    time: Seconds
     file: str
     copy_to: str  # a node, if a copy was asked for
     copied: bool
@@ -66,8 +65,8 @@ class About(TypedDict):
     """What a backup holds of itself, `backup.json`."""
 
     version: str
-    schema: Annotated[int, msgspec.Meta(ge=0)]
-    time: Time
+    schema: Count
+    time: Seconds
 
 
 class ToRun(TypedDict):
@@ -318,7 +317,7 @@ def _unpack(content: IO[bytes], folder: Path) -> About:
                 with part, target.open("xb") as out:
                     shutil.copyfileobj(part, out, MAX_HEADER_BYTES)
     with (folder / "backup.json").open("rb") as about_file:
-        about = msgspec.convert(json.loads(about_file.read(MAX_HEADER_BYTES)), About)
+        about = convert(About, json.loads(about_file.read(MAX_HEADER_BYTES)))
     if about["schema"] > SCHEMA_VERSION:
         raise ValueError(f"it is of schema {about['schema']}, this mrcore knows {SCHEMA_VERSION}: update mrcore")
     return about
@@ -342,4 +341,4 @@ def _check(queue: Path, begun: float, known: dict[str, int]) -> list[ToRun]:
         db.commit()
         db.execute("PRAGMA journal_mode=DELETE")  # one file again
         db.row_factory = sqlite3.Row
-        return msgspec.convert([dict(row) for row in db.execute(_TO_RUN)], list[ToRun])
+        return convert(list[ToRun], [dict(row) for row in db.execute(_TO_RUN)])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mrcore.errors import JobFault, UsageError
+from mrcore.messages.nodes import InputFile, Tail
 from mrcore.state import manifest
 from mrcore.state.manifest import LedgerUpdate, Manifest, Read
 from mrcore.state.store import Store
@@ -25,15 +26,6 @@ from mrcore.system.readers import format_of
 NAMED_FILES = 3  # of those that changed, in an error's text
 
 Job = dict[str, Any]
-
-
-class Listed(NamedTuple):
-    """An input file as a node lists it."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    inode: int
 
 
 class Unread(NamedTuple):
@@ -58,9 +50,8 @@ class Entry(NamedTuple):
 Key = tuple[str, str]  # holder (a node, "" for files that any node may read) and path
 Entries = Mapping[Key, Entry]
 Move = tuple[Key, Key, int, int, int]  # from where, to where, mtime_ns there and here, inode here
-# Called with a node and [path, size, mtime_ns, inode, read up to] of files there; returns for each where to read it to,
-# the crc32 of the block before that, and the crc32 of the block before `read up to` (`node.tails`).
-CheckTails = Callable[[str, list[list[Any]]], Sequence[Sequence[Any]]]
+# Called with a node and [path, size, mtime_ns, inode, read up to] of files there (`node.tails`).
+CheckTails = Callable[[str, list[list[Any]]], Sequence[Tail]]
 
 
 # --- Comparing -------------------------------------------------------------------------------------------------------
@@ -81,16 +72,16 @@ class News:
 
 
 def compare(
-    files: Mapping[str, Sequence[Sequence[Any]]], entries: Entries, check_tails: CheckTails, holders: Mapping[str, str]
+    files: Mapping[str, Sequence[InputFile]], entries: Entries, check_tails: CheckTails, holders: Mapping[str, str]
 ) -> News:
-    """Return what is new in the files (as `Listed`) by node. `holders`: who holds a node's files.
+    """Return what is new in the files by node. `holders`: who holds a node's files.
 
     A file of which size, mtime and inode are those of the ledger is not looked into.
     """
     news = News()
     for node, listed in files.items():
-        known = [(Listed(*file), entries.get((holders[node], file[0]), Entry())) for file in listed]
-        todo = [(file, entry) for file, entry in known if entry[:3] != file[1:]]
+        known = [(file, entries.get((holders[node], file.path), Entry())) for file in listed]
+        todo = [(file, entry) for file, entry in known if entry[:3] != (file.size, file.mtime_ns, file.inode)]
         news.files[node] = []
         news.known += len(known) - len(todo)
         tails = check_tails(node, [[*file, entry.read] for file, entry in todo])
@@ -106,7 +97,7 @@ def compare(
     return news
 
 
-def _change(file: Listed, entry: Entry, before: int | None) -> str | None:
+def _change(file: InputFile, entry: Entry, before: int | None) -> str | None:
     """Return what happened to a file that did not only grow."""
     if not entry.read:
         return None
@@ -134,7 +125,7 @@ class Plan:
 
 def plan(
     job: Job,
-    files: Mapping[str, Sequence[Sequence[Any]]],
+    files: Mapping[str, Sequence[InputFile]],
     check_tails: CheckTails,
     store: Store,
     *,
@@ -177,14 +168,12 @@ def plan(
     )
 
 
-def _refuse_rewritten(
-    files: Mapping[str, Sequence[Sequence[Any]]], base_dirs: Mapping[str, str], state_dir: Path
-) -> None:
+def _refuse_rewritten(files: Mapping[str, Sequence[InputFile]], base_dirs: Mapping[str, str], state_dir: Path) -> None:
     """Refuse output of a job with `merge_output`, which writes all of it each time: as increments it counts again."""
     jobs = set()
     for node, listed in files.items():
         base = base_dirs[node].rstrip("/") + "/"
-        parts = (file[0][len(base) :].split("/", 2) for file in listed if file[0].startswith(base))
+        parts = (file.path[len(base) :].split("/", 2) for file in listed if file.path.startswith(base))
         jobs |= {part[0] for part in parts if len(part) == 3 and part[1] == "reduce"}
     for job in sorted(jobs):
         if (latest := manifest.newest(state_dir, job)) and latest.merge_output:

@@ -11,33 +11,18 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import Meta
 
 from mrcore.errors import UsageError
-from mrcore.system.paths import PART_NAME, PARTIAL, fsync_dir, write_atomic
+from mrcore.messages.kinds import Count, JobName, Positive, Seconds, convert
+from mrcore.messages.tasks import PlacedPart
+from mrcore.system.paths import PARTIAL, fsync_dir, write_atomic
 
 FORMAT = 1  # raised when a release before could not read it; files of before have none
 
 T = TypeVar("T")
-Count = Annotated[int, Meta(ge=0)]
-Time = Annotated[float, Meta(ge=0)]
-
-
-class Part(msgspec.Struct):
-    """A file of the output. `bytes` are those on disk, `text_bytes` and `crc32` those of the uncompressed lines."""
-
-    name: Annotated[str, Meta(pattern=rf"^{PART_NAME.pattern}\Z")]
-    node: str
-    crc32: Annotated[int, Meta(ge=0, lt=1 << 32)]
-    partition: Count = 0
-    records: Count = 0
-    bytes: Count = 0
-    text_bytes: Count = 0
-    batch_bytes: Count = 0  # of the largest batch that was written
-    max_decoded: Count = 0  # memory that this batch takes once decoded
 
 
 class Read(NamedTuple):
@@ -61,17 +46,17 @@ class LedgerUpdate(msgspec.Struct):
 class Removal(msgspec.Struct):
     """When and by whom output was removed."""
 
-    time: Time
+    time: Seconds
     by: str
 
 
-class Manifest(msgspec.Struct, omit_defaults=False):
+class Manifest(msgspec.Struct):
     """What a committed run produced."""
 
-    job: str
-    run: Count
-    format: Annotated[int, Meta(ge=0)] = FORMAT
-    parts: list[Part] = []
+    job: JobName
+    run: Positive
+    format: Count = FORMAT
+    parts: list[PlacedPart] = []
     delete_job_data: bool = False  # the output of earlier runs goes
     merge_output: bool = False
     keys_kept: bool = False  # the output is sorted by its keys
@@ -83,16 +68,16 @@ class Manifest(msgspec.Struct, omit_defaults=False):
     counts: dict[str, Any] = {}
     skipped: dict[str, Count] = {}
     shuffle: list[tuple[str, str, Count]] = []  # from node, to node, bytes
-    task_seconds: dict[str, Time] = {}
-    phases: dict[str, Time] = {}  # seconds of each
+    task_seconds: dict[str, Seconds] = {}
+    phases: dict[str, Seconds] = {}  # seconds of each
     deaths: list[str] = []
 
 
 def load(path: Path, kind: type[T], what: str, next_step: str) -> T:
     """Return what one of the master's JSON files holds, decoded strictly. FileNotFoundError; UsageError: damaged."""
     try:
-        return msgspec.convert(json.loads(path.read_bytes()), kind)
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors, too
+        return convert(kind, json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{what} {path} is damaged: {error}; {next_step}") from None
 
 
@@ -158,7 +143,7 @@ def output(state_dir: Path, job: str) -> list[Manifest]:
     return kept
 
 
-def parts(state_dir: Path, job: str) -> list[Part]:
+def parts(state_dir: Path, job: str) -> list[PlacedPart]:
     """Return the parts that make up a job's output, in order. Raises UsageError when there is none."""
     kept = output(state_dir, job)
     if not kept:
@@ -189,11 +174,12 @@ def relocate(state_dir: Path, job: str, run: int, nodes: Mapping[str, tuple[str,
     May be repeated. Nothing is written when the run has no such part.
     """
     manifest = read(state_dir, job, run)
-    moved = [part for part in manifest.parts if nodes.get(part.name, ("",))[0] == part.node] if manifest else []
-    for part in moved:
-        part.node = nodes[part.name][1]
-    if manifest and moved:
-        write(state_dir, manifest)
+    if manifest is None:
+        return
+    ways = [(part, *nodes.get(part.name, ("", ""))) for part in manifest.parts]
+    if any(part.node == old for part, old, _ in ways):
+        parts = [msgspec.structs.replace(part, node=new) if part.node == old else part for part, old, new in ways]
+        write(state_dir, msgspec.structs.replace(manifest, parts=parts))
 
 
 def remove_parts(state_dir: Path, job: str, run: int, by: str) -> None:

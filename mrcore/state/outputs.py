@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 from mrcore.errors import ClusterFault, MrcoreError, Refused, UsageError
+from mrcore.messages.tasks import PlacedPart
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
 from mrcore.state.store import Store
@@ -29,7 +30,7 @@ class JobPart(NamedTuple):
     """A part of a job's output."""
 
     job: str
-    part: manifest.Part
+    part: PlacedPart
 
 
 Parts = dict[str, dict[str, JobPart]]  # by node, then by "JOB/reduce/PART"
@@ -178,7 +179,7 @@ def cat(settings: Settings, pki: Pki, job_name: str, out: BinaryIO, head: int | 
 
 
 def read_part(
-    settings: Settings, pki: Pki, job_name: str, part: manifest.Part,
+    settings: Settings, pki: Pki, job_name: str, part: PlacedPart,
     write: Callable[[bytes], object] = lambda text: None,
 ) -> None:  # fmt: skip
     """Fetch a part and write its text; raises Refused when it is not what was committed."""

@@ -27,6 +27,7 @@ from mrcore.engine.output import PartWriter
 from mrcore.engine.spills import Parts, RunWriter, Segment
 from mrcore.errors import ClusterFault, JobFault, UsageError
 from mrcore.launchers import local
+from mrcore.messages.nodes import InputFile
 from mrcore.node import tails
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import ledger, manifest
@@ -401,10 +402,10 @@ def test_a_commit_without_its_ledger_is_completed_and_as_often_as_one_likes(
     with pytest.raises(JobFault, match="went into run"):  # not read twice, even if nobody completed it
         job.run()
     newest = manifest.newest(cluster.settings.state_dir, job.name)
-    assert newest is not None and newest["run"] > older["run"]
+    assert newest is not None and newest.run > older.run
     state = job.state()
     for _ in range(2):
-        cluster.manager.finish(cluster.job(**job.keys), newest["run"])
+        cluster.manager.finish(cluster.job(**job.keys), newest.run)
         assert job.state() == state
     rows = job.scheduler().ledger(job.name)
     assert [row["bytes"] for row in rows] == [4, 2] or [row["bytes"] for row in rows] == [2, 4]
@@ -552,7 +553,7 @@ class History:
         before = path.read_bytes() if path.exists() else None
         known = self.read.get(name)
         if what == "wait":
-            self.now += ledger.SETTLE_SECONDS + 1
+            self.now += tails.SETTLE_SECONDS + 1
             return
         if what == "grow" or before is None:
             with path.open("ab") as stream:
@@ -574,7 +575,7 @@ class History:
                 size = min(len(known or before), len(before))
                 if not size:
                     return
-                where = size - 1 - len(content) % min(size, ledger.BLOCK_BYTES)
+                where = size - 1 - len(content) % min(size, tails.BLOCK_BYTES)
                 stream.seek(where)
                 stream.write(bytes([(before[where] + 1) % 256 or 1]))
         self.touch(path)
@@ -588,7 +589,7 @@ class History:
         listed = []
         for path in sorted(self.folder.glob("[a-z]*")):
             status = path.stat()
-            listed.append([str(path), status.st_size, status.st_mtime_ns, status.st_ino])
+            listed.append(InputFile(str(path), status.st_size, status.st_mtime_ns, status.st_ino))
 
         def look(node: str, asked: list[list[Any]]) -> list[list[Any]]:
             return [tails.look_into(p, size, inode, mtime, read, self.now) for p, size, mtime, inode, read in asked]
@@ -605,11 +606,11 @@ class History:
             assert known.endswith(b"\n") or not known or content[begin : begin + 1] == b"\n"
             self.read[name] = content[:end]
             self.touched.discard(name)
-        self.entries |= {(holder, path): tuple(entry) for holder, path, *entry in news.entries}  # type: ignore[misc]
+        self.entries |= {(holder, path): ledger.Entry(*entry) for holder, path, *entry in news.entries}
         for path in self.folder.glob("[a-z]*"):
             if path.name not in spoilt:
                 content = path.read_bytes()
-                fresh = self.now - path.stat().st_mtime < ledger.SETTLE_SECONDS
+                fresh = self.now - path.stat().st_mtime < tails.SETTLE_SECONDS
                 whole = content[: content.rfind(b"\n") + 1] if fresh else content
                 assert self.read.get(path.name, b"") == max(whole, self.read.get(path.name, b""), key=len)
         assert not ledger.compare({"n": listed}, self.entries, look, {"n": ""}).files["n"], "read twice"
@@ -630,7 +631,7 @@ def test_whatever_happens_to_files_each_line_is_read_once_or_the_file_told(
     steps: list[tuple[str, str, bytes]], block_bytes: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "BLOCK_BYTES", block_bytes)
+        patch.setattr(tails, "BLOCK_BYTES", block_bytes)
         history = History(Path(folder))
         for what, name, content in [*steps, ("run", "f", b"")]:
             if what in ("run", "anew"):

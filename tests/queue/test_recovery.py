@@ -85,7 +85,7 @@ class Master:
         found["manifests"] = len(list(self.settings.state_dir.glob("manifests/*/*")))
         parts = {node.layout.reduce_dir(self.name) for node in self.settings.nodes}
         lying = {path.name for folder in parts if folder.is_dir() for path in folder.iterdir()}
-        found["parts as committed"] = lying == {part["name"] for part in newest["parts"]}
+        found["parts as committed"] = lying == {part.name for part in newest.parts}
         found["partial"] = [str(path) for path in self.settings.state_dir.rglob("*.partial")]
         found["items"] = sorted(self.items())
         scheduler.store.close()
@@ -160,9 +160,9 @@ def test_agent_killed_at_every_point(
 
 
 def test_every_point_is_in_the_code_and_unknown_ones_are_refused() -> None:
-    package = Path(failpoints.__file__).parent
-    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "faults.py")
-    named = {point for point in failpoints.POINTS if f'faults.point("{point}")' in code}
+    package = Path(failpoints.__file__).parent.parent
+    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "failpoints.py")
+    named = {point for point in failpoints.POINTS if f'failpoints.point("{point}")' in code}
     changes = {change for change in failpoints.CHANGES if f'"{change}")' in code or f'"{change}") as' in code}
     assert changes | {"queue"} == set(failpoints.CHANGES)
     assert named | {f"{when} {change}" for change in failpoints.CHANGES for when in ("before", "after")} == set(

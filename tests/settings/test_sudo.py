@@ -184,9 +184,9 @@ def test_what_is_called(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A sudo that is played says what it was asked."""
-    sudo = tmp_path / "sudo"
-    sudo.write_text('#!/bin/sh\n[ "$2" = -l ] || exit 9\n')
-    sudo.chmod(0o755)
+    played = tmp_path / "sudo"
+    played.write_text('#!/bin/sh\n[ "$2" = -l ] || exit 9\n')
+    played.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     called: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda file, arguments: called.append([file, *arguments]))
@@ -194,7 +194,7 @@ def test_what_is_called(
     with pytest.raises(SystemExit):
         cli.main(["--config", str(settings.home / "cluster.json"), "queue", "--json"])
     ((file, name, *arguments),) = called[:1]
-    assert file == name == str(sudo)
+    assert file == name == str(played)
     assert arguments[:4] == ["-n", "-u", "daemon", "--"]
     assert arguments[5:] == ["--config", str(settings.home / "cluster.json"), "queue", "--json"]
     assert Path(arguments[4]).name == "mrcore"
