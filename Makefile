@@ -1,11 +1,12 @@
 # Every target makes .venv first if it is not there or out of date (scripts/setup.sh). PYTHON=… chooses the interpreter,
-# ARGS=… adds arguments: make test ARGS="-k shuffle".
+# ARGS=… adds arguments, PART=… chooses a folder of tests/: make test PART=engine ARGS="-k shuffle".
 
 PY := .venv/bin/python
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
 export INVENTORY NODE DATA PURGE CONFIRM PROJECT CA ARGS
+UNIT = $(if $(PART),tests/$(PART)) $(ARGS)
 .PHONY: help demo test test-quick test-appliance check bench setup update-lock clean appliance deploy start stop kill status push-project wheels add-node remove-node upgrade rotate-certs doctor collect-logs reset
 
 help: ## list the targets
@@ -15,11 +16,11 @@ help: ## list the targets
 demo: setup ## start a local cluster, run two jobs over Python's own standard library and a workflow, show what came out, stop it
 	@$(PY) scripts/demo.py $(ARGS)
 
-test: ## run every test: the unit tests, then the appliance's on containers; with ARGS= only these of the unit tests
-	@scripts/test.sh $(ARGS)
+test: ## run every test: the unit tests, then the appliance's on containers; PART=engine or ARGS=: only these unit tests
+	@scripts/test.sh $(UNIT)
 
-test-quick: ## run the unit tests that are not marked slow: an answer in under 5 minutes
-	@scripts/test.sh -m "not slow" $(ARGS)
+test-quick: ## run the unit tests that are not marked slow: an answer in under 5 minutes; PART= and ARGS= as for test
+	@scripts/test.sh -m "not slow" $(UNIT)
 
 test-appliance: ## run the appliance's tests on containers only; ARGS=… see docs/testing.md
 	@scripts/test.sh --appliance $(ARGS)
@@ -43,7 +44,7 @@ bench: ## measure against a script by hand, PySpark, mrjob and Dask (installs th
 setup: ## only make .venv
 	@scripts/setup.sh dev
 
-update-lock: setup ## choose anew the versions of all packages that make installs: lock/*.txt
+update-lock: setup ## choose again the versions of all packages that make installs: lock/*.txt
 	@$(PY) scripts/update_lock.py
 
 clean: ## end the demo's cluster and remove what make made: .venv, .mrcore, caches

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import SUPPORT
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 from run_task import Failed, Task
 
 from mrcore.launchers import local
@@ -25,7 +26,7 @@ RSS_BYTES = 300 << 20  # of the master, whatever it is told
 ATTEMPT = """
 import json, sys
 from mrcore.settings.config import load_settings
-from mrcore.cluster.manage_cluster import ManageCluster
+from mrcore.manage_cluster import ManageCluster
 job = json.loads(sys.argv[2])
 try:
     ManageCluster(load_settings(sys.argv[1])).run(job, run=int(sys.argv[3]))
@@ -54,7 +55,7 @@ class LyingCluster(TestCluster):
         self.config.write_text(self.settings.model_dump_json())
         self.number = 100
         self.lies = self.settings.nodes[1].compute_dir / "lie.json"
-        os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+        os.environ["PYTHONPATH"] = str(SUPPORT)
         try:
             self._replace()
         finally:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery
+from checkout import PROJECT
 from clusters import TestCluster
-from conftest import wait_until
+from conditions import wait_until
 from recovery import FIRST, SECOND
 
 from mrcore.cluster.manage_cluster import ManageCluster
@@ -27,11 +29,10 @@ from mrcore.settings.config import Settings, load_settings
 from mrcore.state import ledger, manifest
 from mrcore.system import failpoints, procfs
 
-SCENARIO = Path(__file__).with_name("recovery.py")
 AGENTS = ("part flushed", "part renamed", "parts published", "old part removed", "working folder removed")
 DRAIN = tuple(each for each in failpoints.POINTS if each.startswith("moved ") or each.endswith(" drain"))  # test_drain
 ELSEWHERE = ("restore ready", "restore manifests", "restore queue", *DRAIN)  # test_backup
-CODE = "import sys; from mrcore import Runner, load_settings; Runner(load_settings(sys.argv[1])).run(once='--once' in sys.argv)"  # noqa: E501
+CODE = "import sys; from mrcore.settings.config import load_settings; from mrcore.queue.runner import Runner; Runner(load_settings(sys.argv[1])).run(once='--once' in sys.argv)"  # noqa: E501
 _names = itertools.count()
 
 
@@ -65,7 +66,7 @@ class Master:
         return self.processes[-1]
 
     def scenario(self, fault: str = "") -> int:
-        return self.start(str(SCENARIO), str(self.config), self.name, fault=fault).wait(120)
+        return self.start(str(recovery.__file__), str(self.config), self.name, fault=fault).wait(120)
 
     def runner(self, *arguments: str) -> subprocess.Popen[bytes]:
         return self.start("-c", CODE, str(self.config), *arguments)
@@ -148,7 +149,7 @@ def test_agent_killed_at_every_point(
         context.setattr(local, "_INHERITED", (*local._INHERITED, "MRCORE_FAULT"))
         local.start_cluster(master.settings)
     deadly = [master.cluster.agent_pid(node) for node in range(2)]
-    scenario = master.start(str(SCENARIO), str(master.config), master.name)
+    scenario = master.start(str(recovery.__file__), str(master.config), master.name)
     wait_until(lambda: not all(map(procfs.state, deadly)), 60, f"the death of an agent at {point}")
     for pid in deadly:  # the other one may not have come there
         os.kill(pid, signal.SIGKILL) if procfs.state(pid) else None
@@ -160,8 +161,7 @@ def test_agent_killed_at_every_point(
 
 
 def test_every_point_is_in_the_code_and_unknown_ones_are_refused() -> None:
-    package = Path(failpoints.__file__).parent.parent
-    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "failpoints.py")
+    code = "\n".join(path.read_text() for path in PROJECT.glob("mrcore/**/*.py") if path.name != "failpoints.py")
     named = {point for point in failpoints.POINTS if f'failpoints.point("{point}")' in code}
     changes = {change for change in failpoints.CHANGES if f'"{change}")' in code or f'"{change}") as' in code}
     assert changes | {"queue"} == set(failpoints.CHANGES)

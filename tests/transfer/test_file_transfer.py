@@ -382,8 +382,8 @@ def test_an_agent_killed_in_mid_file(
 
 KILLED = """
 import os, sys
-from mrcore.settings.config import load_settings
-from mrcore.transfer.file_transfer import FileTransfer
+from mrcore.config import load_settings
+from mrcore.file_transfer import FileTransfer
 from mrcore.transfer.session import Crew
 moved, seen = Crew.moved, [0]
 def dying(crew, more):

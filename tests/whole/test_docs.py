@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import pkgutil
 import re
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from typing import Any
 import click
 import pytest
 from checkout import PROJECT, commands, text_of
+from commands import MRCORE
 
 from mrcore.cli.main import cli
 from mrcore.queue import job as jobs
@@ -180,6 +181,29 @@ def test_every_module_has_a_name_that_the_documents_use_rightly() -> None:
         for kind, name in re.findall(r"`(\w+)\.(\w+)`", path.read_text(encoding="utf-8")):
             if kind in places:
                 assert hasattr(getattr(importlib.import_module(f"mrcore.{places[kind]}"), kind), name), f"{kind}.{name}"
+
+
+def test_what_contributing_names_is_there() -> None:
+    """Paths, modules with their attributes, and parts of the tests."""
+    spans = re.findall(r"`([^`\n]+)`", text_of("CONTRIBUTING.md"))
+    paths = [span for span in spans if "/" in span and " " not in span and not span.startswith(".venv/")]
+    dotted = [span for span in spans if re.fullmatch(r"mrcore(\.\w+)+", span)]
+    names = re.findall(r"`(\w+)`[^`]{0,20} \(?`(tests/support/\w+\.py)`", text_of("CONTRIBUTING.md"))
+    names += [(name, path) for name, path in re.findall(r"`(\w+)` of `(tests/\S+)`", text_of("CONTRIBUTING.md"))]
+    assert len(paths) > 25 and len(dotted) >= 3 and len(names) >= 3
+    assert [path for path in paths if not (PROJECT / path).exists()] == []
+    for name in dotted:
+        assert pkgutil.resolve_name(name), name
+    for name, path in names:
+        assert re.search(rf"^(def|class) {name}\b", text_of(path), re.MULTILINE), f"{path} has no {name}"
+    parts = re.findall(r"PART=(\w+)", text_of("CONTRIBUTING.md") + text_of("docs/testing.md") + text_of("Makefile"))
+    assert len(parts) >= 3 and all(list((PROJECT / "tests" / part).glob("test_*.py")) for part in parts), parts
+
+
+def test_the_first_change_of_contributing_runs(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^    \.venv/bin/mrcore (try .*)$", text_of("CONTRIBUTING.md"), re.MULTILINE)
+    done = subprocess.run([MRCORE, *line.split()], cwd=PROJECT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0 and '["MapReduce", ' in done.stdout, done.stderr
 
 
 def test_the_example_of_the_readme_runs(home: Path, tmp_path: Path) -> None:

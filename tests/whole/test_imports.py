@@ -1,16 +1,22 @@
-"""The rules of imports between packages (pyproject.toml): kept, and a change that breaks one is found."""
+"""The rules of imports between packages (pyproject.toml), the face `import mrcore`, and what is installed with it."""
 
 from __future__ import annotations
 
+import ast
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
+import mrcore
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -57,3 +63,70 @@ def test_a_package_without_a_place_is_found(copy: Path) -> None:
     (copy / "mrcore/stray/__init__.py").write_text("")
     done = lint(copy)
     assert done.returncode and "mrcore.stray" in done.stdout, done.stdout
+
+
+def in_another_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_mrcore_alone_loads_nothing_else() -> None:
+    """Daemons and tasks import it, too, and must stay small."""
+    named = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+    packages = {re.split("[^a-z]", name.lower())[0] for name in named} | {"yaml", "paramiko", "sqlite3", "asyncio"}
+    assert {"pydantic", "click", "rpyc", "cryptography", "fabric"} <= packages
+    code = "import sys; before = set(sys.modules); import mrcore, json; print(json.dumps([*{*sys.modules} - before]))"
+    loaded = json.loads(in_another_process(code))
+    assert "mrcore" in loaded
+    assert [name for name in loaded if name.startswith("mrcore.") or name.split(".")[0] in packages] == []
+
+
+def test_each_public_name_loads_first_of_all() -> None:
+    """Each in a process where no other was loaded before it, so that none depends on another's imports."""
+    in_another_process(
+        "import os, mrcore\n"
+        "for name in mrcore.__all__:\n"
+        "    if not os.fork():\n"
+        "        getattr(mrcore, name)\n"
+        "        os._exit(0)\n"
+        "    assert os.wait()[1] == 0, name\n"
+    )
+
+
+def test_type_checkers_see_the_same_public_names() -> None:
+    (block,) = [node for node in ast.parse(Path(mrcore.__file__).read_text()).body if isinstance(node, ast.If)]
+    seen = {alias.asname for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == set(mrcore.__all__) - {"__version__"}
+    assert set(mrcore.__all__) <= set(dir(mrcore))
+
+
+def test_an_unknown_name_is_no_public_name() -> None:
+    with pytest.raises(AttributeError, match="module 'mrcore' has no attribute 'nothing'"):
+        _ = mrcore.nothing
+    with pytest.raises(ImportError, match="nothing"):
+        from mrcore import nothing  # noqa: F401
+
+
+def test_the_wheel_holds_every_module_and_says_that_it_has_types(copy: Path) -> None:
+    for name in ("README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, copy)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        "out",
+        ".",
+    ]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (copy / "out").glob("mrcore-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert "mrcore/py.typed" in names
+    assert {str(path.relative_to(PROJECT)) for path in (PROJECT / "mrcore").rglob("*.py")} <= names

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import PROJECT
 from conditions import wait_until
 
-PROJECT = Path(__file__).resolve().parents[2]
 TOOLS = ["cat", "cksum", "cp", "dirname", "env", "flock", "mkdir", "rm", "sed", "sleep", "tr", "true"]
 
 # A Python 3.MINOR: can make a venv once `ensurepip` is there; notes what pip was asked to do.
@@ -324,17 +324,19 @@ def test_scripts_may_be_executed(name: str) -> None:
     assert os.access(PROJECT / name, os.X_OK)
 
 
-@pytest.mark.parametrize("asked", ["script", "-c", "project"])
+@pytest.mark.parametrize("asked", ["script", "-c", "project", "its own Python"])
 def test_a_folder_called_mrcore_beside_the_users_code_does_not_hide_the_package(tmp_path: Path, asked: str) -> None:
     """Such as a clone of this project, whose folder has no __init__.py, but the package one floor further down."""
     (tmp_path / "mrcore").symlink_to(PROJECT)
-    code = "import mrcore\nfrom mrcore import __version__, task, scheduler\nprint(mrcore.__file__)\n"
+    code = "import mrcore\nfrom mrcore import Scheduler, __version__, task, scheduler\nprint(mrcore.__file__)\n"
     (tmp_path / "use.py").write_text(code)
     (tmp_path / "project").mkdir()
     (tmp_path / "project/map_functions.py").write_text(code + "def m(line, auxiliary_data):\n    return []\n")
     command = [sys.executable, "use.py"]
     if asked == "-c":
         command = [sys.executable, "-c", code]
+    elif asked == "its own Python":  # as after `make demo`, from the folder that holds the checkout
+        command = [f"mrcore/{Path(sys.prefix).relative_to(PROJECT)}/bin/python", "use.py"]
     elif asked == "project":
         command = [str(Path(sys.executable).with_name("mrcore")), "try", "project", "--map", "m", "use.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)

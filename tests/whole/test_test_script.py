@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from checkout import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 # Played: what is missing and may not be installed, and tests that fail or were left out.
 SETUP = """#!/bin/sh
 case "$*" in *{missing}*) exit 3 ;; esac
@@ -89,3 +89,20 @@ def test_interrupted_is_interrupted(tmp_path: Path) -> None:
     assert run(tmp_path, appliance=130)[0] == 130
     (tmp_path / "log").unlink()
     assert run(tmp_path, unit=2)[:2] == (130, [UNIT]), "nothing else begins after Ctrl-C"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ""),
+        (["PART=engine"], "tests/engine"),
+        (["PART=engine", "ARGS=-x -k shuffle"], "tests/engine -x -k shuffle"),
+        (["ARGS=-k shuffle"], "-k shuffle"),
+    ],
+)
+@pytest.mark.parametrize(("target", "first"), [("test", ""), ("test-quick", '-m "not slow"')])
+def test_make_passes_a_part_and_arguments(target: str, first: str, arguments: list[str], expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    command = ["make", "--dry-run", target, "PART=", "ARGS=", *arguments]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == f"scripts/test.sh {first} {expected}".split()
