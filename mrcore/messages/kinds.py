@@ -34,7 +34,7 @@ Name = Annotated[str, Meta(pattern=r"\A(?!(.*/)?\.{1,2}(/|\Z))[^\0/]+(/[^\0/]+)*
 AbsolutePath = Annotated[str, Meta(pattern=r"\A/[^\0]*\Z", max_length=NAME_CHARACTERS)]
 
 
-class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Message(Struct, frozen=True, kw_only=True):
     """A message whose fields travel by name; fields that this release does not know are left out."""
 
     def __getitem__(self, name: str) -> Any:  # until all callers use attributes

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_name import ByName
 from conditions import wait_until
 from daemons import living, own_address
 
@@ -60,7 +61,7 @@ def assert_nothing_left(settings: Settings) -> None:
 
 
 def master_client(settings: Settings, node: NodeSettings, port: int) -> contextlib.closing[Client]:
-    return contextlib.closing(Client(node.address, port, Pki(settings.pki_dir, "master"), node.name))
+    return contextlib.closing(ByName(node.address, port, Pki(settings.pki_dir, "master"), node.name))
 
 
 def hello(settings: Settings, number: int = 0) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from by_name import ByName
 from conditions import wait_until
 
 from mrcore.system import procfs
@@ -100,7 +101,7 @@ class Daemon:
         self.clients: list[Client | DataClient] = []
 
     def client(self) -> Client:
-        client = Client(self.address, self.port, Pki(self.pki / "master", "master", self.pki / "members.json"), "n1")
+        client = ByName(self.address, self.port, Pki(self.pki / "master", "master", self.pki / "members.json"), "n1")
         self.clients.append(client)
         return client
 

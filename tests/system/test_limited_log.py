@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from by_name import ByName
 from conditions import wait_until
 from daemons import members
 
 from mrcore.errors import Refused
 from mrcore.system.limited_log import MAX_KEYS, LimitedLog
 from mrcore.wire import pki
-from mrcore.wire.client import Client
 from mrcore.wire.service import Method, Server
 from mrcore.wire.tls import Pki
 
@@ -129,7 +129,7 @@ def test_a_flood_of_one_who_is_no_member_leaves_two_lines(
 ) -> None:
     caplog.set_level(logging.INFO)
     for _ in range(150):
-        client = Client("127.0.0.1", server.port, Pki(tmp_path / "stranger", "stranger"), "n1")
+        client = ByName("127.0.0.1", server.port, Pki(tmp_path / "stranger", "stranger"), "n1")
         with pytest.raises(Refused, match="no member"):
             client.call("fail")
         client.close()
@@ -140,7 +140,7 @@ def test_requests_that_fail_leave_one_traceback(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    client = Client("127.0.0.1", server.port, Pki(tmp_path / "master", "master"), "n1")
+    client = ByName("127.0.0.1", server.port, Pki(tmp_path / "master", "master"), "n1")
     for _ in range(150):
         with pytest.raises(Exception, match="IndexError"):
             client.call("fail")

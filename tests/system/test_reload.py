@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_name import ByName
 from conditions import wait_until
 from daemons import CLUSTER, Daemon
 from hypothesis import HealthCheck, given, settings
@@ -96,7 +97,7 @@ class Agent(Daemon):
         self.members = Path(self.spec["members_file"])
 
     def as_node(self, name: str) -> Client:
-        self.clients.append(client := Client(self.address, self.port, Pki(self.pki / name, "node"), "n1"))
+        self.clients.append(client := ByName(self.address, self.port, Pki(self.pki / name, "node"), "n1"))
         return client
 
     def log_says(self, text: str, times: int = 1) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_name import ByName
 from clusters import TestCluster
 
 from mrcore.cli.main import main
@@ -90,7 +91,7 @@ def counts(told: dict[str, Any]) -> tuple[int, int]:
 
 def agent(cluster: TestCluster, node: int = 0) -> Client:
     at = cluster.settings.nodes[node]
-    return Client(at.address, at.agent_port, Pki(cluster.settings.pki_dir, "master"), at.name)
+    return ByName(at.address, at.agent_port, Pki(cluster.settings.pki_dir, "master"), at.name)
 
 
 def test_odd_names_empty_and_large_files_arrive_and_come_back(

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import click
 import pytest
+from by_name import ByName
 from checkout import PROJECT, commands, text_of
 from clusters import TestCluster
 from daemons import own_address
@@ -39,7 +40,6 @@ from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import backup
 from mrcore.system.paths import Layout
 from mrcore.wire import pki
-from mrcore.wire.client import Client
 from mrcore.wire.service import Server
 from mrcore.wire.tls import RPC_PROTOCOL, client_context
 
@@ -101,7 +101,7 @@ def test_an_expired_certificate_is_a_fault_of_the_cluster(
     server.start()
     try:
         with pytest.raises(ClusterFault, match=r"(?i)expired"):
-            Client("127.0.0.1", server.port, certificates.pki("master"), "a").call("anything")
+            ByName("127.0.0.1", server.port, certificates.pki("master"), "a").call("anything")
     finally:
         server.close()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_name import ByName
 from clusters import TestCluster
 from conditions import wait_until
 from forged import NODE, Forger
@@ -22,7 +23,6 @@ from rpyc.core import brine, consts
 from mrcore.errors import MrcoreError, Refused, Unreachable
 from mrcore.launchers import local
 from mrcore.system import procfs
-from mrcore.wire.client import Client
 from mrcore.wire.data import DataClient
 from mrcore.wire.tls import DATA_PROTOCOL, LIMITS, RPC_PROTOCOL, Pki, client_context, master_pki
 
@@ -53,7 +53,7 @@ class Target:
 
     def answers(self) -> bool:
         """Whether the master gets in and is answered, on a fresh connection."""
-        client = Client(self.node.address, self.node.agent_port, self.master, self.node.name, 30, 30)
+        client = ByName(self.node.address, self.node.agent_port, self.master, self.node.name, 30, 30)
         with contextlib.closing(client), contextlib.suppress(Unreachable):
             return bool(client.call("health"))
         return False
@@ -174,7 +174,7 @@ def test_a_nodes_many_connections_are_bounded_and_the_master_gets_in(target: Tar
         for _ in range(LIMITS.connections_per_peer):
             opened.enter_context(target.secured(target.member, RPC_PROTOCOL))
         with pytest.raises(Refused, match=f"has {LIMITS.connections_per_peer} connections"):
-            Client(target.node.address, target.node.agent_port, target.member, target.node.name, 30).call("health")
+            ByName(target.node.address, target.node.agent_port, target.member, target.node.name, 30).call("health")
         assert target.answers()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_name import ByName
 from clusters import TestCluster
 from conditions import wait_until
 from daemons import free_port, own_address
@@ -74,7 +75,7 @@ def test_no_wrong_identity_gets_anything(cluster: TestCluster, forger: Forger, w
     for daemon, names in verbs(tmp_path).items():
         port = node.agent_port if daemon == "agent" else node.server_port
         for name in [*names, "nope"]:
-            found = outcome(Client(node.address, port, keys, node.name, 10, 10), lambda client: client.call(name))  # noqa: B023
+            found = outcome(ByName(node.address, port, keys, node.name, 10, 10), lambda client: client.call(name))  # noqa: B023
             assert isinstance(found, Refused | Unreachable), f"{daemon}.{name}: {found!r}"
             assert "failed at" not in found.message and "has no method" not in found.message, f"{name}: {found!r}"
     for request in GETS:
@@ -101,7 +102,7 @@ def test_a_node_gets_its_health_and_bytes_and_nothing_else(
     for daemon, names in verbs(tmp_path).items():
         port = node.agent_port if daemon == "agent" else node.server_port
         for name in names:
-            found = outcome(Client(node.address, port, keys, node.name, 10, 10), lambda client: client.call(name))  # noqa: B023
+            found = outcome(ByName(node.address, port, keys, node.name, 10, 10), lambda client: client.call(name))  # noqa: B023
             if name == "health":
                 assert found is None
             else:
@@ -125,8 +126,8 @@ def test_a_node_gets_its_health_and_bytes_and_nothing_else(
 def test_the_master_may_call_all(cluster: TestCluster, forger: Forger) -> None:
     for node in cluster.settings.nodes:
         keys = master_pki(cluster.settings)
-        assert outcome(Client(node.address, node.agent_port, keys, node.name), lambda each: each.call("health")) is None
-        assert outcome(Client(node.address, node.server_port, keys, node.name), lambda each: each.call("hello")) is None
+        assert outcome(ByName(node.address, node.agent_port, keys, node.name), lambda each: each.call("health")) is None
+        assert outcome(ByName(node.address, node.server_port, keys, node.name), lambda each: each.call("hello")) is None
 
 
 # --- the other side: whom the master, and a node that fetches, take for a node ----------------------------------------
@@ -197,11 +198,11 @@ def test_two_clusters_with_one_authority_do_not_trust_each_other(cluster: TestCl
         for settings, node in ((cluster.settings, theirs), (second, ours)):
             keys = master_pki(settings)
             with pytest.raises(Refused, match="is of the cluster"):
-                Client(node.address, node.agent_port, keys, node.name).call("health")
+                ByName(node.address, node.agent_port, keys, node.name).call("health")
             with pytest.raises(Refused, match="is of the cluster"):  # nor does the node take this master for its own
-                Client(node.address, node.agent_port, Pki(keys.folder, "master"), node.name).call("health")
-        assert Client(theirs.address, theirs.agent_port, master_pki(second), theirs.name).call("health")
-        assert Client(ours.address, ours.agent_port, master_pki(cluster.settings), ours.name).call("health")
+                ByName(node.address, node.agent_port, Pki(keys.folder, "master"), node.name).call("health")
+        assert ByName(theirs.address, theirs.agent_port, master_pki(second), theirs.name).call("health")
+        assert ByName(ours.address, ours.agent_port, master_pki(cluster.settings), ours.name).call("health")
     finally:
         local.kill_cluster(second)
 
@@ -222,7 +223,7 @@ def test_a_serial_that_leaves_the_list_loses_its_live_connections(cluster: TestC
     serial = pki.serial(cluster.settings.pki_dir / "master.crt")
     keys = master_pki(cluster.settings)
     with (
-        contextlib.closing(Client(node.address, node.agent_port, keys, node.name)) as rpc,
+        contextlib.closing(ByName(node.address, node.agent_port, keys, node.name)) as rpc,
         contextlib.closing(DataClient(node.address, node.agent_port, keys, node.name)) as data,
     ):
         assert rpc.call("health")
@@ -266,7 +267,7 @@ def test_a_rotation_disturbs_nobody_and_leaves_nothing_of_before(cluster: TestCl
     mark = local.cluster_id(settings.home)
     holders: list[tuple[Any, ...]] = [("master", settings.pki_dir, "master", "master", [])]
     holders += [("node", each.layout.pki_dir, each.name, "node", [each.address]) for each in settings.nodes]
-    with contextlib.closing(Client(node.address, node.agent_port, master_pki(settings), node.name)) as client:
+    with contextlib.closing(ByName(node.address, node.agent_port, master_pki(settings), node.name)) as client:
         assert client.call("health")
         fresh = {}
         for role, folder, name, stem, addresses in holders:
@@ -292,7 +293,7 @@ def test_a_rotation_disturbs_nobody_and_leaves_nothing_of_before(cluster: TestCl
         assert shown is not None and shown.sock.getpeercert()["serialNumber"].lstrip("0") == fresh[node.name][0]
     for keys in (Pki(stolen, "master"), Pki(tmp_path / "stolen-node", "node")):
         with pytest.raises(Refused, match="was withdrawn"):
-            Client(node.address, node.agent_port, keys, node.name).call("health")
+            ByName(node.address, node.agent_port, keys, node.name).call("health")
     cluster.write_inputs({"a": "one two two\n", "b": "two\n"})
     wait_until(lambda: cluster.run(cluster.job())["parts"], 60)
     assert sorted(cluster.items()) == [["one", 1], ["two", 3]]
@@ -306,14 +307,14 @@ def test_the_list_of_an_older_release_lets_in_by_name_until_the_new_one_comes(cl
     serial = pki.serial(other.layout.pki_dir / "node.crt")
     try:
         write(file, {"members": ["node-0", "node-1"], "denied": []})
-        assert Client(node.address, node.agent_port, keys, node.name).call("health")
-        assert Client(node.address, node.agent_port, master_pki(cluster.settings), node.name).call("health")
+        assert ByName(node.address, node.agent_port, keys, node.name).call("health")
+        assert ByName(node.address, node.agent_port, master_pki(cluster.settings), node.name).call("health")
         write(file, {"members": ["node-0", "node-1"], "denied": [serial]})
         with pytest.raises(Refused, match="was withdrawn"):
-            Client(node.address, node.agent_port, keys, node.name).call("health")
+            ByName(node.address, node.agent_port, keys, node.name).call("health")
         write(file, {"members": ["node-0"], "denied": []})
         with pytest.raises(Refused, match="no member of this cluster"):
-            Client(node.address, node.agent_port, keys, node.name).call("health")
+            ByName(node.address, node.agent_port, keys, node.name).call("health")
     finally:
         write(file, before)
-    assert Client(node.address, node.agent_port, keys, node.name).call("health")
+    assert ByName(node.address, node.agent_port, keys, node.name).call("health")

@@ -28,7 +28,7 @@ from mrcore.node.node_agent import NodeAgent
 Json = dict[str, Any]
 MAP = {"job": "j", "run": 3, "attempt": 1, "phase": "MAP", "task": 7, "try": 2}
 REDUCE = MAP | {"phase": "REDUCE", "try": 1}
-WHO = {"name": "n1", "version": "1.0.0", "wire_version": 1, "python": "3.11.2"}
+WHO = {"name": "n1", "release": "1.0.0-ab", "version": "1.0.0", "wire_version": 1, "python": "3.11.2"}
 INPUTS: Json = {
     "files": [["/x/a", 10, 1, 2]], "matched": {"in": 1}, "skipped": {"dotfile": 1}, "fingerprint": "ab", "faults": [],
     "next": None,
@@ -53,7 +53,7 @@ HONEST: dict[str, Any] = {  # an answer of each method that is one
     "commit_upload": 3,
     "drop_upload": None,
     "delete_files": {"files": 1, "bytes": 2, "outputs": [["j", 1, 1, 2]]},
-    "holdings": PAGE | {"files": [["a/b", 1, -5, 0o600, 9]], "count": 1, "bytes": 1},
+    "holdings": PAGE | {"files": [["a/b", 1, -5, 0o600, 9]], "count": 1, "bytes": 1, "faults": []},
     "taken": [True],
     "begin_moves": {"upload": "ab", "disk_free_bytes": 1},
     "stage_moves": [[1, 2]],
