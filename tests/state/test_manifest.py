@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from mrcore.admin import doctor
 from mrcore.errors import UsageError
 from mrcore.messages.tasks import PlacedPart
+from mrcore.settings.config import load_settings
 from mrcore.state import backup, manifest
 from mrcore.state.manifest import LedgerUpdate, Manifest, Read
 
@@ -79,8 +81,11 @@ def test_a_manifest_of_a_later_release_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"time": -1}', '{"time": 1, "copied": "yes"}'])
-def test_a_damaged_note_of_the_last_backup_is_named(tmp_path: Path, content: str) -> None:
+def test_a_damaged_note_of_the_last_backup_is_named(home: Path, tmp_path: Path, content: str) -> None:
     assert backup.last_backup(tmp_path) is None
     (tmp_path / "last_backup.json").write_text(content)
+    note = doctor._last_backup(load_settings().model_copy(update={"state_dir": tmp_path}))
+    (finding,) = doctor.judge_backup({"master": {"backup": note, "time": 2.0, "local": True}})
+    assert "last_backup.json is damaged" in finding.what
     with pytest.raises(UsageError, match=r"last_backup\.json is damaged: .*`mrcore backup FILE` writes it again"):
         backup.last_backup(tmp_path)
