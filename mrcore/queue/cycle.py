@@ -148,11 +148,12 @@ def reasons(rows: list[JobRow], state: State, now: float) -> list[Why]:
         return Why("next", "it is next")
 
     after = {"failed": "; its last run failed", "group failed": "; skipped, since a job of its group failed"}
-    found = [(row, why(row)) for row in rows]
-    return [
-        each if each.code in ("retry", "running") else each._replace(text=each.text + after.get(row.cause or "", ""))
-        for row, each in found
-    ]
+    answers = []
+    for row in rows:
+        answer = why(row)
+        more = "" if answer.code in ("retry", "running") else after.get(row.cause or "", "")
+        answers.append(answer._replace(text=answer.text + more))
+    return answers
 
 
 def duration(seconds: float) -> str:

@@ -53,10 +53,6 @@ class Kinds:
     def __init__(self, settings: Settings, manage_cluster: ManageCluster | None = None) -> None:
         self._settings, self._manage_cluster = settings, manage_cluster
 
-    def configure(self, settings: Settings) -> None:
-        """Run jobs by these settings from now on."""
-        self._settings, self._manage_cluster = settings, None
-
     def run(self, execution: Execution, progress: Progress) -> Counts:
         """Run a job to its end and return what is counted of it. Raises whatever ended it."""
         job, run, stop = execution.job, execution.run, execution.stop

@@ -139,7 +139,7 @@ class Runner:
             log.error("the settings name another state_dir, %s: start this Runner again", fresh.state_dir)
         else:
             self.settings = fresh
-            self._kinds.configure(fresh)
+            self._kinds = Kinds(fresh)
             self._endings.configure(fresh)
 
     def _begin_cycle(self) -> None:
@@ -244,7 +244,7 @@ class Runner:
         if self._listener is not None:
             try:
                 self._listener(event, **facts)
-            except Exception as error:  # noqa: BLE001  whoever listens must not end what he listens to
+            except Exception as error:  # noqa: BLE001  a listener must not end what it listens to
                 self._listener = None
                 log.warning("nothing more is reported: %s: %s", type_name(error), one_line(error))
 

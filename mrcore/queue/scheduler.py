@@ -1,4 +1,4 @@
-"""Everything that can be asked of the queue, from any process, also while its Runner runs (`mrcore.runner`)."""
+"""Everything that can be asked of the queue, from any process, also while its Runner runs (`runner`)."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ class Scheduler:
         self._doorbell.ring()
 
     def estimate_next_runtime(self, job_name: str) -> dict[str, float] | None:
-        """Median and range in seconds of the last successful runs, and their number; None with fewer than two."""
+        """Return median and range in seconds of the last successful runs, and their number; None: fewer than two."""
         return self.estimates(job_name).get(job_name)
 
     def estimates(self, job_name: str | None = None) -> dict[str, dict[str, float]]:

@@ -1,9 +1,9 @@
 """Backup and restore of what the master knows: queue, history, ledger (one SQLite file) and manifests, in one file.
 
 A backup is a line with a signature and a gzipped tar: `backup.json` (version, schema, time), `queue.sqlite`,
-`manifests/JOB/RUN.json`. The queue is copied first: each run that it says has succeeded has its manifest in the backup
-then. A restored queue runs scripts on the master, so a restore wants the signature of the cluster's own key, and says
-what would run. On a deployed master only root has that key; see `may_sign`.
+`manifests/JOB/RUN.json`. The queue is copied first: every run that has succeeded by it has its manifest in the backup
+then. A restored queue runs scripts on the master, so a restore wants the signature of the cluster's own key, and
+shows what would run. On a deployed master only root has that key; see `may_sign`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mrcore.system import failpoints
 from mrcore.system.paths import PARTIAL, fsync_dir, fsync_file, publish_file, remove_tree, write_atomic
 
 MAX_BACKUP_BYTES, MAX_UNPACKED_BYTES, MAX_MEMBERS = 4 << 30, 16 << 30, 200_000
-MAX_HEADER_BYTES = 1 << 20  # of what the tar says about one file
+MAX_HEADER_BYTES = 1 << 20  # about one file of the tar
 MIN_FREE_DISK_BYTES = 256 << 20
 _MEMBER = re.compile(r"backup\.json|queue\.sqlite|manifests/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/\d{1,19}\.json")
 _DAMAGED = (
@@ -147,7 +147,7 @@ def write(settings: Settings, stream: IO[bytes]) -> dict[str, Any]:
         with contextlib.closing(sqlite3.connect(copy)) as target:
             store.copy_to(target)
             tables = ("jobs", "runs")
-            counts = {each: target.execute(f"SELECT count(*) FROM {each}").fetchone()[0] for each in tables}
+            counts = {name: target.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables}
         # No extended headers, which a reader has to take into memory whole.
         with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=5, format=tarfile.USTAR_FORMAT) as archive:
             archive.add(about_file, "backup.json", filter=_plain)
