@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mrcore.launchers.launcher import launcher_of
 from mrcore.settings.config import Settings
-from mrcore.state.backup import last_backup, note
+from mrcore.state.backup import LastBackup, last_backup, note
 
 _MOMENT = re.compile(r"\d{1,12}(\.\d{1,12})?")
 MAX_PRUNED = 1_000  # at a time: a command line is no longer
@@ -22,10 +22,10 @@ def copy_to_node(settings: Settings, file: Path, node_name: str) -> Path:
     Until it is there the doctor knows that it is missing.
     """
     folder = settings.node(node_name).compute_dir / "backups"
-    about = (last_backup(settings.state_dir) or {}) | {"copy_to": node_name, "copied": False}
-    note(settings, **about)
+    about = (last_backup(settings.state_dir) or {}) | LastBackup(copy_to=node_name, copied=False)
+    note(settings, about)
     target = launcher_of(settings).copy_file(settings, node_name, file, folder)
-    note(settings, **about | {"copied": True})
+    note(settings, about | LastBackup(copied=True))
     return target
 
 

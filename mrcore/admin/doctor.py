@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mrcore import VERSIONS
-from mrcore.errors import MrcoreError
+from mrcore.errors import MrcoreError, UsageError
 from mrcore.launchers import local
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import NodeSettings, Settings
@@ -73,7 +73,7 @@ def gather(settings: Settings, deep: bool = False) -> Json:
             "certificates_end": {
                 f"{name}.crt": pki.ends(file) for name, file in files.items() if started or file.exists()
             },
-            "backup": last_backup(settings.state_dir),
+            "backup": _last_backup(settings),
         },
         "nodes": {node.name: answers[f"agent of {node.name}"] for node in settings.nodes if started},
         "servers": {server.name: answers[server.name] for server in settings.servers() if started},
@@ -103,7 +103,7 @@ def _ask_all(settings: Settings) -> dict[str, Json]:
         return dict(zip(ports, pool.map(ask, ports), strict=True))
 
 
-def _compare_outputs(settings: Settings, answers: dict[str, Json], running: Json | None, deep: bool) -> list[Json]:
+def _compare_outputs(settings: Settings, answers: dict[str, Json], running: Json | None, deep: bool) -> list[Any]:
     """Compare what manifests name with what the nodes that answer hold; all of a node that is no member is missing."""
     keys, known = master_pki(settings), outputs.named(settings)
 
@@ -121,14 +121,12 @@ def _compare_outputs(settings: Settings, answers: dict[str, Json], running: Json
     lists = {node: files for node, files in found.items() if isinstance(files, dict)}
     members = {node.name for node in settings.nodes}
     everywhere = lists | {node: dict[str, int]() for node in known if node not in members}
-    wrong = outputs.compare(known, everywhere, running["job_name"] if running else None)
+    wrong: list[Any] = [*outputs.compare(known, everywhere, running["job_name"] if running else None)]
     if deep:
         seen = {(each["job"], each["node"], name) for each in wrong for name in each["names"]}
         unread = {
             node: {
-                path: part
-                for path, part in known.get(node, {}).items()
-                if (part["job"], node, part["name"]) not in seen
+                path: part for path, part in known.get(node, {}).items() if (part.job, node, part.part.name) not in seen
             }
             for node in lists
         }
@@ -277,9 +275,20 @@ def judge_queue(facts: Json) -> Iterator[Finding]:
         )
 
 
+def _last_backup(settings: Settings) -> Any:
+    """Return the note of the last backup, None: there is none; a damaged one is a finding like others."""
+    try:
+        return last_backup(settings.state_dir)
+    except UsageError as error:
+        return {"error": error.message}
+
+
 def judge_backup(facts: Json) -> Iterator[Finding]:
     """Whether queue and history could be brought back; who keeps a local cluster may do without."""
     backup, now = facts["master"]["backup"], facts["master"]["time"]
+    if backup and "error" in backup:
+        yield Finding("master", backup["error"], "nobody knows how old the last backup is", "`mrcore backup FILE`")
+        return
     age = None if backup is None else now - backup["time"]
     if not facts["master"]["local"] and (age is None or age > MAX_BACKUP_AGE_SECONDS):
         yield Finding(

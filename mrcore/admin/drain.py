@@ -180,8 +180,7 @@ class _Nodes:
         """What queued jobs read on this node that lies outside of base_dir, so that nothing here knows of it."""
         found = []
         with contextlib.closing(Store(self.settings.state_dir)) as store:
-            names = store.rows("SELECT job_name FROM jobs WHERE state != 'out' AND job_type = 'mapreduce'")
-            specs = [job["spec"] for row in names if (job := store.job(row["job_name"]))]
+            specs = [row.spec for row in store.queued() if row.job_type == "mapreduce"]
         inside = str(self.source.layout.base_dir) + "/"
         for spec in specs:
             entries = [each for each in spec["input_dirs"] if each.startswith("/") and not each.startswith(inside)]
@@ -275,7 +274,7 @@ class _Drain:
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while running := self._store.running():
-            what = f"run {running['run']} of {running['job_name']}"
+            what = f"run {running.run} of {running.job_name}"
             if time.monotonic() >= deadline:
                 raise ClusterFault(
                     f"{what} is still under way: wait for it, cancel it, or, if no Runner runs, start one to end it"

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -98,7 +97,7 @@ def _signed_by_root() -> None:
     from mrcore.state import backup as backups
 
     settings = settings_of_caller()
-    if not sudo.is_needed(settings) or not backups.may_sign(settings):
+    if not sudo.needs_sudo(settings) or not backups.may_sign(settings):
         return
     with tempfile.TemporaryFile() as content, tempfile.TemporaryFile() as signed:
         sudo.call(settings, [*chosen_settings(), "backup", "-"], content)
@@ -107,7 +106,7 @@ def _signed_by_root() -> None:
         os.lseek(signed.fileno(), 0, os.SEEK_SET)
         os.dup2(signed.fileno(), 0)
     arguments = click.get_current_context().meta[ARGUMENTS]
-    sudo.hand_over(settings, [*chosen_settings(), *arguments, "--signed"])
+    sudo.reexec_with_sudo(settings, [*chosen_settings(), *arguments, "--signed"])
 
 
 @click.command()
@@ -121,9 +120,10 @@ def restore(file: Path, force: bool, unverified: bool, yes: bool) -> None:
     Says which jobs would run, and asks. With --unverified whoever could write to FILE, such as every job on the node
     that had it, decides what runs on the master.
     """
+    from mrcore.state.backup import Restored
     from mrcore.state.backup import restore as read
 
-    def agree(about: dict[str, Any]) -> None:
+    def agree(about: Restored) -> None:
         moment = datetime.fromtimestamp(about["time"]).astimezone().isoformat(timespec="seconds")
         click.echo(f"{one_line(file)} is of {moment}; the jobs that wait in it: {len(about['jobs'])}", err=True)
         for job in about["jobs"][:JOBS_SHOWN]:

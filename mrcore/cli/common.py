@@ -33,8 +33,8 @@ def settings_in_force() -> Settings:
     from mrcore.settings import sudo
 
     settings = settings_of_caller()
-    if sudo.is_needed(settings):
-        sudo.hand_over(settings, [*chosen_settings(), *click.get_current_context().meta[ARGUMENTS]])
+    if sudo.needs_sudo(settings):
+        sudo.reexec_with_sudo(settings, [*chosen_settings(), *click.get_current_context().meta[ARGUMENTS]])
     return settings
 
 
@@ -51,12 +51,12 @@ def hand_over_jobs(batch: list[Any], options: list[str]) -> None:
     from mrcore.settings import sudo
 
     settings = settings_of_caller()
-    if sudo.is_needed(settings):
+    if sudo.needs_sudo(settings):
         try:
             content = json.dumps([job.with_absolute_paths(spec) for spec in batch], default=str).encode()
         except (ValueError, TypeError, RecursionError) as error:  # YAML knows what JSON does not
             raise UsageError(f"a job cannot be handed on to user {settings.user}: {error}") from None
-        sudo.hand_over(settings, [*chosen_settings(), "submit", "-", *options], content)
+        sudo.reexec_with_sudo(settings, [*chosen_settings(), "submit", "-", *options], content)
 
 
 def chosen_settings() -> list[str]:

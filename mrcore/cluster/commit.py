@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
-
-import msgspec
 
 from mrcore.cluster.attempt import Attempt
 from mrcore.cluster.connections import CLEANUP_SECONDS, Agents
@@ -15,6 +12,7 @@ from mrcore.errors import MrcoreError, UsageError
 from mrcore.messages.methods import CANCEL, END_RUN, PUBLISH
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import ledger, manifest
+from mrcore.state.manifest import Manifest
 from mrcore.state.store import Store
 from mrcore.system import failpoints
 from mrcore.wire.client import Client
@@ -23,7 +21,6 @@ from mrcore.wire.tls import Pki
 CONNECT_SECONDS = 2.0  # while cleaning up
 
 Job = dict[str, Any]
-Manifest = dict[str, Any]
 
 
 def describe(job: Job, run: int, plan: Plan, attempt: Attempt, phases: dict[str, float]) -> Manifest:
@@ -35,7 +32,7 @@ def describe(job: Job, run: int, plan: Plan, attempt: Attempt, phases: dict[str,
         **results.counters,
         "input_files": plan.files,
         "input_bytes": plan.bytes,
-        "files_read_before": plan.known,
+        "files_read_before": plan.increment.known,
         "output_items": sum(part.records for part in parts),
         "output_bytes": sum(part.bytes for part in parts),
         "shuffled_bytes": results.shuffled.total(),
@@ -44,28 +41,24 @@ def describe(job: Job, run: int, plan: Plan, attempt: Attempt, phases: dict[str,
         "peak_task_bytes": results.peak_bytes,
         "skipped": plan.skipped,
     }
-    return {
-        "job": job["job_name"],
-        "run": run,
-        "committed": time.time(),
-        "partitioner": job["partitioner"],
-        "partitions": partitioning.count,
-        "cuts": partitioning.cuts,
-        "delete_job_data": job["delete_job_data"] or plan.replaces,
-        "merge_output": job["merge_output"],
-        "merged_run": plan.base.run if plan.base else None,
-        "ledger": plan.entries,
-        "compress": job["compress"],
-        "project": plan.project,
-        "keys_kept": results.keys_kept,
-        "parts": msgspec.to_builtins(parts),
-        "shuffle": [[source, target, length] for (source, target), length in shuffled],
-        "skipped": plan.skipped,
-        "counts": {name: count for name, count in counts.items() if count != {}},
-        "task_seconds": {name: round(seconds, 3) for name, seconds in results.seconds.items()},
-        "phases": phases,
-        "deaths": results.deaths,
-    }
+    return Manifest(
+        job=job["job_name"],
+        run=run,
+        parts=parts,
+        delete_job_data=job["delete_job_data"] or plan.increment.replaces,
+        merge_output=job["merge_output"],
+        keys_kept=results.keys_kept,
+        partitioner=job["partitioner"],
+        partitions=partitioning.count,
+        cuts=None if partitioning.cuts is None else list(partitioning.cuts),
+        ledger=plan.increment.ledger,
+        counts={name: count for name, count in counts.items() if count != {}},
+        skipped=dict(plan.skipped),
+        shuffle=[(source, target, length) for (source, target), length in shuffled],
+        task_seconds={name: round(seconds, 3) for name, seconds in results.seconds.items()},
+        phases=phases,
+        deaths=results.deaths,
+    )
 
 
 def finish(settings: Settings, agents: Agents, job: str, run: int) -> None:
@@ -75,8 +68,8 @@ def finish(settings: Settings, agents: Agents, job: str, run: int) -> None:
         raise UsageError(f"run {run} of {job} has not committed")
 
     def publish(node: NodeSettings) -> None:
-        parts = [part["name"] for part in committed["parts"] if part["node"] == node.name]
-        agent, delete = agents.client(node), committed["delete_job_data"]
+        parts = [part.name for part in committed.parts if part.node == node.name]
+        agent, delete = agents.client(node), committed.delete_job_data
         agent.call(PUBLISH, job=job, run=run, parts=parts, delete_job_data=delete, timeout_seconds=600)
         agent.call(END_RUN, job=job, run=run, timeout_seconds=600)
         failpoints.point("node finished")
@@ -84,7 +77,7 @@ def finish(settings: Settings, agents: Agents, job: str, run: int) -> None:
     failpoints.point("finish begun")
     agents.on_all(publish)
     failpoints.point("nodes finished")
-    if committed.get("ledger"):
+    if committed.ledger:
         with contextlib.closing(Store(settings.state_dir)) as store:
             ledger.commit(store, committed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from mrcore.cluster.partitions import Partitioning, default_partitions
 from mrcore.cluster.preflight import Plan, Stopped
 from mrcore.engine.inputs import SAMPLE_BLOCK_BYTES, THIN_BY_LINES_BELOW
 from mrcore.errors import JobFault
-from mrcore.messages.tasks import Earlier, Order, RunIdentity, Source, SpillShare
+from mrcore.messages.tasks import Earlier, Order, PlacedPart, RunIdentity, Source, SpillShare
 from mrcore.settings.config import Settings
 from mrcore.state.outputs import node_of
 from mrcore.wire.tls import Pki
@@ -65,8 +66,11 @@ class Coordinator:
 
     def _partitioning(self) -> Partitioning:
         job, by_range = self._job, self._job["partitioner"] == "range"
-        if base := self._plan.base:
-            return Partitioning(base.partitions, by_range, base.parts, base.cuts)
+        if base := self._plan.increment.base:
+            earlier: dict[int, list[PlacedPart]] = defaultdict(list)
+            for part in base.parts:
+                earlier[part.partition].append(part)
+            return Partitioning(base.partitions, by_range, earlier, base.cuts)
         # Those of a job with merge_output are for good, so they are not counted by what the first run happens to read.
         input_bytes = (1 << 62) if job["merge_output"] else self._plan.bytes
         return Partitioning(

@@ -73,9 +73,14 @@ class ManageCluster:
         clock.enter("PREFLIGHT")
         try:
             plan = Preflight(self.settings, self._pki, self._agents, job, run, stop).unless_stopped()
-            if plan.nothing_new:
+            if plan.increment.nothing_new:
                 self._agents.on_all(lambda node: self._agents.client(node).call(END_RUN, job=name, run=run))
-                counts: Json = {"input_files": 0, "input_bytes": 0, "bytes": 0, "files_read_before": plan.known}
+                counts: Json = {
+                    "input_files": 0,
+                    "input_bytes": 0,
+                    "bytes": 0,
+                    "files_read_before": plan.increment.known,
+                }
                 counts |= {"skipped": plan.skipped} if plan.skipped else {}
                 return {"job": name, "run": run, "nothing_new": True, "counts": counts}
             attempt = Coordinator(self.settings, self._pki, self._agents, job, run, plan).run(clock, stop)
@@ -86,7 +91,7 @@ class ManageCluster:
         committed = commit.describe(job, run, plan, attempt, clock.seconds())
         manifest.write(self.settings.state_dir, committed)
         self.finish(job, run)
-        return committed
+        return manifest.to_dict(committed)
 
     def finish(self, job: Json, run: int) -> None:
         """Do what follows from a commit: publish the parts, remove what is temporary. May be repeated after a crash."""

@@ -23,15 +23,6 @@ class Partition(NamedTuple):
     high: str | None = None
 
 
-class EarlierOutput(NamedTuple):
-    """The output of an earlier run that is merged with what is new: how it was dealt, and its parts by partition."""
-
-    run: int
-    partitions: int
-    cuts: Sequence[Key] | None
-    parts: Mapping[int, Sequence[PlacedPart]]
-
-
 @dataclass
 class Partitioning:
     """How the keys of a job are dealt: to `count` partitions by hash, or to at most so many ranges.

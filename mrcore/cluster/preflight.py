@@ -11,7 +11,7 @@ import functools
 import os
 import platform
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -22,14 +22,12 @@ import msgspec
 
 from mrcore import WIRE_VERSION, __version__
 from mrcore.cluster.connections import Agents
-from mrcore.cluster.partitions import EarlierOutput
 from mrcore.engine.inputs import MAX_SPLIT_BYTES, plan_bundles
 from mrcore.engine.listing import ALIAS, gather
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
-from mrcore.messages.kinds import convert
 from mrcore.messages.methods import AUXILIARY, HEALTH, LIST_INPUTS, LOOK_INTO, PROJECT_STATE, START_RUN, SWEEP
-from mrcore.messages.nodes import InputPage, Tail, Versions
-from mrcore.messages.tasks import Bundle, PlacedPart
+from mrcore.messages.nodes import InputFile, InputPage, Tail, Versions
+from mrcore.messages.tasks import Bundle
 from mrcore.project.packages import Shipment
 from mrcore.project.snapshot import pack_project, project_hash
 from mrcore.settings.config import NodeSettings, Settings
@@ -54,23 +52,15 @@ class Stopped(MrcoreError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run reads (`files`, `bytes`, in `bundles` by node) and with what: hashes of project and environment.
-
-    `known`: files of which nothing is new, `skipped`: files by reason. For a `hold_state` job: `base` is the output
-    that is merged with what is new, `entries` are the ledger's for the manifest; `replaces`: earlier output goes.
-    """
+    """What a run reads, in bundles by node, and with what: hashes of project and environment."""
 
     project: str
     environment: str | None
+    increment: ledger.Plan
     bundles: Mapping[str, Sequence[Bundle]]
     files: int
     bytes: int
-    skipped: Mapping[str, int]
-    known: int = 0
-    nothing_new: bool = False
-    replaces: bool = False
-    base: EarlierOutput | None = None
-    entries: dict[str, Any] | None = None
+    skipped: Mapping[str, int]  # files by reason
 
 
 class Preflight:
@@ -116,43 +106,40 @@ class Preflight:
         self._check_inputs(listings)
         if settings.local:
             listings = _without_aliases(listings)
-        files: Mapping[str, Sequence[Any]] = {
-            node.name: listing.files for node, listing in zip(settings.nodes, listings, strict=True)
-        }
         skipped = sum((Counter(listing.skipped) for listing in listings), Counter[str]())
-        increment: dict[str, Any] = {}
-        if job["hold_state"]:
-            files, increment = self._increment(files)
-            skipped.update(increment.pop("skipped"))
-        total = sum(file[1] - sum(file[4:]) for some in files.values() for file in some)
-        if (splits := total // MAX_SPLIT_BYTES + sum(map(len, files.values()))) > MAX_SPLITS:
+        increment = self._increment(
+            {node.name: found.files for node, found in zip(settings.nodes, listings, strict=True)}
+        )
+        skipped.update(increment.skipped)
+        files = [file for some in increment.files.values() for file in some]
+        total = sum(file.end - file.start if isinstance(file, ledger.Unread) else file.size for file in files)
+        if (splits := total // MAX_SPLIT_BYTES + len(files)) > MAX_SPLITS:
             raise JobFault(
                 f"{splits:,} splits of input are more than one run can take ({MAX_SPLITS:,}): read less in one"
             )
         bundles: dict[str, list[Bundle]] = {}
         for node in settings.nodes:
             first_id = sum(map(len, bundles.values()))
-            bundles[node.name] = plan_bundles(files[node.name], node.servers, first_id)
-        count = sum(map(len, files.values()))
-        return Plan(snapshot, packages.hash, bundles, count, total, dict(skipped), **increment)
+            bundles[node.name] = plan_bundles(increment.files[node.name], node.servers, first_id)
+        return Plan(snapshot, packages.hash, increment, bundles, len(files), total, dict(skipped))
 
-    def _increment(self, files: Mapping[str, Sequence[Any]]) -> tuple[Mapping[str, Sequence[Any]], dict[str, Any]]:
-        """Return what of the files is to be read, and what a plan has of a `hold_state` job beside."""
-        with contextlib.closing(Store(self._settings.state_dir)) as store:
-            increment = ledger.plan(
+    def _increment(self, files: Mapping[str, Sequence[InputFile]]) -> ledger.Plan:
+        """Return what of the files is to be read."""
+        settings = self._settings
+        if not self._job["hold_state"]:
+            return ledger.Plan(files)
+        with contextlib.closing(Store(settings.state_dir)) as store:
+            return ledger.plan(
                 self._job,
                 files,
                 self._check_tails,
                 store,
-                state_dir=self._settings.state_dir,
-                base_dirs={node.name: str(node.layout.base_dir) for node in self._settings.nodes},
-                one_machine=self._settings.local,
+                state_dir=settings.state_dir,
+                base_dirs={node.name: str(node.layout.base_dir) for node in settings.nodes},
+                one_machine=settings.local,
             )
-        plan = {name: increment[name] for name in ("skipped", "known", "nothing_new", "replaces")}
-        base = _earlier_output(self._job["job_name"], increment["base"]) if increment["base"] else None
-        return increment["files"], plan | {"base": base, "entries": increment["ledger"]}
 
-    def _check_tails(self, name: str, files: list[list[Any]]) -> list[Any]:
+    def _check_tails(self, name: str, files: list[list[Any]]) -> list[Tail]:
         node, tails = outputs.node_of(self._settings, name), list[Tail]()
         for first in range(0, len(files), FILES_A_CHECK):
             some = files[first : first + FILES_A_CHECK]
@@ -205,21 +192,6 @@ class Preflight:
             )
         if errors:
             raise JobFault(listed(errors), faults=errors)
-
-
-def _earlier_output(job: str, manifest: Mapping[str, Any]) -> EarlierOutput:
-    """Return the output that a manifest describes. Its parts' names become paths on nodes: they are looked at again."""
-    parts: dict[int, list[PlacedPart]] = defaultdict(list)
-    for plain in manifest["parts"]:
-        try:
-            part = convert(PlacedPart, plain)
-        except ValueError:
-            raise JobFault(
-                f"the manifest of the earlier output names a part {plain['name']!r:.100}, which is none: restore it "
-                f"from a backup, or have all inputs read again by `mrcore ledger forget {job}`"
-            ) from None
-        parts[part.partition].append(part)
-    return EarlierOutput(manifest["run"], manifest["partitions"], manifest["cuts"], parts)
 
 
 def check_versions(node: NodeSettings, health: Versions) -> None:

@@ -295,7 +295,7 @@ class FileTransfer:
         every = [_Remote(node, token, at, file) for node, token, files in listings for at, file in enumerate(files)]
         job, _, last = path.rpartition("/")
         if last == "reduce" and manifest.newest(self._settings.state_dir, job):
-            wanted = {(part["node"], part["name"]) for part in manifest.parts(self._settings.state_dir, job)}
+            wanted = {(part.node, part.name) for part in manifest.parts(self._settings.state_dir, job)}
             every = [each for each in every if (each.node.name, each.local[0]) in wanted]
             if missing := wanted - {(each.node.name, each.local[0]) for each in every}:
                 node, name = min(missing)

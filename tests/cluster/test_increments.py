@@ -29,9 +29,9 @@ from mrcore.engine.shuffler import Shuffle
 from mrcore.engine.spills import Segment, SpillWriter
 from mrcore.errors import ClusterFault, JobFault, UsageError
 from mrcore.launchers import local
-from mrcore.messages.nodes import ReadFile
+from mrcore.messages.nodes import InputFile, ReadFile
 from mrcore.messages.tasks import PlacedPart
-from mrcore.node.inputs import check_tail
+from mrcore.node import inputs
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import ledger, manifest
 
@@ -405,10 +405,10 @@ def test_a_commit_without_its_ledger_is_completed_and_as_often_as_one_likes(
     with pytest.raises(JobFault, match="went into run"):  # not read twice, even if nobody completed it
         job.run()
     newest = manifest.newest(cluster.settings.state_dir, job.name)
-    assert newest is not None and newest["run"] > older["run"]
+    assert newest is not None and newest.run > older.run
     state = job.state()
     for _ in range(2):
-        cluster.manager.finish(cluster.job(**job.keys), newest["run"])
+        cluster.manager.finish(cluster.job(**job.keys), newest.run)
         assert job.state() == state
     rows = job.scheduler().ledger(job.name)
     assert [row["bytes"] for row in rows] == [4, 2] or [row["bytes"] for row in rows] == [2, 4]
@@ -556,7 +556,7 @@ class History:
         before = path.read_bytes() if path.exists() else None
         known = self.read.get(name)
         if what == "wait":
-            self.now += ledger.SETTLE_SECONDS + 1
+            self.now += inputs.SETTLE_SECONDS + 1
             return
         if what == "grow" or before is None:
             with path.open("ab") as stream:
@@ -578,7 +578,7 @@ class History:
                 size = min(len(known or before), len(before))
                 if not size:
                     return
-                where = size - 1 - len(content) % min(size, ledger.BLOCK_BYTES)
+                where = size - 1 - len(content) % min(size, inputs.BLOCK_BYTES)
                 stream.seek(where)
                 stream.write(bytes([(before[where] + 1) % 256 or 1]))
         self.touch(path)
@@ -592,10 +592,10 @@ class History:
         listed = []
         for path in sorted(self.folder.glob("[a-z]*")):
             status = path.stat()
-            listed.append([str(path), status.st_size, status.st_mtime_ns, status.st_ino])
+            listed.append(InputFile(str(path), status.st_size, status.st_mtime_ns, status.st_ino))
 
         def look(node: str, asked: list[list[Any]]) -> list[list[Any]]:
-            return [list(check_tail(ReadFile(*file), self.now)) for file in asked]
+            return [list(inputs.check_tail(ReadFile(*file), self.now)) for file in asked]
 
         news = ledger.compare({"n": listed}, self.entries, look, {"n": ""})
         changed = {Path(text.split(" ")[0]).name for text in news.changed}
@@ -609,11 +609,11 @@ class History:
             assert known.endswith(b"\n") or not known or content[begin : begin + 1] == b"\n"
             self.read[name] = content[:end]
             self.touched.discard(name)
-        self.entries |= {(holder, path): tuple(entry) for holder, path, *entry in news.entries}  # type: ignore[misc]
+        self.entries |= {(holder, path): ledger.Entry(*entry) for holder, path, *entry in news.entries}
         for path in self.folder.glob("[a-z]*"):
             if path.name not in spoilt:
                 content = path.read_bytes()
-                fresh = self.now - path.stat().st_mtime < ledger.SETTLE_SECONDS
+                fresh = self.now - path.stat().st_mtime < inputs.SETTLE_SECONDS
                 whole = content[: content.rfind(b"\n") + 1] if fresh else content
                 assert self.read.get(path.name, b"") == max(whole, self.read.get(path.name, b""), key=len)
         assert not ledger.compare({"n": listed}, self.entries, look, {"n": ""}).files["n"], "read twice"
@@ -634,7 +634,7 @@ def test_whatever_happens_to_files_each_line_is_read_once_or_the_file_told(
     steps: list[tuple[str, str, bytes]], block_bytes: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "BLOCK_BYTES", block_bytes)
+        patch.setattr(inputs, "BLOCK_BYTES", block_bytes)
         history = History(Path(folder))
         for what, name, content in [*steps, ("run", "f", b"")]:
             if what in ("run", "anew"):

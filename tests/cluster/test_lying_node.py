@@ -16,13 +16,13 @@ from checkout import SUPPORT
 from clusters import TestCluster
 from conditions import wait_until
 
-from mrcore.cluster.preflight import _earlier_output
-from mrcore.errors import JobFault
+from mrcore.errors import UsageError
 from mrcore.launchers import local
 from mrcore.launchers.launcher import daemons
 from mrcore.messages.kinds import convert
 from mrcore.messages.tasks import Order
 from mrcore.queue.scheduler import Scheduler
+from mrcore.state import manifest
 from mrcore.system import procfs
 
 NODE = "node-1"
@@ -253,13 +253,15 @@ def test_what_is_no_result_is_a_fault_of_the_cluster_that_names_the_node(cluster
 
 
 @pytest.mark.parametrize("name", ["/tmp/evil", "../evil", "part-000001-00000-00000.data/../../evil", ""])
-def test_a_manifest_is_looked_at_again_before_a_name_of_it_becomes_a_path(name: str) -> None:
+def test_a_manifest_is_looked_at_again_before_a_name_of_it_becomes_a_path(tmp_path: Path, name: str) -> None:
     """On the master, which says what to do, and once more by the server that gets the order."""
     part: dict[str, Any] = {"name": name, "node": "other", "partition": 0, "crc32": 0}
     part |= dict.fromkeys(("records", "bytes", "text_bytes", "batch_bytes", "max_decoded"), 1)
-    manifest = {"run": 1, "partitions": 1, "cuts": None, "parts": [part]}
-    with pytest.raises(JobFault, match=r"names a part .* which is none.*mrcore ledger forget j`"):
-        _earlier_output("j", manifest)
+    path = manifest.path_of(tmp_path, "j", 1)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"job": "j", "run": 1, "parts": [part]}))
+    with pytest.raises(UsageError, match=r"the manifest .* is damaged: .*name"):
+        manifest.read(tmp_path, "j", 1)
     identity = {"job": "j", "run": 2, "phase": "REDUCE", "task": 0, "try": 1}
     order = {"identity": identity, "node": "n", "job": {}, "project": "a" * 32, "partitions": 1}
     good = [part | {"name": "part-000001-00000-00000.data"}]

@@ -112,7 +112,7 @@ def test_start_answers_and_the_end_leaves_nothing_and_both_can_be_repeated(setti
 def test_a_committed_run_keeps_its_working_files_until_it_is_published(settings: Settings, end: Ender) -> None:
     """A node may have been away when the others gave their parts their places; the next Runner sees to it."""
     local.start_cluster(settings)
-    manifest.write(settings.state_dir, {"job": "wc", "run": 3})
+    manifest.write(settings.state_dir, manifest.Manifest("wc", 3))
     for node in settings.nodes:
         for job, run in (("wc", 2), ("wc", 3), ("other", 3)):
             node.layout.parts_dir(job, run).mkdir(parents=True)

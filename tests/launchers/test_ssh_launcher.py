@@ -99,7 +99,7 @@ def test_start_stop_kill_and_status_may_be_repeated(deployed: DeployedCluster) -
 
 def test_what_has_committed_keeps_its_working_files(deployed: DeployedCluster) -> None:
     """Its parts may not have got their places yet, on a node that was away when the others got theirs."""
-    manifest.write(deployed.settings.state_dir, {"job": "wc", "run": 3})
+    manifest.write(deployed.settings.state_dir, manifest.Manifest("wc", 3))
     for node in deployed.nodes:
         for run in ("wc/2", "wc/3/1/parts", "other/3"):
             (node.compute_dir / "working" / run).mkdir(parents=True)

@@ -86,7 +86,7 @@ class Master:
         found["manifests"] = len(list(self.settings.state_dir.glob("manifests/*/*")))
         parts = {node.layout.reduce_dir(self.name) for node in self.settings.nodes}
         lying = {path.name for folder in parts if folder.is_dir() for path in folder.iterdir()}
-        found["parts as committed"] = lying == {part["name"] for part in newest["parts"]}
+        found["parts as committed"] = lying == {part.name for part in newest.parts}
         found["partial"] = [str(path) for path in self.settings.state_dir.rglob("*.partial")]
         found["items"] = sorted(self.items())
         scheduler.store.close()

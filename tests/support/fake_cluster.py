@@ -30,7 +30,12 @@ class FakeCluster:
     def manifest(self, job: dict[str, Any], run: int) -> dict[str, Any]:
         path = self.state_dir / "manifests" / job["job_name"] / f"{run}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"counts": {"items": 7}, "run": run, "delete_job_data": job["delete_job_data"]}
+        content = {
+            "job": job["job_name"],
+            "counts": {"items": 7},
+            "run": run,
+            "delete_job_data": job["delete_job_data"],
+        }
         write_atomic(path, json.dumps(content).encode())
         return content
 
