@@ -63,11 +63,7 @@ Instruction = Start | Give | EndServer
 # --- State -----------------------------------------------------------------------------------------------------------
 
 # Every change of a task's state; any other raises with the task's story.
-TRANSITIONS = {
-    ("waiting", "start"): "running",
-    ("running", "done"): "done",
-    ("running", "died"): "waiting",
-}
+TRANSITIONS = {("waiting", "start"): "running", ("running", "done"): "done", ("running", "died"): "waiting"}
 
 
 @dataclass

@@ -119,7 +119,7 @@ class ServerLink:
         while not self._ended.is_set():
             try:
                 if not self._up:
-                    after = self._greet()
+                    after = self._mark_up()
                 asked = time.monotonic()
                 seconds = {"wait_seconds": POLL_SECONDS, "timeout_seconds": POLL_SECONDS + ANSWER_SECONDS}
                 answer = self._polls.call(POLL, incarnation=self._incarnation, after=after, **seconds)
@@ -128,7 +128,7 @@ class ServerLink:
                     odd += 1
                     if odd > MAX_ODD_ANSWERS:
                         raise self._malformed("is never the one that it says it is")
-                    after = self._greet()
+                    after = self._mark_up()
                     continue
                 odd = 0
                 while self._events.qsize() > EVENTS_AHEAD and not self._ended.wait(RETRY_SECONDS):
@@ -149,7 +149,7 @@ class ServerLink:
                     self._events.put(partial(self._attempt.server_down, self._server.name, now))
                 self._ended.wait(RETRY_SECONDS)
 
-    def _greet(self) -> int:
+    def _mark_up(self) -> int:
         """Ask who is there: the server that is meant, in a new life; return the number of its last event, 0."""
         hello = self._polls.call(HELLO)
         if hello.wire_version != WIRE_VERSION or hello.name != self._server.name:

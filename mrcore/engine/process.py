@@ -2,7 +2,7 @@
 
 Messages are JSON lines on `connection`, its end of a socket pair with the cluster server:
   task → server  an event of `messages.tasks`: want, bundle_done, phase, done, failed
-  server → task  {"bundles": […]} · {"no_more": true}
+  server → task  a `messages.tasks.More`
 One map process pulls bundles of splits until there are no more, so imports and auxiliary data are loaded once.
 """
 

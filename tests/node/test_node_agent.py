@@ -98,6 +98,7 @@ def test_inputs_come_in_pages_of_five_thousand(agent: Agent) -> None:
     for number in range(10_001):
         (folder / f"f{number}").write_bytes(b"x")
     names, pages = listing(agent, input_dirs=["many"])
+    pages = [page for page in pages if page["files"]]  # a walk of more than a second has empty ones first
     assert [len(page["files"]) for page in pages] == [5_000, 5_000, 1]
     assert sorted(names) == sorted(map(str, folder.iterdir()))
     found = next(entry for entry in pages[0]["files"] if entry[0] == names[0])
