@@ -57,7 +57,7 @@ class Competitor:
         if self._runner.run(once=True) != {"succeeded": 1}:
             raise RuntimeError(f"{work}: {self._scheduler.history(work, 1)[0]['exception']}")
         found = next(manifest.committed(self._settings.state_dir, work))
-        return {key: found[key] for key in ("counts", "phases", "task_seconds")}
+        return {key: getattr(found, key) for key in ("counts", "phases", "task_seconds")}
 
     def output(self, work: str, out: Path) -> list[Path]:
         found = [path for node in self._settings.nodes for path in node.layout.base_dir.glob(f"{work}/reduce/part-*")]

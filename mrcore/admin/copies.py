@@ -8,10 +8,9 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from mrcore.launchers import ssh
+from mrcore.launchers.launcher import launcher_of
 from mrcore.settings.config import Settings
-from mrcore.state.backup import last_backup, note
-from mrcore.system.paths import write_atomic
+from mrcore.state.backup import LastBackup, last_backup, note
 
 _MOMENT = re.compile(r"\d{1,12}(\.\d{1,12})?")
 MAX_PRUNED = 1_000  # at a time: a command line is no longer
@@ -23,15 +22,10 @@ def copy_to_node(settings: Settings, file: Path, node_name: str) -> Path:
     Until it is there the doctor knows that it is missing.
     """
     folder = settings.node(node_name).compute_dir / "backups"
-    about = (last_backup(settings.state_dir) or {}) | {"copy_to": node_name, "copied": False}
-    note(settings, **about)
-    if settings.local:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        target = folder / file.name
-        write_atomic(target, file.read_bytes(), 0o600)
-    else:
-        target = ssh.copy_file(settings, node_name, file, folder)
-    note(settings, **about | {"copied": True})
+    about = (last_backup(settings.state_dir) or {}) | LastBackup(copy_to=node_name, copied=False)
+    note(settings, about)
+    target = launcher_of(settings).copy_file(settings, node_name, file, folder)
+    note(settings, about | LastBackup(copied=True))
     return target
 
 
@@ -58,11 +52,11 @@ def prune(settings: Settings, file: Path, keep: int, node_name: str | None = Non
     if node_name is None or settings.local:
         return len(gone)
     folder = folders[1]
-    place = shlex.quote(str(folder))
+    launcher, place = launcher_of(settings), shlex.quote(str(folder))
     # Every job of that node can write there: a name may hold a newline, the folder be a link.
-    listed = ssh.run_on_node(settings, node_name, f"find {place} -maxdepth 1 -type f -printf '%T@ %f\\0'")
+    listed = launcher.run_on_node(settings, node_name, f"find {place} -maxdepth 1 -type f -printf '%T@ %f\\0'")
     pairs = [line.partition(" ") for line in listed.split("\0")]
     if away := surplus((float(moment), name) for moment, _, name in pairs if _MOMENT.fullmatch(moment)):
         names = " ".join(shlex.quote(f"{folder}/{name}") for name in away[:MAX_PRUNED])
-        ssh.run_on_node(settings, node_name, f"test ! -L {place} && rm -f -- {names}")
+        launcher.run_on_node(settings, node_name, f"test ! -L {place} && rm -f -- {names}")
     return len(gone) + len(away)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypedDict
 import msgspec
 
 from mrcore import VERSIONS
-from mrcore.errors import MrcoreError
+from mrcore.errors import MrcoreError, UsageError
 from mrcore.launchers import local
 from mrcore.messages.methods import HEALTH, HELLO, LIST_FILES, Method
 from mrcore.queue.scheduler import Scheduler
@@ -88,7 +88,7 @@ def gather(settings: Settings, deep: bool = False) -> Facts:
         "pki_dir": str(settings.pki_dir),
         "disk_free_bytes": shutil.disk_usage(settings.state_dir).free,
         "certificates_end": ends,
-        "backup": last_backup(settings.state_dir),
+        "backup": _last_backup(settings),
     }
     busy = queue["running"]["job_name"] if queue["running"] else None
     answering = [node for node in settings.nodes if started and "error" not in nodes[node.name]]
@@ -110,7 +110,7 @@ def _ask(keys: Pki, node: NodeSettings, port: int, method: Method[Any]) -> Json:
 
 def _compare_outputs(
     settings: Settings, keys: Pki, answering: list[NodeSettings], busy: str | None, deep: bool
-) -> list[Json]:
+) -> list[Any]:
     """Compare what manifests name with what the nodes that answer hold; all of a node that is no member is missing."""
     known = outputs.named(settings)
 
@@ -125,7 +125,7 @@ def _compare_outputs(
     lists = dict(zip([node.name for node in answering], on_nodes(answering, list_parts, AT_ONCE), strict=True))
     held = {node: files for node, files in lists.items() if isinstance(files, dict)}
     removed: dict[str, dict[str, int]] = {node: {} for node in known.keys() - {node.name for node in settings.nodes}}
-    wrong = outputs.compare(known, held | removed, busy)
+    wrong: list[Any] = [*outputs.compare(known, held | removed, busy)]
     if deep:
         seen = {(item["node"], f"{item['job']}/reduce/{name}") for item in wrong for name in item["names"]}
         unread = {
@@ -276,9 +276,22 @@ def judge_queue(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _last_backup(settings: Settings) -> Any:
+    """Return the note of the last backup, None: there is none; a damaged one is a finding like others."""
+    try:
+        return last_backup(settings.state_dir)
+    except UsageError as error:
+        return {"error": error.message}
+
+
 def judge_backup(facts: Facts) -> Iterator[Finding]:
     """Look whether queue and history could be brought back; a local cluster may do without."""
     backup, now = facts["master"]["backup"], facts["master"]["time"]
+    if backup and "error" in backup:
+        yield Finding(
+            "master", "backup note", backup["error"], "nobody knows how old the last backup is", "`mrcore backup FILE`"
+        )
+        return
     age = None if backup is None else now - backup["time"]
     if not facts["master"]["local"] and (age is None or age > MAX_BACKUP_AGE_SECONDS):
         yield Finding(

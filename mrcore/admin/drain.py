@@ -83,7 +83,7 @@ class _Drain:
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while running := self._store.running():
-            what = f"run {running['run']} of {running['job_name']}"
+            what = f"run {running.run} of {running.job_name}"
             if time.monotonic() >= deadline:
                 raise ClusterFault(
                     f"{what} is still under way: wait for it, cancel it, or, if no Runner runs, start one to end it"

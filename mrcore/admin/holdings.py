@@ -13,7 +13,7 @@ from mrcore.messages.methods import HOLDINGS, LIST_INPUTS
 from mrcore.messages.nodes import File, HoldingsPage
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.settings.validation import nearest
-from mrcore.state import moves, outputs
+from mrcore.state import outputs
 from mrcore.state.store import Store
 from mrcore.system.paths import PART
 from mrcore.transfer.session import Counts, Session, add, pages
@@ -28,7 +28,7 @@ class Holdings(TypedDict, total=False):
     jobs: list[dict[str, Any]]  # whose output: job_name, files, bytes
     cannot_move: list[str]  # no plain files
     elsewhere: list[dict[str, str]]  # input_dirs of queued jobs outside of base_dir: job_name, input_dir
-    faults: list[dict[str, Any]]  # parts that should be here, and are missing or damaged; see `outputs.compare`
+    faults: list[outputs.Difference]  # parts that should be here, and are missing or damaged; see `outputs.compare`
     moved: dict[str, Counts]  # by node
     renamed: list[list[str]]  # name, node, new name
     left: list[str]  # why
@@ -88,7 +88,8 @@ class Nodes:
         if self.settings.local:
             return []
         with contextlib.closing(Store(self.settings.state_dir)) as store:
-            specs = [spec for spec in moves.waiting_jobs(store) if not spec["shared_input"]]
+            queued = [row.spec for row in store.queued() if row.job_type == "mapreduce"]
+            specs = [spec for spec in queued if not spec["shared_input"]]
         elsewhere: list[dict[str, str]] = []
         call, name = functools.partial(self.session.call, self.source, LIST_INPUTS), self.source.name
         inside = f"{self.source.layout.base_dir}/"

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -15,17 +14,18 @@ from mrcore.admin import copies
 from mrcore.cli.common import (
     ARGUMENTS,
     JSON,
+    YES,
     chosen_settings,
-    insist,
     print_json,
-    print_table,
+    print_rows,
+    require_consent,
     scheduler_in_force,
     settings_in_force,
     settings_of_caller,
 )
 from mrcore.text import one_line
 
-JOBS_TOLD = 100
+JOBS_SHOWN = 100
 
 
 @click.command()
@@ -34,11 +34,8 @@ def settings(as_json: bool) -> None:
     """Print the settings in force, with all defaults, as YAML; exit status 2 names every fault of a file."""
     from mrcore.settings.validation import dump_yaml
 
-    found = settings_of_caller().model_dump(mode="json")
-    if as_json:
-        return print_json(found)
-    click.echo(dump_yaml(found), nl=False)
-    return None
+    values = settings_of_caller().model_dump(mode="json")
+    print_json(values) if as_json else click.echo(dump_yaml(values), nl=False)
 
 
 @click.command()
@@ -51,10 +48,10 @@ def doctor(deep: bool, as_json: bool) -> int:
     facts = examine.gather(settings_in_force(), deep)
     findings = examine.judge(facts)
     if as_json:
-        print_json({"findings": [each._asdict() for each in findings], "facts": facts})
+        print_json({"findings": [finding._asdict() for finding in findings], "facts": facts})
         return int(bool(findings))
-    for each in findings:
-        click.echo(f"{each.where}: {each.what}\n  means: {each.means}\n  do: {each.do}")
+    for finding in findings:
+        click.echo(f"{finding.where}: {finding.what}\n  means: {finding.means}\n  do: {finding.do}")
     if not findings:
         click.echo(f"nothing is wrong: {len(facts['nodes'])} nodes, {len(facts['servers'])} cluster servers, the queue")
     return int(bool(findings))
@@ -100,7 +97,7 @@ def _signed_by_root() -> None:
     from mrcore.state import backup as backups
 
     settings = settings_of_caller()
-    if not sudo.is_needed(settings) or not backups.may_sign(settings):
+    if not sudo.needs_sudo(settings) or not backups.may_sign(settings):
         return
     with tempfile.TemporaryFile() as content, tempfile.TemporaryFile() as signed:
         sudo.call(settings, [*chosen_settings(), "backup", "-"], content)
@@ -109,32 +106,33 @@ def _signed_by_root() -> None:
         os.lseek(signed.fileno(), 0, os.SEEK_SET)
         os.dup2(signed.fileno(), 0)
     arguments = click.get_current_context().meta[ARGUMENTS]
-    sudo.hand_over(settings, [*chosen_settings(), *arguments, "--signed"])
+    sudo.reexec_with_sudo(settings, [*chosen_settings(), *arguments, "--signed"])
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--force", is_flag=True, help="Replace the jobs and the history that there are.")
 @click.option("--unverified", is_flag=True, help="Also one whose signature is wrong or missing: see below.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@YES
 def restore(file: Path, force: bool, unverified: bool, yes: bool) -> None:
     """Bring back queue, history, ledger and manifests from a backup. No Runner may run.
 
     Says which jobs would run, and asks. With --unverified whoever could write to FILE, such as every job on the node
     that had it, decides what runs on the master.
     """
+    from mrcore.state.backup import Restored
     from mrcore.state.backup import restore as read
 
-    def agree(about: dict[str, Any]) -> None:
+    def agree(about: Restored) -> None:
         moment = datetime.fromtimestamp(about["time"]).astimezone().isoformat(timespec="seconds")
         click.echo(f"{one_line(file)} is of {moment}; the jobs that wait in it: {len(about['jobs'])}", err=True)
-        for each in about["jobs"][:JOBS_TOLD]:
-            script = f", {one_line(each['script'])}" if each["script"] else ""
-            told = f"{one_line(each['job_name'])}: {one_line(each['job_type'])}{script}"
-            click.echo(f"  {told}, submitted by {one_line(each['submitter'])}", err=True)
-        if len(about["jobs"]) > JOBS_TOLD:
-            click.echo(f"  and {len(about['jobs']) - JOBS_TOLD} more", err=True)
-        insist(yes, "Restore this? They run once a Runner does.")
+        for job in about["jobs"][:JOBS_SHOWN]:
+            script = f", {one_line(job['script'])}" if job["script"] else ""
+            what = f"{one_line(job['job_name'])}: {one_line(job['job_type'])}{script}"
+            click.echo(f"  {what}, submitted by {one_line(job['submitter'])}", err=True)
+        if len(about["jobs"]) > JOBS_SHOWN:
+            click.echo(f"  and {len(about['jobs']) - JOBS_SHOWN} more", err=True)
+        require_consent(yes, "Restore this? They run once a Runner does.")
 
     about = read(settings_in_force(), file, force, not unverified, agree)
     click.echo(f"restored as of {datetime.fromtimestamp(about['time']).astimezone().isoformat(timespec='seconds')}")
@@ -150,17 +148,14 @@ def ledger() -> None:
 @JSON
 def show(job: str, as_json: bool) -> None:
     """List the files that a job has read, and how far."""
-    rows = scheduler_in_force().ledger(job)
-    if as_json:
-        return print_json(rows)
-    print_table(rows, {"path": "FILE", "holder": "NODE", "bytes": "READ", "modified": "MODIFIED"})
-    return None
+    columns = {"path": "FILE", "holder": "NODE", "bytes": "READ", "modified": "MODIFIED"}
+    print_rows(scheduler_in_force().ledger(job), columns, as_json)
 
 
 @ledger.command()
 @click.argument("job")
 def forget(job: str) -> None:
-    """Have a job's next run read all its inputs anew and replace its whole output."""
+    """Have a job's next run read all its inputs again and replace its whole output."""
     count = scheduler_in_force().forget_ledger(job)
     click.echo(f"{job}: {count} files forgotten; its next run reads all its inputs and replaces its output")
 

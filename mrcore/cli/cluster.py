@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mrcore.cli.common import JSON, cluster_in_force, print_json, print_table, scheduler_of, settings_in_force
+from mrcore.cli.common import (
+    JSON,
+    cluster_in_force,
+    launcher_in_force,
+    print_rows,
+    scheduler_in_force,
+    settings_in_force,
+)
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.system.logs import last_lines
 from mrcore.text import clean, one_line
 
 if TYPE_CHECKING:
+    from mrcore.launchers.launcher import Launcher
     from mrcore.settings.config import Settings
 
 
@@ -32,16 +40,11 @@ def cluster() -> None:
 def start(**shape: Any) -> None:
     """Start all servers; what runs already is left alone."""
     settings = settings_in_force()
-    given = {key: value for key, value in shape.items() if value is not None}
-    if given:
-        if not settings.local:
-            raise UsageError("the shape of a deployed cluster stands in its settings: leave the options out")
-        from mrcore.launchers import local
-
-        local.configure(settings.home, **given)
+    if any(value is not None for value in shape.values()):
+        launcher_in_force(settings).configure(settings.home, **shape)
         settings = settings_in_force()
     cluster_in_force(settings).start_cluster()
-    scheduler_of(settings).end_hold()  # which may have waited for this
+    scheduler_in_force(settings).end_hold()  # which may have waited for this
     servers = settings.servers()
     click.echo(f"cluster {settings.cluster_name} is up: {len(settings.nodes)} nodes, {len(servers)} cluster servers")
 
@@ -65,13 +68,9 @@ def kill() -> None:
 def status(as_json: bool) -> None:
     """Show every node agent and cluster server; status 1 when a node gives no answer."""
     answer = cluster_in_force().status()
-    if as_json:
-        print_json(answer)
-    else:
-        print_table(answer, {key: key.upper() for row in answer for key in row if key != "reason"})
-    if reasons := {row["node"]: row["reason"] for row in answer if "reason" in row}:
-        told = "".join(f"\n  {node}: {reason}" for node, reason in reasons.items())
-        raise ClusterFault(f"no answer from {len(reasons)} of {len({row['node'] for row in answer})} nodes:{told}")
+    print_rows(answer, {key: key.upper() for row in answer for key in row if key != "reason"}, as_json)
+    reasons = {row["node"]: row["reason"] for row in answer if "reason" in row}
+    _require_answers(reasons, len({row["node"] for row in answer}))
 
 
 @cluster.command()
@@ -83,13 +82,13 @@ def check(context: click.Context, nodes: tuple[str, ...], wait: float) -> None:
     from mrcore.launchers import health
 
     settings = settings_in_force()
-    found = health.check(settings, [settings.node(name) for name in nodes] or settings.nodes, wait)
-    for node, faults in found.items():
-        for fault in faults:
-            click.echo(f"{node}: {fault.text}", err=True)
-    if any(found.values()):
+    errors = health.check(settings, [settings.node(name) for name in nodes] or settings.nodes, wait)
+    for node, of_node in errors.items():
+        for error in of_node:
+            click.echo(f"{node}: {error.text}", err=True)
+    if any(errors.values()):
         context.exit(1)
-    click.echo(f"all daemons of {', '.join(found)} answer")
+    click.echo(f"all daemons of {', '.join(errors)} answer")
 
 
 @click.command()
@@ -97,14 +96,7 @@ def check(context: click.Context, nodes: tuple[str, ...], wait: float) -> None:
 def attach(server: str) -> None:
     """Show the screen window of a cluster server, such as S_3; Ctrl-a d leaves it."""
     settings = settings_in_force()
-    if settings.local:
-        raise UsageError(
-            f"the daemons of a local cluster have no windows: `mrcore logs {server}` shows what they print, "
-            "`mrcore try` debugs a function"
-        )
-    from mrcore.launchers import ssh
-
-    command = ssh.attach_command(settings, server)
+    command = launcher_in_force(settings).attach_command(settings, server)
     os.execvp(command[0], command)
 
 
@@ -118,30 +110,27 @@ def logs(name: str | None, lines: int, raw: bool) -> None:
     What a terminal would obey is shown as \\x1b and the like, since anybody's data may be in a log.
     """
     settings = settings_in_force()
-    if name is not None and (daemon := _daemon(settings, name)):
-        if not settings.local:
-            from mrcore.launchers import ssh
-
-            return _print_log(ssh.read_log(settings, *daemon, lines).encode(errors="surrogateescape"), raw)
-        node = next(node for node in settings.nodes if node.name == daemon[0])
-        chosen = [file for file in [node.layout.logs_dir / f"{daemon[1]}.log"] if file.is_file()]
-    folders = [node.layout.logs_dir for node in settings.nodes if settings.local] + [settings.logs_dir]
-    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+    launcher = launcher_in_force(settings)
+    files = [file for folder in launcher.log_folders(settings) for file in sorted(folder.rglob("*")) if file.is_file()]
     if name is None:
-        return _list_logs(settings, files)
-    if not daemon:
-        chosen = [file for file in files if file.stem == name or file.name == name]
+        return _list_logs(settings, launcher, files)
+    if daemon := _daemon(settings, name):
+        content = launcher.read_log(settings, *daemon, lines)
+        chosen = {} if content is None else {name: content}
+    else:
         of_script = [file for file in (settings.logs_dir / "scripts" / name).glob("*.log") if file.stem.isdecimal()]
-        chosen += sorted(of_script, key=lambda file: int(file.stem))[-1:]  # of its newest run
+        newest = sorted(of_script, key=lambda file: int(file.stem))[-1:]
+        named = [file for file in files if name in (file.stem, file.name)] + newest
+        chosen = {str(file): last_lines(file, lines) for file in named}
     if not chosen:
         names = {file.parent.name if file.stem.isdecimal() else file.stem for file in files if file.suffix == ".log"}
         names |= set() if settings.local else {"agent@NODE", *(server.name for server in settings.servers())}
         known = ", ".join(sorted(names)) or "none yet: `mrcore cluster start` makes them"
         raise UsageError(f"there is no log of {name!r}; known: {known}")
-    for file in chosen:
+    for title, content in chosen.items():
         if len(chosen) > 1:
-            click.echo(f"==> {one_line(file)} <==")
-        _print_log(last_lines(file, lines), raw)
+            click.echo(f"==> {one_line(title)} <==")
+        _print_log(content, raw)
     return None
 
 
@@ -156,26 +145,28 @@ def _print_log(content: bytes, raw: bool) -> None:
 
 
 def _daemon(settings: Settings, name: str) -> tuple[str, str] | None:
-    """Node and daemon that `S_3` or `agent@NODE` names; None when it names neither."""
+    """Return node and daemon that `S_3` or `agent@NODE` names; None when it names neither."""
     kind, _, place = name.partition("@")
     if kind == "agent" and place in [node.name for node in settings.nodes]:
         return place, kind
     return next(((server.node.name, name) for server in settings.servers() if server.name == name), None)
 
 
-def _list_logs(settings: Settings, files: list[Path]) -> None:
-    """Sizes and paths, also of the files on the nodes of a deployed cluster."""
+def _list_logs(settings: Settings, launcher: Launcher, files: list[Path]) -> None:
+    """Print sizes and paths, also of the files on the nodes of a deployed cluster."""
     for file in files:
         click.echo(f"{file.stat().st_size:>12} {one_line(file)}")
-    if not settings.local:
-        from mrcore.launchers import ssh
+    of_nodes, errors = launcher.list_logs(settings)
+    for log in of_nodes:
+        click.echo(f"{log.size_bytes:>12} {log.node}:{one_line(log.path)}")
+    _require_answers(errors, len(settings.nodes))
 
-        found, faults = ssh.list_logs(settings)
-        for node, path, size in found:
-            click.echo(f"{size:>12} {node}:{one_line(path)}")
-        if faults:
-            told = "".join(f"\n  {node}: {reason}" for node, reason in faults.items())
-            raise ClusterFault(f"no answer from {len(faults)} of {len(settings.nodes)} nodes:{told}")
+
+def _require_answers(errors: dict[str, str], nodes: int) -> None:
+    """Raise ClusterFault if nodes gave no answer; `errors` has the reasons by their names."""
+    if errors:
+        lines = "".join(f"\n  {node}: {reason}" for node, reason in errors.items())
+        raise ClusterFault(f"no answer from {len(errors)} of {nodes} nodes:{lines}")
 
 
 COMMANDS = (cluster, attach, logs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,28 +15,31 @@ from mrcore.system.terminal import raw, speaks_unicode
 from mrcore.text import json_text, one_line
 
 if TYPE_CHECKING:
+    from mrcore.cluster.manage_cluster import ManageCluster
+    from mrcore.launchers.launcher import Launcher
     from mrcore.queue.scheduler import Scheduler
     from mrcore.settings.config import Settings
 
 ARGUMENTS = "mrcore.arguments"  # of the call, without the options that come before the command
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+YES = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 def settings_in_force() -> Settings:
-    """The settings that --config and the surroundings of this call name. Raises UsageError.
+    """Return the settings that --config and the surroundings of this call name. Raises UsageError.
 
-    If they name a user and the caller is another one, this does not return: the command is called anew as that user.
+    If they name a user and the caller is another one, this does not return: the command is called again as that user.
     """
     from mrcore.settings import sudo
 
     settings = settings_of_caller()
-    if sudo.is_needed(settings):
-        sudo.hand_over(settings, [*chosen_settings(), *click.get_current_context().meta[ARGUMENTS]])
+    if sudo.needs_sudo(settings):
+        sudo.reexec_with_sudo(settings, [*chosen_settings(), *click.get_current_context().meta[ARGUMENTS]])
     return settings
 
 
 def settings_of_caller() -> Settings:
-    """The same for what runs with the caller's own rights, whoever he is."""
+    """Return the same for what runs with the caller's own rights."""
     from mrcore.settings.config import load_settings
 
     return load_settings(click.get_current_context().find_root().obj)
@@ -47,41 +51,43 @@ def hand_over_jobs(batch: list[Any], options: list[str]) -> None:
     from mrcore.settings import sudo
 
     settings = settings_of_caller()
-    if sudo.is_needed(settings):
+    if sudo.needs_sudo(settings):
         try:
-            content = json.dumps([job.with_absolute_paths(each) for each in batch], default=str).encode()
+            content = json.dumps([job.with_absolute_paths(spec) for spec in batch], default=str).encode()
         except (ValueError, TypeError, RecursionError) as error:  # YAML knows what JSON does not
             raise UsageError(f"a job cannot be handed on to user {settings.user}: {error}") from None
-        sudo.hand_over(settings, [*chosen_settings(), "submit", "-", *options], content)
+        sudo.reexec_with_sudo(settings, [*chosen_settings(), "submit", "-", *options], content)
 
 
 def chosen_settings() -> list[str]:
-    """The option that names the caller's settings, since sudo keeps no MRCORE_CONFIG."""
+    """Return the option that names the caller's settings, since sudo keeps no MRCORE_CONFIG."""
     chosen = click.get_current_context().find_root().obj or os.environ.get("MRCORE_CONFIG")
     return ["--config", os.path.abspath(chosen)] if chosen else []
 
 
-def scheduler_in_force() -> Scheduler:
-    """The queue of the settings in force."""
-    return scheduler_of(settings_in_force())
-
-
-def scheduler_of(settings: Settings) -> Scheduler:
-    """The queue of these settings."""
+def scheduler_in_force(settings: Settings | None = None) -> Scheduler:
+    """Return the queue of these settings, or of those in force."""
     from mrcore.queue.scheduler import Scheduler
 
-    return Scheduler(settings)
+    return Scheduler(settings or settings_in_force())
 
 
-def cluster_in_force(settings: Settings | None = None) -> Any:
-    """The cluster of these settings, or of those in force."""
+def cluster_in_force(settings: Settings | None = None) -> ManageCluster:
+    """Return the cluster of these settings, or of those in force."""
     from mrcore.cluster.manage_cluster import ManageCluster
 
     return ManageCluster(settings or settings_in_force())
 
 
-def insist(yes: bool, question: str) -> None:
-    """Have the user agree to what was just said: on a terminal by asking, elsewhere by --yes. Raises if he does not."""
+def launcher_in_force(settings: Settings) -> Launcher:
+    """Return what starts and stops the daemons of these settings."""
+    from mrcore.launchers.launcher import launcher_of
+
+    return launcher_of(settings)
+
+
+def require_consent(yes: bool, question: str) -> None:
+    """Have the user agree to what was just printed: on a terminal by asking, elsewhere by --yes. Raises without."""
     if not yes and not sys.stdin.isatty():
         raise UsageError("nothing was done: there is no terminal to ask on; --yes says that it may be done")
     if not yes and not click.confirm(question, err=True):
@@ -93,7 +99,7 @@ def print_json(value: Any) -> None:
     click.echo(json_text(json.dumps(value, ensure_ascii=not speaks_unicode(sys.stdout), indent=2, default=str)))
 
 
-def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+def print_table(rows: Sequence[Mapping[str, Any]], columns: dict[str, str]) -> None:
     """Print `{key: title}` of the rows: aligned and fitted on a terminal, whole in a pipe."""
     from rich.console import Console
     from rich.table import Table
@@ -107,8 +113,13 @@ def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
     Console(file=raw(sys.stdout), width=None if sys.stdout.isatty() else 1000, soft_wrap=False).print(table)
 
 
-def told_seconds(value: float | None) -> str:
-    """Give a length of time as people read it; an empty text for None."""
+def print_rows(rows: Sequence[Mapping[str, Any]], columns: dict[str, str], as_json: bool) -> None:
+    """Print rows whole as JSON, or `{key: title}` of them as a table."""
+    print_json(rows) if as_json else print_table(rows, columns)
+
+
+def duration(value: float | None) -> str:
+    """Return a length of time as people read it; an empty text for None."""
     if value is None:
         return ""
     return f"{value:.2f} s" if value < 60 else f"{int(value // 3600)}:{int(value // 60 % 60):02}:{int(value % 60):02}"

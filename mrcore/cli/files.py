@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mrcore.cli.common import JSON, insist, print_json, settings_in_force
+from mrcore.cli.common import JSON, YES, print_json, require_consent, settings_in_force
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.system.permissions import blocked
 from mrcore.system.terminal import raw
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[tuple[Callable[..., None], Progress]]:
-    """What shows how a transfer goes, if there is a terminal to show it on."""
+    """Yield what shows how a transfer goes, if there is a terminal to show it on."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -42,9 +42,9 @@ def _bar() -> Iterator[tuple[Callable[..., None], Progress]]:
 
 @contextlib.contextmanager
 def _transfer(
-    local: str = "/", write: bool = False, agree: Callable[[dict[str, Any]], None] = lambda told: None
+    local: str = "/", write: bool = False, agree: Callable[[dict[str, Any]], None] = lambda going: None
 ) -> Iterator[FileTransfer]:
-    """A FileTransfer of the settings in force that shows how it goes; `agree` has the terminal for itself.
+    """Yield a FileTransfer of the settings in force that shows how it goes; `agree` has the terminal for itself.
 
     Raises UsageError if the user who runs it may not read, or fill, the local side, or while a drain goes on.
     """
@@ -59,34 +59,33 @@ def _transfer(
             raise UsageError(f"{reason}; transfers have to wait for that")
     with _bar() as (report, bar):
 
-        def agreed(told: dict[str, Any]) -> None:
+        def agreed(answer: dict[str, Any]) -> None:
             bar.stop()
-            agree(told)
+            agree(answer)
             bar.start()
 
         yield FileTransfer(settings, report, agree=agreed)
 
 
-def _say(verb: str, counts: dict[str, Any]) -> None:
+def _print_counts(verb: str, counts: dict[str, Any]) -> None:
     more = "".join(f", {counts[key]:,} {text}" for key, text in _MORE.items() if counts.get(key))
     click.echo(f"{verb} {counts['files']:,} files, {counts['bytes']:,} bytes{more}")
 
 
-def _tell_going(told: dict[str, Any], what: str) -> None:
-    click.echo(f"{what}:" if told["files"] else f"{what}: nothing", err=True)
-    for node, count in told["nodes"].items():
+def _print_going(answer: dict[str, Any], what: str) -> None:
+    click.echo(f"{what}:" if answer["files"] else f"{what}: nothing", err=True)
+    for node, count in answer["nodes"].items():
         if count["files"]:
             click.echo(f"  {node}: {count['files']:,} files, {count['bytes']:,} bytes", err=True)
-    for each in told["outputs"]:
+    for output in answer["outputs"]:
         click.echo(
-            f"  among them output of {each['job_name']} (run {each['run']}): {each['files']:,} parts, "
-            f"{each['bytes']:,} bytes",
+            f"  among them output of {output['job_name']} (run {output['run']}): {output['files']:,} parts, "
+            f"{output['bytes']:,} bytes",
             err=True,
         )
 
 
 _MORE = {"skipped": "unchanged", "removed": "others removed"}
-YES = click.option("--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only tell what would go.")
 ONE_BY_ONE = click.option("--one-by-one", is_flag=True, help="Not several files at once.")
 
@@ -105,13 +104,13 @@ def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: b
     Without --changed FOLDER is replaced: files that it has and LOCAL has not go, which is asked for first.
     """
 
-    def agree(told: dict[str, Any]) -> None:
-        if told["files"] or dry_run:
-            _tell_going(told, f"files of {folder} that {local} does not have, and that would go")
+    def agree(answer: dict[str, Any]) -> None:
+        if answer["files"] or dry_run:
+            _print_going(answer, f"files of {folder} that {local} does not have, and that would go")
         if dry_run:
             raise click.exceptions.Exit(0)
-        if told["files"]:
-            insist(yes, "Replace the folder?")
+        if answer["files"]:
+            require_consent(yes, "Replace the folder?")
 
     if one_by_one and compress:
         raise click.UsageError("--compress goes with several files at once only: leave --one-by-one out")
@@ -120,7 +119,7 @@ def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: b
             counts = transfer.upload(local, folder, not changed)
         else:
             counts = transfer.upload_bulk(local, folder, not changed, compress)
-    _say("uploaded", counts)
+    _print_counts("uploaded", counts)
 
 
 @click.command()
@@ -132,7 +131,7 @@ def download(folder: str, local: str, keep: bool, one_by_one: bool) -> None:
     """Fetch the nodes' FOLDER (such as JOB/reduce; wildcards count) into a LOCAL folder, which is cleared."""
     with _transfer(local, write=True) as transfer:
         counts = (transfer.download if one_by_one else transfer.download_bulk)(folder, local, not keep)
-    _say("downloaded", counts)
+    _print_counts("downloaded", counts)
 
 
 @click.command(name="upload-auxiliary")
@@ -141,7 +140,7 @@ def download(folder: str, local: str, keep: bool, one_by_one: bool) -> None:
 def upload_auxiliary(file: str, name: str) -> None:
     """Give every node a local JSON FILE as the auxiliary data NAME."""
     with _transfer(file) as transfer:
-        _say("uploaded", transfer.upload_auxiliary(file, name))
+        _print_counts("uploaded", transfer.upload_auxiliary(file, name))
 
 
 @click.command()
@@ -154,16 +153,16 @@ def rm(path: str, yes: bool, dry_run: bool) -> None:
     Asks before output that jobs have published goes, and before what a wildcard in the first part of PATH matches does.
     """
 
-    def agree(told: dict[str, Any]) -> None:
-        if told["outputs"] or (told["everywhere"] and told["files"]):
-            _tell_going(told, f"{path} would remove")
-            insist(yes, "Remove all of this?")
+    def agree(answer: dict[str, Any]) -> None:
+        if answer["outputs"] or (answer["everywhere"] and answer["files"]):
+            _print_going(answer, f"{path} would remove")
+            require_consent(yes, "Remove all of this?")
 
     with _transfer(agree=agree) as transfer:
-        told = transfer.delete_files(path, by=f"`mrcore rm {one_line(path, 200)}`", dry_run=dry_run)
+        answer = transfer.delete_files(path, by=f"`mrcore rm {one_line(path, 200)}`", dry_run=dry_run)
     if dry_run:
-        return _tell_going(told, f"{path} would remove")
-    return _say("removed", told)
+        return _print_going(answer, f"{path} would remove")
+    return _print_counts("removed", answer)
 
 
 @click.command()
@@ -183,52 +182,52 @@ def drain(node: str, only_list: bool, wait: float, yes: bool, as_json: bool) -> 
     """
     from mrcore.admin import drain as work
 
-    settings, said = settings_in_force(), [""]
+    settings, shown = settings_in_force(), [""]
     if only_list:
-        told = work.look(settings, node)
+        answer = work.look(settings, node)
     else:
         if not (yes or as_json) and sys.stdin.isatty():
             with contextlib.suppress(ClusterFault):  # it is gone: what was begun with it is ended all the same
-                _tell_drained(work.look(settings, node))
-        insist(yes, f"Move all of this from {one_line(node, 100)} to the other nodes?")
+                _print_drained(work.look(settings, node))
+        require_consent(yes, f"Move all of this from {one_line(node, 100)} to the other nodes?")
         with _bar() as (report, _):
 
             def progress(phase: str, **facts: int) -> None:
-                if phase.startswith("waiting") and phase != said[0]:
+                if phase.startswith("waiting") and phase != shown[0]:
                     click.echo(f"{phase} to end", err=True)
-                said[0] = phase
+                shown[0] = phase
                 report(phase, **facts)
 
-            told = work.drain(settings, node, progress, wait)
+            answer = work.drain(settings, node, progress, wait)
     if as_json:
-        print_json(told)
+        print_json(answer)
     else:
-        _tell_drained(told)
-    if not told["empty"]:
+        _print_drained(answer)
+    if not answer["empty"]:
         sys.exit(1)
 
 
-def _tell_drained(told: Holdings) -> None:
-    for target, count in sorted(told.get("moved", {}).items()):
-        _say(f"to {target}:", count)
-    for old, target, new in told.get("renamed", ()):
-        click.echo(one_line(f"{target} had a file {old} already: that of {told['node']} is {new} there now"))
-    for kind, count in told.get("kinds", {}).items():
+def _print_drained(answer: Holdings) -> None:
+    for target, count in sorted(answer.get("moved", {}).items()):
+        _print_counts(f"to {target}:", count)
+    for old, target, new in answer.get("renamed", ()):
+        click.echo(one_line(f"{target} had a file {old} already: that of {answer['node']} is {new} there now"))
+    for kind, count in answer.get("kinds", {}).items():
         if count["files"]:
-            _say(f"{told['node']} holds {kind}:", count)
-    for job in told.get("jobs", ()):
-        _say(f"  output of {job['job_name']}:", job)
-    for why in [*told.get("left", ()), *told.get("cannot_move", ())]:
+            _print_counts(f"{answer['node']} holds {kind}:", count)
+    for job in answer.get("jobs", ()):
+        _print_counts(f"  output of {job['job_name']}:", job)
+    for why in [*answer.get("left", ()), *answer.get("cannot_move", ())]:
         click.echo(one_line(f"not moved: {why}"))
-    for each in told.get("faults", ()):
-        click.echo(f"output of {each['job']} on {told['node']} is {each['kind']}: {len(each['names'])} parts")
-    for each in told.get("elsewhere", ()):
+    for error in answer.get("faults", ()):
+        click.echo(f"output of {error['job']} on {answer['node']} is {error['kind']}: {len(error['names'])} parts")
+    for job in answer.get("elsewhere", ()):
         click.echo(
-            f"job {each['job_name']} reads {one_line(each['input_dir'])} on {told['node']}, outside of base_dir: what "
+            f"job {job['job_name']} reads {one_line(job['input_dir'])} on {answer['node']}, outside of base_dir: what "
             "lies there is not moved; copy it yourself, or change the job"
         )
-    if told["empty"]:
-        click.echo(f"{told['node']} holds nothing that would be lost with it")
+    if answer["empty"]:
+        click.echo(f"{answer['node']} holds nothing that would be lost with it")
 
 
 COMMANDS: list[click.Command] = [upload, download, upload_auxiliary, rm, drain]

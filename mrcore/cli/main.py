@@ -26,13 +26,13 @@ from mrcore.cli.common import (
     ARGUMENTS,
     JSON,
     cluster_in_force,
+    duration,
     hand_over_jobs,
     print_json,
     print_table,
     scheduler_in_force,
     settings_in_force,
     settings_of_caller,
-    told_seconds,
 )
 from mrcore.errors import MrcoreError, UsageError
 from mrcore.system import terminal
@@ -165,37 +165,37 @@ def run(once: bool) -> None:
 
 @contextlib.contextmanager
 def _reporter() -> Iterator[Callable[..., None]]:
-    """What the Runner tells: ends of runs always, what goes on meanwhile only on a terminal, a hold once."""
+    """Yield what prints the Runner's events: ends of runs always, progress only on a terminal, a hold once."""
     from rich.console import Console
     from rich.text import Text
 
-    console, said = Console(file=terminal.raw(sys.stderr)), [""]
+    console, shown = Console(file=terminal.raw(sys.stderr)), [""]
 
     with console.status("waiting for jobs") if console.is_terminal else contextlib.nullcontext() as line:
 
-        def say(text: str, err: bool) -> None:
+        def write(text: str, err: bool) -> None:
             if line is not None:  # or the text would stand behind the spinner, and rich would send it to stderr
                 line.stop()
             stream = sys.stderr if err else sys.stdout  # now that rich has put ours back
             try:
                 click.echo(escaped(text), file=stream)
             except (OSError, ValueError):  # nobody reads it: the queue is drained all the same
-                terminal.let_go(stream, 1 + err)
+                terminal.discard_output(stream, 1 + err)
             if line is not None:
                 line.start()
 
         def report(event: str, **facts: Any) -> None:
             name = f"{facts.get('job_name')} run {facts.get('run')}"
             if event == "ended":
-                said[0] = ""
+                shown[0] = ""
                 error = facts.get("exception")
                 failed = f": {one_line(error['message'])}" if error else ""
-                say(f"{name}: {facts['state']}{failed}{_then(facts)}", bool(error))
+                write(f"{name}: {facts['state']}{failed}{_then(facts)}", bool(error))
             elif event in ("hold", "paused"):
                 reason = facts.get("reason", "it is paused; `mrcore resume` goes on")
-                if said[0] != reason:
-                    say(f"the queue holds: {one_line(reason)}", True)
-                said[0] = reason
+                if shown[0] != reason:
+                    write(f"the queue holds: {one_line(reason)}", True)
+                shown[0] = reason
             if line is not None:
                 counts = {
                     key: n for key, n in facts.items() if event == "progress" and isinstance(n, int) and key != "run"
@@ -208,9 +208,9 @@ def _reporter() -> Iterator[Callable[..., None]]:
 
 
 def _then(facts: dict[str, Any]) -> str:
-    """What becomes of a job after a run that failed; nothing for one that leaves."""
+    """Return what becomes of a job after a run that failed; nothing for one that leaves."""
     if facts.get("retry_at"):
-        return f" (retry {facts['tries'] + 1} of {facts['retries']} in {told_seconds(facts['retry_at'] - time.time())})"
+        return f" (retry {facts['tries'] + 1} of {facts['retries']} in {duration(facts['retry_at'] - time.time())})"
     return " (the job stays in the queue)" if facts.get("stays") else ""
 
 
@@ -230,7 +230,7 @@ def queue(as_json: bool) -> None:
         row["state"] = f"running {row['phase'] or ''}".strip() if row["running"] else row["state"]
         priority = f"{row['job_priority']:g}" if row["job_priority"] else None
         row["job_priority"] = "force_run" if row["force_run"] else priority
-        row["estimate"] = told_seconds(estimate["median_seconds"]) if estimate else None
+        row["estimate"] = duration(estimate["median_seconds"]) if estimate else None
         row["why"] = row["why"]["text"]
     columns = {"job_name": "JOB", "state": "STATE", "group_name": "GROUP", "job_priority": "PRIORITY"}
     columns |= {"last_run": "RUNS", "estimate": "USUALLY", "why": "WHY"}
@@ -253,7 +253,7 @@ def queue(as_json: bool) -> None:
 
 
 def _print_fallen(rows: list[dict[str, Any]]) -> None:
-    """Tell what left by a failure, each group once, and how to bring it back."""
+    """Print what left by a failure, each group once, and how to bring it back."""
     together: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         together.setdefault(row["requeue"], []).append(row)
@@ -277,7 +277,7 @@ def history(job: str | None, limit: int, as_json: bool) -> None:
         return print_json(rows)
     for row in rows:
         row["start"] = row["start_time"][:19].replace("T", " ")
-        row["took"] = told_seconds(row["seconds"])
+        row["took"] = duration(row["seconds"])
         row["error"] = (row["exception"] or {}).get("message")
     columns = {"job_name": "JOB", "run": "RUN", "state": "STATE", "start": "START", "took": "TOOK", "error": "WHY"}
     print_table(rows, columns)
@@ -297,9 +297,9 @@ def show(job: str, as_json: bool) -> None:
         if value is not None:
             click.echo(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
     for row in story["runs"][:10]:
-        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {told_seconds(row['seconds'])}")
+        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {duration(row['seconds'])}")
         for phase, times in row["phases"].items():
-            click.echo(f"  {phase}: {told_seconds(times['seconds'])}")
+            click.echo(f"  {phase}: {duration(times['seconds'])}")
         for name, count in row["counts"].items():
             by_reason = count.items() if isinstance(count, dict) else ()
             click.echo(f"  {name}: {', '.join(f'{number} {reason}' for reason, number in by_reason) or count}")
@@ -311,7 +311,7 @@ def show(job: str, as_json: bool) -> None:
                 click.echo(f"  {name}: {one_line(detail)}")
             if frames:
                 lines = frames if isinstance(frames, str) else "".join(frames)
-                click.echo("\n".join(f"    {each}" for each in lines.splitlines()))
+                click.echo("\n".join(f"    {line}" for line in lines.splitlines()))
     return None
 
 
@@ -360,7 +360,7 @@ def resume() -> None:
 def cat(job: str, head: int | None) -> None:
     """Print a job's output, one JSON item per line, in the order of its parts."""
     sys.stdout.flush()
-    out = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
+    out: Any = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
     cluster_in_force().cat(job, out, head=head)
 
 
@@ -415,5 +415,5 @@ def _say_whose_code(folder: Path, as_root: bool) -> None:
     click.echo(f"mrcore: runs code of {one_line(folder)} with your rights; {who} may change {one_line(path)}", err=True)
 
 
-for each in (*cli_cluster.COMMANDS, *cli_admin.COMMANDS, *cli_files.COMMANDS):
-    cli.add_command(each)
+for command in (*cli_cluster.COMMANDS, *cli_admin.COMMANDS, *cli_files.COMMANDS):
+    cli.add_command(command)

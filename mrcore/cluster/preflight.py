@@ -1,7 +1,7 @@
 """What comes before a run: the nodes answer, have mrcore's version, the project and its packages, and list the inputs.
 
-All of it ends soon after the caller wants it to: it waits for answers in a thread, and whoever waits for the thread
-looks at `stop` meanwhile. Agents walk their folders in slices, so that a walk ends with the questions for it.
+All of it ends soon after the caller wants it to: it waits for answers in a thread, and the caller, which waits for the
+thread, looks at `stop` meanwhile. Agents walk their folders in slices, so that a walk ends with the questions for it.
 """
 
 from __future__ import annotations
@@ -11,139 +11,159 @@ import functools
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from mrcore import WIRE_VERSION, __version__
+from mrcore.cluster.connections import Agents
 from mrcore.engine.inputs import MAX_SPLIT_BYTES, plan_bundles
 from mrcore.engine.listing import ALIAS, gather
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
-from mrcore.messages.nodes import InputPage, Versions
+from mrcore.messages.methods import AUXILIARY, HEALTH, LIST_INPUTS, LOOK_INTO, PROJECT_STATE, START_RUN, SWEEP
+from mrcore.messages.nodes import InputFile, InputPage, Tail, Versions
+from mrcore.messages.tasks import Bundle
 from mrcore.project.packages import Shipment
 from mrcore.project.snapshot import pack_project, project_hash
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import ledger, outputs
 from mrcore.state.store import Store
 from mrcore.text import listed, one_line
-from mrcore.wire.client import Client
 from mrcore.wire.data import DataClient
 from mrcore.wire.tls import Pki
 
 MIN_FREE_DISK_BYTES = 256 << 20
-FILES_A_LOOK = 1000
+FILES_A_CHECK = 1000
 MAX_SPLITS = 2_000_000  # of all nodes in one run; the master holds half a kilobyte for each
 TICK_SECONDS = 0.2
 SLICE_ANSWER_SECONDS = 60.0  # for one slice of a walk, on a disk that is slow to wake
 
-Json = dict[str, Any]
-OnAllNodes = Callable[[Callable[[NodeSettings], Any]], list[Any]]
+Job = dict[str, Any]
 
 
 class Stopped(MrcoreError):
     """The caller asked for the attempt to end."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run reads, in bundles by node, and with what: hashes of project and environment."""
+
+    project: str
+    environment: str | None
+    increment: ledger.Plan
+    bundles: Mapping[str, Sequence[Bundle]]
+    files: int
+    bytes: int
+    skipped: Mapping[str, int]  # files by reason
+
+
 class Preflight:
-    """Makes the nodes ready for one run. `agent` gives the connection to a node's agent."""
+    """Makes the nodes ready for one run of a job."""
 
-    def __init__(
-        self, settings: Settings, pki: Pki, agent: Callable[[NodeSettings], Client], on_all_nodes: OnAllNodes,
-        stop: threading.Event,
-    ) -> None:  # fmt: skip
-        self._settings, self._pki, self._agent, self._on_all_nodes = settings, pki, agent, on_all_nodes
-        self._stop = stop
+    def __init__(self, settings: Settings, pki: Pki, agents: Agents, job: Job, run: int, stop: threading.Event) -> None:
+        self._settings, self._pki, self._agents = settings, pki, agents
+        self._job, self._run, self._stop = job, run, stop
 
-    def unless_stopped(self, job: Json, run: int, hang_up: Callable[[], None]) -> Json:
-        """Return what `plan` does. When `stop` is set first, call `hang_up` and raise Stopped without waiting."""
-        future: Future[Json] = Future()
+    def unless_stopped(self) -> Plan:
+        """Return what `plan` does. When `stop` is set first, hang up and raise Stopped without waiting."""
+        future: Future[Plan] = Future()
 
         def work() -> None:
             try:
-                future.set_result(self.plan(job, run))
-            except BaseException as error:  # noqa: BLE001  whoever waits raises it
+                future.set_result(self.plan())
+            except BaseException as error:  # noqa: BLE001  the thread that waits raises it
                 future.set_exception(error)
 
-        threading.Thread(target=work, name=f"preflight {job['job_name']}-{run}", daemon=True).start()
+        # Not of a pool, whose threads the interpreter waits for at its end: an agent may be frozen.
+        threading.Thread(target=work, name=f"preflight {self._job['job_name']}-{self._run}", daemon=True).start()
         while not wait([future], TICK_SECONDS).done:
             if self._stop.is_set():
-                hang_up()
+                self._agents.hang_up()
                 raise Stopped("stopped by the Runner")
         return future.result()
 
-    def _call(self, node: NodeSettings, method: str, **arguments: Any) -> Any:
-        agent = self._agent(node)
+    def _call(self, node: NodeSettings, method: Any, **arguments: Any) -> Any:
+        agent = self._agents.client(node)
         if self._stop.is_set():  # looked at when the connection is where `hang_up` finds it
             raise Stopped("stopped by the Runner")
         return agent.call(method, **arguments)
 
-    def plan(self, job: Json, run: int) -> Json:
-        """Make the nodes ready and list the inputs. Return {"project", "environment", "bundles" (by node), "input",
-        "nothing_new"}, and for a `hold_state` job what `ledger.plan` gives."""
-        folder = self._settings.projects_of(job) / job["project_name"]
+    def plan(self) -> Plan:
+        """Make the nodes ready and list the inputs."""
+        job, settings = self._job, self._settings
+        folder = settings.projects_of(job) / job["project_name"]
         if not folder.is_dir():
             raise JobFault(f"project folder {folder} does not exist: create it, or submit the job where it is now")
         snapshot = project_hash(folder)
-        with Shipment(folder, self._settings.state_dir) as packages:
-            listings = self._on_all_nodes(lambda node: self._prepare_node(node, job, run, snapshot, folder, packages))
-        self._check_inputs(job, listings)
-        if self._settings.local:
+        with Shipment(folder, settings.state_dir) as packages:
+            listings = self._agents.on_all(lambda node: self._prepare_node(node, snapshot, folder, packages))
+        self._check_inputs(listings)
+        if settings.local:
             listings = _without_aliases(listings)
-        files = {node.name: found.files for node, found in zip(self._settings.nodes, listings, strict=True)}
-        plan: Json = {"nothing_new": False, "known": 0}
-        if job["hold_state"]:
-            base_dirs = {node.name: str(node.layout.base_dir) for node in self._settings.nodes}
-            state_dir, one_machine = self._settings.state_dir, self._settings.local
-            with contextlib.closing(Store(state_dir)) as store:
-                plan = ledger.plan(
-                    job, files, self._look, store, state_dir=state_dir, base_dirs=base_dirs, one_machine=one_machine
-                )
-            files = plan["files"]
-        total = sum(each[1] - sum(each[4:]) for found in files.values() for each in found)
-        if (splits := total // MAX_SPLIT_BYTES + sum(map(len, files.values()))) > MAX_SPLITS:
+        skipped = sum((Counter(listing.skipped) for listing in listings), Counter[str]())
+        increment = self._increment(
+            {node.name: found.files for node, found in zip(settings.nodes, listings, strict=True)}
+        )
+        skipped.update(increment.skipped)
+        files = [file for some in increment.files.values() for file in some]
+        total = sum(file.end - file.start if isinstance(file, ledger.Unread) else file.size for file in files)
+        if (splits := total // MAX_SPLIT_BYTES + len(files)) > MAX_SPLITS:
             raise JobFault(
                 f"{splits:,} splits of input are more than one run can take ({MAX_SPLITS:,}): read less in one"
             )
-        bundles: dict[str, list[Json]] = {}
-        for node in self._settings.nodes:
-            count = sum(map(len, bundles.values()))
-            bundles[node.name] = plan_bundles(files[node.name], node.servers, first_id=count)
-        skipped: dict[str, int] = {}
-        for some in (*(found.skipped for found in listings), plan.get("skipped", {})):
-            for reason, number in some.items():
-                skipped[reason] = skipped.get(reason, 0) + number
-        read = {"files": sum(map(len, files.values())), "bytes": total, "skipped": skipped}
-        return plan | {"project": snapshot, "environment": packages.hash, "bundles": bundles, "input": read}
+        bundles: dict[str, list[Bundle]] = {}
+        for node in settings.nodes:
+            first_id = sum(map(len, bundles.values()))
+            bundles[node.name] = plan_bundles(increment.files[node.name], node.servers, first_id)
+        return Plan(snapshot, packages.hash, increment, bundles, len(files), total, dict(skipped))
 
-    def _look(self, node: str, files: list[list[Any]]) -> list[list[Any]]:
-        found: list[list[Any]] = []
-        for first in range(0, len(files), FILES_A_LOOK):
-            some = files[first : first + FILES_A_LOOK]
-            found += self._call(outputs.node_of(self._settings, node), "look_into", files=some, timeout_seconds=600)
-        if wrong := [file[0] for file, (end, *_) in zip(files, found, strict=True) if end > file[1]]:
-            raise Malformed(f"node {node} gave no answer to look_into: {one_line(wrong[0], 200)} ends past its size")
-        return found
+    def _increment(self, files: Mapping[str, Sequence[InputFile]]) -> ledger.Plan:
+        """Return what of the files is to be read."""
+        settings = self._settings
+        if not self._job["hold_state"]:
+            return ledger.Plan(files)
+        with contextlib.closing(Store(settings.state_dir)) as store:
+            return ledger.plan(
+                self._job,
+                files,
+                self._check_tails,
+                store,
+                state_dir=settings.state_dir,
+                base_dirs={node.name: str(node.layout.base_dir) for node in settings.nodes},
+                one_machine=settings.local,
+            )
 
-    def _prepare_node(
-        self, node: NodeSettings, job: Json, run: int, snapshot: str, folder: Path, packages: Shipment
-    ) -> InputPage:
+    def _check_tails(self, name: str, files: list[list[Any]]) -> list[Tail]:
+        node, tails = outputs.node_of(self._settings, name), list[Tail]()
+        for first in range(0, len(files), FILES_A_CHECK):
+            some = files[first : first + FILES_A_CHECK]
+            tails += self._call(node, LOOK_INTO, files=some, timeout_seconds=600)
+        if wrong := [file[0] for file, tail in zip(files, tails, strict=True) if tail.end > file[1]]:
+            raise Malformed(f"node {name} gave no answer to look_into: {one_line(wrong[0], 200)} ends past its size")
+        return tails
+
+    def _prepare_node(self, node: NodeSettings, snapshot: str, folder: Path, packages: Shipment) -> InputPage:
         """Check one node, bring it the project and its packages, make its working folder and list its inputs."""
+        job, this_run = self._job, {"job": self._job["job_name"], "run": self._run}
         call = functools.partial(self._call, node)
-        check_versions(node, call("health"))
+        check_versions(node, call(HEALTH))
         with contextlib.closing(DataClient(node.address, node.agent_port, self._pki, node.name)) as client:
-            if not call("project_state", hash=snapshot):
+            if not call(PROJECT_STATE, hash=snapshot):
                 client.put({"project": snapshot}, pack_project(folder))
             packages.bring(call, client.put)
         for key in ("auxiliary_data_name_mapper", "auxiliary_data_name_reducer"):
-            if job[key] is not None and not call("auxiliary", name=job[key]):
+            if job[key] is not None and not call(AUXILIARY, name=job[key]):
                 file = node.layout.auxiliary_dir / f"{job[key]}.data"
                 raise JobFault(f"auxiliary data {job[key]!r} is not on node {node.name}: {file} is missing; upload it")
         # One job runs at a time: whatever else is there is of dead runs.
-        call("sweep", keep=[[job["job_name"], run]], timeout_seconds=600)
-        free = call("start_run", job=job["job_name"], run=run).disk_free_bytes
+        call(SWEEP, keep=[list(this_run.values())], timeout_seconds=600)
+        free = call(START_RUN, **this_run).disk_free_bytes
         if free < MIN_FREE_DISK_BYTES:
             raise ClusterFault(
                 f"node {node.name} has {free >> 20} MiB of free disk, less than {MIN_FREE_DISK_BYTES >> 20}: make room",
@@ -152,28 +172,26 @@ class Preflight:
         asked = {key: job[key] for key in ("input_dirs", "shared_input")}
         if self._settings.local:
             asked["sibling_dirs"] = str(node.compute_dir.parent)
-        names = [each.name for each in self._settings.nodes]
-        call = functools.partial(call, timeout_seconds=SLICE_ANSWER_SECONDS)
-        return gather(functools.partial(call, "list_inputs"), asked, names, node.name)
+        slices = functools.partial(call, LIST_INPUTS, timeout_seconds=SLICE_ANSWER_SECONDS)
+        return gather(slices, asked, [each.name for each in self._settings.nodes], node.name)
 
-    def _check_inputs(self, job: Json, listings: list[InputPage]) -> None:
-        faults = [fault for found in listings for fault in found.faults]
-        for entry in job["input_dirs"]:
-            if not any(found.matched.get(entry) for found in listings):
+    def _check_inputs(self, listings: Sequence[InputPage]) -> None:
+        errors = [error for listing in listings for error in listing.faults]
+        entries = self._job["input_dirs"]
+        matched = {entry: any(listing.matched.get(entry) for listing in listings) for entry in entries}
+        for entry in entries:
+            if not matched[entry]:
                 where = "" if entry.startswith("/") else " under any node's base_dir"
-                faults.append(f"the input {entry} matches no file{where}: check the path, or upload the files first")
-        prints = {found.fingerprint for found in listings}
-        absolute = any(
-            entry.startswith("/") and found.matched[entry] for found in listings for entry in job["input_dirs"]
-        )
-        unclear = job["shared_input"] is None and not self._settings.local and len(listings) > 1
-        if unclear and absolute and len(prints) == 1:
-            faults.append(
+                errors.append(f"the input {entry} matches no file{where}: check the path, or upload the files first")
+        absolute = any(entry.startswith("/") and matched[entry] for entry in entries)
+        unclear = self._job["shared_input"] is None and not self._settings.local and len(listings) > 1
+        if unclear and absolute and len({listing.fingerprint for listing in listings}) == 1:
+            errors.append(
                 "every node lists the same files for the absolute input_dirs: set shared_input: true if they are one "
                 "shared file system (each file is then read once), false if they only look alike"
             )
-        if faults:
-            raise JobFault(listed(faults), faults=faults)
+        if errors:
+            raise JobFault(listed(errors), faults=errors)
 
 
 def check_versions(node: NodeSettings, health: Versions) -> None:
@@ -188,19 +206,19 @@ def check_versions(node: NodeSettings, health: Versions) -> None:
         )
 
 
-def _without_aliases(listings: list[InputPage]) -> list[InputPage]:
+def _without_aliases(listings: Sequence[InputPage]) -> list[InputPage]:
     """Where all nodes are one machine, a link in one's folder may lead to what another reads: the first reads it."""
     first_paths: dict[int, list[str]] = {}  # by inode
     left = []
     for listing in listings:
-        kept = []
-        for file in listing.files:
-            if not any(_are_one(file.path, other) for other in first_paths.get(file.inode, ())):
-                kept.append(file)
+        kept = [
+            file
+            for file in listing.files
+            if not any(_are_one(file.path, other) for other in first_paths.get(file.inode, ()))
+        ]
         for file in kept:
             first_paths.setdefault(file.inode, []).append(file.path)
-        dropped = len(listing.files) - len(kept)
-        skipped = listing.skipped | ({ALIAS: listing.skipped.get(ALIAS, 0) + dropped} if dropped else {})
+        skipped = Counter(listing.skipped) + Counter({ALIAS: len(listing.files) - len(kept)})
         left.append(msgspec.structs.replace(listing, files=kept, skipped=skipped))
     return left
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.records import Key, Snapshot, Value, as_tuple, check_item, dumps, loads, sort_values, value_order_key
+from mrcore.engine.records import Key, Snapshot, Value, as_key, check_item, dumps, loads, sort_values, value_order_key
 from mrcore.engine.spills import frame_bytes_for, size_of
 from mrcore.system import forks
 
@@ -109,7 +109,7 @@ class DiskList:
 
     def _item(self, record: Any) -> tuple[Key, Value]:
         key, value = record
-        return (as_tuple(key) if key.__class__ is list else key), value
+        return as_key(key), value
 
     def __iter__(self) -> Iterator[tuple[Key, Value]]:
         return map(self._item, self._chunks)

@@ -1,8 +1,8 @@
-"""Merges sorted runs and gives group after group, whatever their size: the read side of every sort.
+"""Merges sorted spills into group after group, whatever their size: the read side of the shuffle.
 
-The merge works by blocks. One frame of each run is in memory; the smallest of the frames' last keys is the bound.
+The merge works by blocks. One frame of each spill is in memory; the smallest of the frames' last keys is the bound.
 What lies strictly below it is complete, so it is cut off by bisection, joined and sorted at C speed. The bound's own
-key may go on in later frames, so its values are streamed run by run: a giant group needs no memory here.
+key may go on in later frames, so its values are streamed spill by spill: a giant group needs no memory here.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from pathlib import Path
 
 from mrcore.engine.disk_list import DiskGroup, sorted_group
 from mrcore.engine.memory import MemoryWatch
+from mrcore.engine.output import Parts
 from mrcore.engine.records import Key, Value, canonical_key, describe, order_key, sort_keys, sort_values
-from mrcore.engine.sorter import Combine, SpillSorter, note_combiner
-from mrcore.engine.spills import Parts, RunWriter, Segment, frame_bytes_for, read_frames, size_of
+from mrcore.engine.shuffler import Combine, note_combiner
+from mrcore.engine.spills import Block, Segment, SpillWriter, frame_bytes_for, size_of
 from mrcore.errors import JobFault
 
 MAX_FAN_IN = 256  # also the number of files that a merge holds open
 MERGE_SHARE = 0.5  # of the budget may be taken by the frames of one merge
 
+Source = Segment | Parts
 Group = tuple[Key, Iterable[list[Value]]]
 
 
 def below(keys: list[Key], bound: Key, start: int = 0) -> int:
-    """Give the index of the first key from `start` on that is not below `bound`."""
+    """Return the index of the first key from `start` on that is not below `bound`."""
     try:
         return bisect_left(keys, bound, start)
     except TypeError:  # keys of several kinds
         return bisect_left(keys, order_key(bound), start, key=order_key)
 
 
-class _Run:
-    """The current frame of one run: `keys[position:]` are still to come. `alive` turns False at the end."""
+class _Cursor:
+    """The current block of one source: `keys[position:]` are still to come. `alive` turns False at the end."""
 
-    def __init__(self, segment: Segment | Parts, low: list[Key] | None, high: list[Key] | None) -> None:
-        self._frames = read_frames(segment)
+    def __init__(self, source: Source, low: list[Key] | None, high: list[Key] | None) -> None:
+        self._blocks = source.blocks()
         self._low, self._high = low, high
         self.alive = True
         self.keys: list[Key] = []
@@ -45,14 +47,14 @@ class _Run:
         self.load()
 
     def load(self) -> None:
-        """Read the next frame that has keys of the wanted range."""
+        """Read the next block that has keys of the wanted range."""
         self.position, self.keys, self.lists = 0, [], []
         while not self.keys:
-            frame = next(self._frames, None)
-            if frame is None:
+            block = next(self._blocks, None)
+            if block is None:
                 self.alive = False
                 return
-            self.keys, self.lists = frame
+            self.keys, self.lists = block
             if self._low is not None:
                 self.position = below(self.keys, self._low[0])
             if self._high is not None:
@@ -60,13 +62,13 @@ class _Run:
             if self.position >= len(self.keys):
                 self.position, self.keys = 0, []
 
-    def take_below(self, bound: Key) -> tuple[list[Key], list[list[Value]]]:
-        """Cut off the groups strictly below `bound`; the frame's last key never is among them."""
+    def take_below(self, bound: Key) -> Block:
+        """Cut off the groups strictly below `bound`; the block's last key never is among them."""
         start, self.position = self.position, below(self.keys, bound, self.position)
         return self.keys[start : self.position], self.lists[start : self.position]
 
     def stream(self, key: Key) -> Iterator[list[Value]]:
-        """Give the lists of values of `key`, frame after frame, if it comes next."""
+        """Yield the lists of values of `key`, block after block, if it comes next."""
         while self.alive and self.keys[self.position] == key:
             yield self.lists[self.position]
             self.position += 1
@@ -74,22 +76,20 @@ class _Run:
                 self.load()
 
 
-def merge(
-    segments: Iterable[Segment | Parts], low: list[Key] | None = None, high: list[Key] | None = None
-) -> Iterator[Group]:
-    """Merge sorted segments into groups in ascending key order.
+def merge(sources: Iterable[Source], low: list[Key] | None = None, high: list[Key] | None = None) -> Iterator[Group]:
+    """Merge sorted sources into groups in ascending key order.
 
     Yields `(key, lists of values)`; the lists must be used up before the next group is asked for. `low` and `high`
     (one-element lists, None for an open end) keep only keys with low ≤ key < high.
     """
-    runs = [run for run in (_Run(segment, low, high) for segment in segments) if run.alive]
-    while runs:
-        last_keys = [run.keys[-1] for run in runs]
+    cursors = [cursor for cursor in (_Cursor(source, low, high) for source in sources) if cursor.alive]
+    while cursors:
+        last_keys = [cursor.keys[-1] for cursor in cursors]
         try:
             bound = min(last_keys)
         except TypeError:
             bound = min(last_keys, key=order_key)
-        blocks = [block for block in (run.take_below(bound) for run in runs) if block[0]]
+        blocks = [block for block in (cursor.take_below(bound) for cursor in cursors) if block[0]]
         if len(blocks) == 1:
             for key, values in zip(*blocks[0], strict=True):
                 yield key, (values,)
@@ -97,11 +97,11 @@ def merge(
             joined = _join(blocks)
             for key in sort_keys(joined):
                 yield key, (joined[key],)
-        yield bound, (values for run in runs for values in run.stream(bound))
-        runs = [run for run in runs if run.alive]
+        yield bound, (values for cursor in cursors for values in cursor.stream(bound))
+        cursors = [cursor for cursor in cursors if cursor.alive]
 
 
-def _join(blocks: list[tuple[list[Key], list[list[Value]]]]) -> dict[Key, list[Value]]:
+def _join(blocks: list[Block]) -> dict[Key, list[Value]]:
     blocks.sort(key=lambda block: len(block[0]), reverse=True)  # the largest enters at C speed
     joined = dict(zip(*blocks[0], strict=True))
     for keys, lists in blocks[1:]:
@@ -116,9 +116,9 @@ def _join(blocks: list[tuple[list[Key], list[list[Value]]]]) -> dict[Key, list[V
 class DiskSort:
     """Sorts and groups more than fits in memory.
 
-    Items enter by `append(item)`, finished runs by `add_run(segment)`; afterwards `next_group()` gives the groups in
-    ascending key order. `low` and `high` bound the keys as in `merge`. `combine` is applied whenever runs are merged
-    into longer ones. Temporary files go to `folder`, which the caller removes.
+    Spills enter by `add_spill(segment)`; afterwards `next_group()` returns the groups one by one in ascending key
+    order. `low` and `high` bound the keys as in `merge`. `combine` is applied whenever spills are merged into longer
+    ones. Temporary files go to `folder`, which the caller removes.
     """
 
     def __init__(
@@ -135,26 +135,17 @@ class DiskSort:
         self._ascending_values = ascending_values
         # Keys that came as JSON are lists where they should be tuples.
         self._low, self._high = (bound and [canonical_key(bound[0])] for bound in (low, high))
-        self._segments: list[Segment | Parts] = []
-        self._sorter: SpillSorter | None = None
+        self._sources: list[Source] = []
         self._groups: Iterator[tuple[Key, list[Value] | DiskGroup]] | None = None
         self.merge_passes = 0
 
-    def append(self, item: tuple[Key, Value]) -> None:
-        """Take one item. Raises BadItem."""
-        if self._sorter is None:
-            self._sorter = SpillSorter(self._folder, "sort", self._watch, combine=self._combine)
-        self._sorter.add(item)
-        if self._watch.due:
-            self._sorter.spill()
-
-    def add_run(self, segment: Segment | Parts) -> None:
-        """Take a sorted run, the part of one that belongs here, or the earlier output."""
-        if segment.length:
-            self._segments.append(segment)
+    def add_spill(self, source: Source) -> None:
+        """Take a spill, the part of one that belongs here, or the earlier output."""
+        if source.length:
+            self._sources.append(source)
 
     def next_group(self, disk_based: bool = False) -> tuple[Key, list[Value] | DiskGroup] | None:
-        """Give the next `(key, values)`, the values as a list or, `disk_based`, as a DiskGroup; None at the end.
+        """Return the next `(key, values)`, the values as a list or, `disk_based`, as a DiskGroup; None at the end.
 
         Raises JobFault when a group does not fit in memory and may not go to disk.
         """
@@ -163,9 +154,9 @@ class DiskSort:
         return next(self._groups, None)
 
     def groups(self, disk_based: bool = False) -> Iterator[tuple[Key, list[Value] | DiskGroup]]:
-        """Iterate over what `next_group` gives one by one."""
+        """Iterate over what `next_group` returns one by one."""
         self.prepare()
-        for key, lists in merge(self._segments, self._low, self._high):
+        for key, lists in merge(self._sources, self._low, self._high):
             if disk_based:
                 yield key, self._disk_group(key, lists)
                 continue
@@ -175,29 +166,23 @@ class DiskSort:
             yield key, values
 
     def prepare(self) -> None:
-        """Seal what was appended and merge runs until what is left can be merged in one go within the budget."""
-        if self._sorter is not None:
-            self._sorter.spill()
-            for run in self._sorter.runs:
-                path = self._folder / f"{run['id']}.data"
-                self._segments.append(Segment(path, 0, run["bytes"], run["max_decoded"]))
-            self._sorter = None
-        while len(self._segments) > (fan_in := self._fan_in()):
-            self._segments.sort(key=lambda segment: segment.length, reverse=True)
-            # Only as many as needed in the first pass: the longest runs are then read once.
-            count = min(fan_in, len(self._segments) - fan_in + 1)
-            chosen = [self._segments.pop() for _ in range(max(2, count))]
-            self._segments.append(self._merge_to_one(chosen))
+        """Merge spills into longer ones until what is left can be merged in one go within the budget."""
+        while len(self._sources) > (fan_in := self._fan_in()):
+            self._sources.sort(key=lambda source: source.length, reverse=True)
+            # Only as many as needed in the first pass: the longest spills are then read once.
+            count = min(fan_in, len(self._sources) - fan_in + 1)
+            chosen = [self._sources.pop() for _ in range(max(2, count))]
+            self._sources.append(self._merge_to_one(chosen))
 
     def _fan_in(self) -> int:
-        largest = max((segment.max_decoded for segment in self._segments), default=1)
+        largest = max((source.max_decoded for source in self._sources), default=1)
         room = int(MERGE_SHARE * (self._watch.budget_bytes - self._watch.floor_bytes))
         return max(2, min(MAX_FAN_IN, room // (2 * largest)))
 
-    def _merge_to_one(self, segments: list[Segment | Parts]) -> Segment:
+    def _merge_to_one(self, sources: list[Source]) -> Segment:
         self.merge_passes += 1
         frame_bytes = frame_bytes_for(self._watch.budget_bytes)
-        writer = RunWriter(self._folder, f"merge-{self.merge_passes}", frame_bytes)
+        writer = SpillWriter(self._folder, f"merge-{self.merge_passes}", frame_bytes)
         batch: dict[Key, list[Value]] = {}
         held = 0
 
@@ -211,7 +196,7 @@ class DiskSort:
             batch.clear()
             held = 0
 
-        for key, lists in merge(segments, self._low, self._high):
+        for key, lists in merge(sources, self._low, self._high):
             for number, values in enumerate(lists):
                 if number and held > frame_bytes:  # a giant group goes on in a frame of its own
                     flush()
@@ -223,8 +208,8 @@ class DiskSort:
             if len(batch) >= 500 or held > frame_bytes:
                 flush()
         flush()
-        run = writer.close()
-        return Segment(writer.data_path(), 0, run["bytes"], run["max_decoded"])
+        spill = writer.close()
+        return Segment(writer.data_path(), 0, spill.bytes, spill.max_decoded)
 
     def _disk_group(self, key: Key, lists: Iterable[list[Value]]) -> DiskGroup:
         if self._ascending_values:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from mrcore.errors import JobFault
-from mrcore.system.readers import HEAD_BYTES, Damaged, decompress, format_of, no_text, open_regular
+from mrcore.messages.tasks import Bundle, Split
+from mrcore.system.readers import HEAD_BYTES, Damaged, Format, decompress, format_of, no_text, open_regular
 
 SAMPLE_BLOCK_BYTES = 64 * 1024
 PROBE_BYTES = 4096  # read at a time to find where a line ends: a sampled block costs two such probes
@@ -22,46 +23,33 @@ SPLITS_PER_SERVER = 8  # so that a slow one delays the end by an eighth of a ser
 OPEN_COST_BYTES = 16 * 1024  # opening a small file takes as long as reading about so many bytes
 THIN_BY_LINES_BELOW = 64 << 20  # a sample expected to be smaller than this is thinned line by line
 
-InputFile = tuple[str, int, int, int]  # path, size in bytes, mtime in ns, inode
-
 
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
-def plan_bundles(files: Sequence[Sequence[Any]], servers: int, first_id: int = 0) -> list[dict[str, Any]]:
-    """Cut one node's files into bundles of splits, the unit that is handed to a map task.
+def plan_bundles(files: Iterable[Iterable[Any]], servers: int, first_id: int = 0) -> list[Bundle]:
+    """Cut one node's files, fields of an InputFile each, into bundles of splits, the unit that a map task is given.
 
-    A bundle is `{"id": n, "pieces": [[path, start, end, size, mtime_ns, inode]…]}` of 1 to 64 MiB, `end` None for a
-    compressed file, which is one split. Cuts fall on multiples of 64 KiB, so that a sample does not depend on them.
-    An InputFile may have a fifth field: the position from which to read it.
+    A file may have a fifth field: the position from which to read it. A bundle is of 1 to 64 MiB; a compressed file is
+    one split. Cuts fall on multiples of 64 KiB, so that a sample does not depend on them.
     """
+    files = list(map(tuple, files))
     total = sum(max(size - sum(begin), OPEN_COST_BYTES) for _, size, _, _, *begin in files)
     target = min(MAX_SPLIT_BYTES, max(MIN_SPLIT_BYTES, total // max(1, servers * SPLITS_PER_SERVER)))
     target = -(-target // SAMPLE_BLOCK_BYTES) * SAMPLE_BLOCK_BYTES
-    bundles: list[dict[str, Any]] = []
-    pieces: list[list[Any]] = []
-    weight = 0
-
-    def close() -> None:
-        nonlocal pieces, weight
-        if pieces:
-            bundles.append({"id": first_id + len(bundles), "pieces": pieces})
-        pieces, weight = [], 0
-
+    bundles: list[Bundle] = []
+    weight = target  # of the last bundle: full, as there is none yet
     for path, size, mtime_ns, inode, *begin in files:
-        if format_of(path):
-            pieces.append([path, 0, None, size, mtime_ns, inode])
-            weight += max(size * 4, OPEN_COST_BYTES)
-        else:
-            for start in range(sum(begin), size, target):
-                end = min(size, start + target)
-                if weight and weight + end - start > target:
-                    close()
-                pieces.append([path, start, end, size, mtime_ns, inode])
-                weight += max(end - start, OPEN_COST_BYTES)
-        if weight >= target:
-            close()
-    close()
+        cuts = [(0, None, 4 * size)]
+        if not format_of(path):
+            starts = range(sum(begin), size, target)
+            cuts = [(start, end, end - start) for start in starts for end in [min(size, start + target)]]
+        for start, end, weighs in cuts:
+            if weight + weighs > target or not bundles:
+                bundles.append(Bundle(first_id + len(bundles), []))
+                weight = 0
+            bundles[-1].pieces.append(Split(path, start, end, size, mtime_ns, inode))
+            weight += max(weighs, OPEN_COST_BYTES)
     return bundles
 
 
@@ -87,7 +75,7 @@ class Sample:
 
 
 class Reader:
-    """Reads splits as blocks of whole lines: `for offset, block in reader.blocks(piece)`.
+    """Reads splits as blocks of whole lines: `for offset, block in reader.blocks(split)`.
 
     `block` is bytes that end with a line's end (the file's last line may lack it), `offset` its place in the
     (uncompressed) file. `bytes_read` counts what was read. Raises JobFault naming file and offset.
@@ -97,82 +85,95 @@ class Reader:
         self._max_line_bytes, self._block_bytes, self._sample = max_line_bytes, block_bytes, sample
         self.bytes_read = 0
 
-    def blocks(self, piece: Sequence[Any]) -> Iterator[tuple[int, bytes]]:
-        """Read one piece of a bundle (see `plan_bundles`)."""
-        path, start, end, size, _, inode = piece
+    def blocks(self, split: Split) -> Iterator[tuple[int, bytes]]:
+        """Read one split."""
+        path, start, size = split.path, split.start, split.size
+        end = size if split.end is None else split.end
         try:
             with open(open_regular(path), "rb", buffering=0) as raw:
-                self._check_unchanged(raw, path, size, inode)
-                if end is None:
-                    yield from self._thinned(path, self._compressed(raw, path, size))
-                    self._check_unchanged(raw, path, size, inode)
-                    return
-                self._check_text(path, os.pread(raw.fileno(), HEAD_BYTES, 0))  # bad UTF-8 would not say what it is
-                if self._sample is not None and not self._sample.by_lines:
-                    yield from self._chosen_blocks(raw, path, start, end, size, self._sample)
+                self._check_unchanged(raw, split)
+                if form := format_of(path):
+                    yield from self._thinned(
+                        path, self._whole_lines(path, 0, self._decompressed(raw, path, size, form))
+                    )
                 else:
-                    yield from self._thinned(path, self._plain(raw, path, start, end, size))
-                self._check_unchanged(raw, path, size, inode)
+                    self._check_text(path, os.pread(raw.fileno(), HEAD_BYTES, 0))  # bad UTF-8 would not say what it is
+                    if self._sample is not None and not self._sample.by_lines:
+                        yield from self._chosen_blocks(raw, path, start, end, size, self._sample)
+                    else:
+                        yield from self._thinned(path, self._plain(raw, path, start, end, size))
+                self._check_unchanged(raw, split)
         except OSError as error:
             raise JobFault(f"input file {path} cannot be read: {error.strerror or error}", file=path) from error
 
-    def _check_unchanged(self, raw: Any, path: str, size: int, inode: int) -> None:
+    def _check_unchanged(self, raw: BinaryIO, split: Split) -> None:
         now = os.fstat(raw.fileno())
-        if now.st_ino != inode or now.st_size < size:
-            what = "was replaced" if now.st_ino != inode else f"shrank from {size} to {now.st_size} bytes"
-            raise JobFault(f"input file {path} {what} since it was listed: run the job again", file=path)
+        if now.st_ino != split.inode or now.st_size < split.size:
+            what = "was replaced" if now.st_ino != split.inode else f"shrank from {split.size} to {now.st_size} bytes"
+            raise JobFault(f"input file {split.path} {what} since it was listed: run the job again", file=split.path)
 
     def _check_text(self, path: str, head: bytes) -> None:
         if what := no_text(head):
             inside = "what is compressed in it " if format_of(path) else ""
             raise JobFault(f"input file {path}: {inside}{what}", file=path)
 
-    def _plain(self, raw: Any, path: str, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
-        position = start
-        if start:
-            # The first line to start here follows the first newline at start - 1 or later.
+    def _plain(self, raw: BinaryIO, path: str, start: int, end: int, size: int) -> Iterator[tuple[int, bytes]]:
+        if start:  # the first line to start here follows the first newline at start - 1 or later
             raw.seek(start - 1)
-            position = start if raw.read(1) == b"\n" else self._line_end(raw, path, start, size)
+            start = start if raw.read(1) == b"\n" else self._line_end(raw, path, start, size)
+        return self._whole_lines(path, start, self._range(raw, path, start, end, size))
+
+    def _range(self, raw: BinaryIO, path: str, position: int, end: int, size: int) -> Iterator[bytes]:
+        """Read from the start of a line up to `end`, and the line that reaches past it to its end."""
         raw.seek(position)
-        begin, pending = position, b""
+        begin = position  # of the line that is not complete yet
         while position < end:
-            fresh = raw.read(min(self._block_bytes, end - position))
-            if not fresh:
-                raise JobFault(f"input file {path} ended at byte {position}, before its listed size {size}", file=path)
+            fresh = self._read(raw, path, min(self._block_bytes, end - position), position, size)
             position += len(fresh)
-            self.bytes_read += len(fresh)
-            cut = fresh.rfind(b"\n") + 1
-            if cut:
-                yield self._whole(path, begin, pending + fresh[:cut])
-                begin, pending = position - len(fresh) + cut, fresh[cut:]
-            else:
-                pending += fresh
-                self._check_line(path, begin, len(pending))
-        if pending:  # the last line that starts before `end` may reach past it
+            if cut := fresh.rfind(b"\n") + 1:
+                begin = position - len(fresh) + cut
+            yield fresh
+        if begin < position:
             line_end = self._line_end(raw, path, position, size, begin)
             raw.seek(position)
-            yield self._whole(path, begin, pending + raw.read(line_end - position))
+            yield raw.read(line_end - position)
 
-    def _line_end(self, raw: Any, path: str, position: int, size: int, begin: int | None = None) -> int:
-        """Give the offset behind the first newline at `position` or later, `size` when there is none.
+    def _line_end(self, raw: BinaryIO, path: str, position: int, size: int, begin: int | None = None) -> int:
+        """Return the offset behind the first newline at `position` or later, `size` when there is none.
 
         The line's length is checked when its `begin` is given: the split that holds it reports it.
         """
         raw.seek(position)
         while position < size:
-            fresh = raw.read(min(PROBE_BYTES, size - position))
-            if not fresh:
-                raise JobFault(f"input file {path} ended at byte {position}, before its listed size {size}", file=path)
-            self.bytes_read += len(fresh)
-            found: int = fresh.find(b"\n")
-            if found >= 0:
-                return position + found + 1
+            fresh = self._read(raw, path, min(PROBE_BYTES, size - position), position, size)
+            if cut := fresh.find(b"\n") + 1:
+                return position + cut
             position += len(fresh)
             if begin is not None:
                 self._check_line(path, begin, position - begin)
         return size
 
-    def _whole(self, path: str, begin: int, block: bytes) -> tuple[int, bytes]:
+    def _read(self, raw: BinaryIO, path: str, count: int, position: int, size: int) -> bytes:
+        fresh = raw.read(count)
+        if not fresh:
+            raise JobFault(f"input file {path} ended at byte {position}, before its listed size {size}", file=path)
+        self.bytes_read += len(fresh)
+        return fresh
+
+    def _whole_lines(self, path: str, begin: int, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        """Join blocks, the first of which starts at byte `begin`, to blocks that end where a line ends."""
+        pending = b""
+        for fresh in blocks:
+            if cut := fresh.rfind(b"\n") + 1:
+                yield self._checked(path, begin, pending + fresh[:cut])
+                begin, pending = begin + len(pending) + cut, fresh[cut:]
+            else:
+                pending += fresh
+                self._check_line(path, begin, len(pending))
+        if pending:
+            yield self._checked(path, begin, pending)
+
+    def _checked(self, path: str, begin: int, block: bytes) -> tuple[int, bytes]:
         if len(block) > self._max_line_bytes:
             position = begin
             for line in cut_lines(block):
@@ -189,35 +190,22 @@ class Reader:
                 offset=begin,
             )
 
-    def _compressed(self, raw: BinaryIO, path: str, size: int) -> Iterator[tuple[int, bytes]]:
-        form = format_of(path)
-        assert form is not None
-        blocks = decompress(raw, size, form, self._block_bytes)
-        begin, pending = 0, b""
-        while True:
-            try:
-                fresh = next(blocks, b"")
-            except Damaged as error:
-                raise JobFault(
-                    f"compressed input file {path} is damaged or cut off after {begin + len(pending):,} uncompressed "
-                    f"bytes: {error}; upload it again",
-                    file=path,
-                    offset=begin + len(pending),
-                ) from error
-            if not fresh:
-                break
-            if not begin and not pending:
-                self._check_text(path, fresh[:HEAD_BYTES])
-            self.bytes_read += len(fresh)
-            cut = fresh.rfind(b"\n") + 1
-            if cut:
-                yield self._whole(path, begin, pending + fresh[:cut])
-                begin, pending = begin + len(pending) + cut, fresh[cut:]
-            else:
-                pending += fresh
-                self._check_line(path, begin, len(pending))
-        if pending:
-            yield self._whole(path, begin, pending)
+    def _decompressed(self, raw: BinaryIO, path: str, size: int, form: Format) -> Iterator[bytes]:
+        position = 0
+        try:
+            for fresh in decompress(raw, size, form, self._block_bytes):
+                if not position:
+                    self._check_text(path, fresh[:HEAD_BYTES])
+                position += len(fresh)
+                self.bytes_read += len(fresh)
+                yield fresh
+        except Damaged as error:
+            raise JobFault(
+                f"compressed input file {path} is damaged or cut off after {position:,} uncompressed bytes: {error}; "
+                "upload it again",
+                file=path,
+                offset=position,
+            ) from error
 
     def _chosen_blocks(
         self, raw: BinaryIO, path: str, start: int, end: int, size: int, sample: Sample

@@ -1,6 +1,6 @@
 """Which input files a job has on a node: each file once, whatever names lead to it, and what is not read, counted.
 
-The walk goes on in slices of time, so that whoever asks may stop asking: nothing else keeps it going.
+The walk goes on in slices of time, so that the caller may stop asking: nothing else keeps it going.
 """
 
 from __future__ import annotations
@@ -16,34 +16,35 @@ from typing import Any
 
 from mrcore.engine.globbing import expand
 from mrcore.messages.kinds import MAX_INPUT_BYTES, MAX_INPUT_FILES, MAX_INPUT_NAMES
-from mrcore.messages.nodes import InputPage
+from mrcore.messages.nodes import InputFile, InputPage
 from mrcore.messages.pages import InputPages
 from mrcore.system.paths import PARTIAL, Layout
 from mrcore.system.readers import NotRegular, open_regular
 from mrcore.text import one_line
 
-MAX_FILES = 5_000_000  # of one walk, whoever is to read them
+MAX_FILES = 5_000_000  # of one walk, whichever node is to read them
 ALIAS = "same file under another name"  # as the reason why a file is skipped
-MAX_FAULTS = 9  # that are told one by one, so that the count of the others is told, too, where nodes are put together
-
-Json = dict[str, Any]
-InputFile = tuple[str, int, int, int]  # path, size in bytes, mtime in ns, inode
+MAX_FAULTS = 9  # listed one by one, so that there is room for the count of the others where nodes are put together
 
 
-def list_inputs(job: Mapping[str, Any], layout: Layout, node_names: Sequence[str], node_name: str) -> Json:
-    """List the files of a job's `input_dirs` that one node is to read; returns what `Listing.result` does."""
+def list_inputs(job: Mapping[str, Any], layout: Layout, node_names: Sequence[str], node_name: str) -> InputPage:
+    """Return the files of a job's `input_dirs` that one node is to read, all in one page."""
     listing = Listing(job, layout, node_names, node_name)
     listing.advance(math.inf)
     return listing.result()
 
 
-def gather(call: Callable[..., InputPage], job: Json, node_names: Sequence[str], node: str) -> InputPage:
-    """Ask the agent of `node` for its whole listing, by slices of its walk and then by pages: its answer with all
-    "files". Raises Malformed for one that no honest node has."""
+def gather(call: Callable[..., InputPage], job: dict[str, Any], node_names: Sequence[str], node: str) -> InputPage:
+    """Ask the agent of `node` for its whole listing, by slices of its walk and then by pages, and return it as one.
+
+    Raises Malformed for one that no honest node has.
+    """
     pages, cursor = InputPages(node, job["input_dirs"]), None
-    while pages.listing is None:
+    while True:
         cursor = pages.add(call(job=job, node_names=node_names, cursor=cursor))
-    return pages.listing
+        if cursor is None:
+            assert pages.listing is not None
+            return pages.listing
 
 
 def rendezvous(name: str, nodes: Sequence[str]) -> str:
@@ -52,7 +53,7 @@ def rendezvous(name: str, nodes: Sequence[str]) -> str:
 
 
 class Listing:
-    """The walk over a job's `input_dirs`; `advance` goes on with it, `result` says what was found.
+    """The walk over a job's `input_dirs`; `advance` goes on with it, `result` returns what it has found.
 
     An entry is a folder (one level), a file or a glob (`globbing.expand`); a relative one lies under base_dir. With
     `shared_input` each file is dealt to one of `node_names`. `sibling_dirs`, which the local cluster adds to the job,
@@ -66,7 +67,7 @@ class Listing:
         self._matched = dict.fromkeys(job["input_dirs"], 0)
         self._skipped: dict[str, int] = {}
         self._faults: list[str] = []
-        self._untold = 0
+        self._more_faults = 0
         self._files: dict[tuple[int, int | str], InputFile] = {}  # by device and inode
         self._aliases: set[str] = set()
         self._seen = hashlib.sha256()
@@ -87,13 +88,13 @@ class Listing:
                 return False
         return True
 
-    def result(self) -> Json:
-        """Return "files", "matched" (count by entry), "skipped" (count by reason), "faults", "fingerprint".
+    def result(self) -> InputPage:
+        """Return all that the walk has come by so far.
 
-        The last covers what absolute entries match, so that equal ones on all nodes are noticed.
+        The fingerprint covers what absolute entries match, so that equal ones on all nodes are noticed.
         """
-        mine = [file for file in self._files.values() if self._is_ours(file[0])]
-        total, names = sum(file[1] for file in mine), sum(len(file[0]) for file in mine)
+        mine = [file for file in self._files.values() if self._is_ours(file.path)]
+        total, names = sum(file.size for file in mine), sum(len(file.path) for file in mine)
         if len(mine) > MAX_INPUT_FILES or total > MAX_INPUT_BYTES or names > MAX_INPUT_NAMES:
             self._fault(
                 f"{len(mine):,} input files of {total:,} bytes on node {self._node_name} are more than it may read in "
@@ -101,14 +102,15 @@ class Listing:
                 "fewer files"
             )
             mine = []
-        more = [f"and {self._untold:,} more inputs cannot be read"] if self._untold else []
-        return {
-            "files": sorted(mine),
-            "matched": self._matched,
-            "skipped": self._skipped,
-            "fingerprint": self._seen.hexdigest(),
-            "faults": self._faults + more,
-        }
+        more = [f"and {self._more_faults:,} more inputs cannot be read"] if self._more_faults else []
+        return InputPage(
+            files=sorted(mine),
+            matched=self._matched,
+            skipped=self._skipped,
+            fingerprint=self._seen.hexdigest(),
+            faults=self._faults + more,
+            next=None,
+        )
 
     def _is_another_nodes(self, path: str) -> bool:
         return bool(self._siblings and _under(path, self._siblings)) and not _under(path, str(self._layout.compute_dir))
@@ -121,7 +123,7 @@ class Listing:
         if len(self._faults) < MAX_FAULTS:
             self._faults.append(one_line(text))
         else:
-            self._untold += 1
+            self._more_faults += 1
 
     def _cannot_read(self, path: str, error: OSError) -> None:
         self._fault(f"input {path} cannot be read: {error.strerror}")
@@ -160,14 +162,14 @@ class Listing:
 
     def _take(self, path: str, status: os.stat_result) -> None:
         identity: tuple[int, int | str] = (status.st_dev, status.st_ino or path)  # some file systems count no inodes
-        new = (path, status.st_size, status.st_mtime_ns, status.st_ino)
+        new = InputFile(path, status.st_size, status.st_mtime_ns, status.st_ino)
         known = self._files.setdefault(identity, new)
-        if known[0] == path or path in self._aliases:  # by another entry
+        if known.path == path or path in self._aliases:  # by another entry
             return
         self._skip(ALIAS)
-        best = min(known, new, key=lambda file: (os.path.realpath(file[0]) != file[0], file[0]))
+        best = min(known, new, key=lambda file: (os.path.realpath(file.path) != file.path, file.path))
         self._files[identity] = best
-        self._aliases.add((new if best is known else known)[0])
+        self._aliases.add((new if best is known else known).path)
 
 
 def _under(path: str, folder: str) -> bool:

@@ -8,11 +8,14 @@ from itertools import islice
 from typing import Any
 
 from mrcore import task
-from mrcore.engine.functions import NOTHING, Function, is_iterable, is_ours, raised_by_user, user_fault
+from mrcore.engine.functions import Function
 from mrcore.engine.inputs import Reader, cut_lines
+from mrcore.engine.output import DirectOutput
 from mrcore.engine.records import NUMBERISH, SCALARS, BadItem, Snapshot, check_item, is_plain_tuple
-from mrcore.engine.shuffler import DirectOutput, Shuffle
+from mrcore.engine.shuffler import Shuffle
+from mrcore.engine.user_errors import NOTHING, flaw_of, user_fault
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Part, Spill, Split
 from mrcore.system import forks
 from mrcore.system.readers import unfinished_bytes
 from mrcore.text import clean
@@ -22,7 +25,7 @@ SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers 
 
 
 def _line_offset(offset: int, text: str, stream: Iterator[str]) -> Callable[[], int]:
-    """Give a function that tells the byte offset of the line that was read last from `stream`."""
+    """Return a function that works out the byte offset of the line that was read last from `stream`."""
     known = 0  # the character at byte `offset`: only what follows it is encoded again
 
     def line_offset() -> int:
@@ -39,9 +42,9 @@ class Map:
     """Calls `function(line, auxiliary)` for the lines of splits and hands its items to `sink`.
 
     `on_bad_text` says what happens to bytes that are no UTF-8: "fail" or "replace"; a character that a plain file ends
-    inside of is left out and counted in `unfinished_characters`. Items that got into the shuffle
-    unchecked (see `sorter`) are checked at the spill; when one is bad, the lines since the last spill are mapped again
-    with every item checked, only to name the line.
+    inside of is left out and counted in `unfinished_characters`. Items that got into the shuffle unchecked (see
+    `shuffler`) are checked at the spill; when one is bad, the lines since the last spill are mapped again with every
+    item checked, only to name the line.
     """
 
     def __init__(
@@ -57,24 +60,24 @@ class Map:
         self._function, self._name, self._auxiliary = function, name, auxiliary
         self._sink, self._reader, self._on_bad_text = sink, reader, on_bad_text
         self._snapshot = Snapshot()
-        self._since_spill: list[Sequence[Any]] = []
+        self._since_spill: list[Split] = []
         self._emit = self._to_shuffle if isinstance(sink, Shuffle) else self._to_parts
         self.lines = self.items = self.unfinished_characters = 0
         self._held = 0
 
-    def map(self, pieces: Sequence[Sequence[Any]]) -> dict[str, int]:
-        """Map the pieces of one bundle and give `{"lines", "items", "bytes"}` read and emitted by them.
+    def map(self, splits: Sequence[Split]) -> dict[str, int]:
+        """Map the splits of one bundle and return `{"lines", "items", "bytes"}` read and emitted by them.
 
         Raises JobFault naming function, file, offset and line for whatever the user's code or data does wrong.
         """
         lines, items, read = self.lines, self.items, self._reader.bytes_read
-        for piece in pieces:
-            self._since_spill.append(piece)
-            self._map_piece(piece, self._emit)
+        for split in splits:
+            self._since_spill.append(split)
+            self._map_split(split, self._emit)
         return {"lines": self.lines - lines, "items": self.items - items, "bytes": self._reader.bytes_read - read}
 
-    def finish(self) -> list[dict[str, Any]]:
-        """Seal the output and give its runs (or its parts, for a job without a reduce function)."""
+    def finish(self) -> list[Spill] | list[Part]:
+        """Seal the output and return its spills (or its parts, for a job without a reduce function)."""
         try:
             if isinstance(self._sink, DirectOutput):
                 return self._sink.close()
@@ -82,11 +85,11 @@ class Map:
         except (ValueError, OverflowError, TypeError) as error:
             raise self._name_the_line(error) from error
 
-    def _map_piece(self, piece: Sequence[Any], emit: Any) -> None:
-        path = piece[0]
+    def _map_split(self, split: Split, emit: Callable[[Iterator[str]], None]) -> None:
+        path, size = split.path, None if split.end is None else split.size
         task.set_surroundings(input_file=path)
-        for block_offset, block in self._reader.blocks(piece):
-            if piece[2] is not None and block_offset + len(block) == piece[3] and (cut := unfinished_bytes(block)):
+        for block_offset, block in self._reader.blocks(split):
+            if block_offset + len(block) == size and (cut := unfinished_bytes(block)):
                 block = block[:-cut]  # a writer has flushed half a character: the rest is to come
                 self.unfinished_characters += 1
             for offset, text in self._decode(path, block_offset, block) if block else ():
@@ -125,8 +128,8 @@ class Map:
         """The hot loop: one dict operation per item that is a tuple of a scalar or flat key and a small scalar."""
         assert isinstance(self._sink, Shuffle)
         function, auxiliary = self._function, self._auxiliary
-        sorter, watch, limit = self._sink.sorter, self._sink.watch, self._sink.max_items
-        groups, held, spilled = sorter.groups, self._held, 0
+        sink, watch, limit = self._sink, self._sink.watch, self._sink.max_items
+        groups, held, spilled = sink.groups, self._held, 0
         line, item, items = "", None, NOTHING
         try:
             for line in stream:
@@ -140,9 +143,9 @@ class Map:
                         ):
                             groups[key].append(value)
                         else:
-                            sorter.add(item)
+                            sink.add(item)
                     else:
-                        sorter.add(item)
+                        sink.add(item)
                     held += 1
                     if watch.due or held >= limit:
                         self._spill()
@@ -176,34 +179,23 @@ class Map:
         except (ValueError, OverflowError, TypeError) as error:
             raise self._name_the_line(error) from error
         self._note()  # a combiner had others
-        del self._since_spill[:-1]  # the piece that is being read may go on
+        del self._since_spill[:-1]  # the split that is being read may go on
 
     def _name_the_line(self, error: Exception) -> JobFault:
-        for piece in self._since_spill:
+        for split in self._since_spill:
             try:
-                self._map_piece(piece, self._to_parts)
+                self._map_split(split, self._to_parts)
             except JobFault as named:
                 return named
         return JobFault(f"map function {self._name}: {error}", function=self._name)
 
     def _fault(self, error: BaseException, line: str, item: Any, items: Any) -> JobFault:
-        """Say what went wrong at a line: the function raised, or gave what is no item."""
-        where: dict[str, Any] = {"function": self._name, "file": task.input_file, "offset": task.offset}
-        where["line"] = clean(line, 500)
+        """Return what went wrong at a line: the function raised, or returned what is no item."""
+        where = {"function": self._name, "file": task.input_file, "offset": task.offset, "line": clean(line, 500)}
         place = f"{where['file']}, byte {where['offset']}: {clean(line.rstrip(chr(10)), 120)!r}"
-        what = f"map function {self._name}"
-        if is_ours(error):
-            raise error
-        # What was raised before it had returned is its own as well: a function in C has no frame.
-        if raised_by_user(error) or items is NOTHING:
+        what, flaw = f"map function {self._name}", flaw_of(error, item, items)
+        if flaw is None:
             return user_fault(error, f"{what} failed at {place}", **where)
-        if issubclass(type(error), BadItem):
-            return JobFault(f"{what} emitted a bad item: {error}; at {place}", **where)
-        try:
-            if item is not None:
-                check_item(item, self._snapshot)
-        except BadItem as bad:
-            return JobFault(f"{what} emitted a bad item: {bad}; at {place}", **where)
-        if is_iterable(items):  # of what is in C, such as `map`
-            return user_fault(error, f"{what} failed at {place}", **where)
-        return JobFault(f"{what} returned no iterable of (key, value) pairs: {error}; at {place}", **where)
+        is_bad = issubclass(type(flaw), BadItem)
+        what += " emitted a bad item" if is_bad else " returned no iterable of (key, value) pairs"
+        return JobFault(f"{what}: {flaw}; at {place}", **where)

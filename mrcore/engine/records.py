@@ -1,4 +1,4 @@
-"""What a key, a value and an item are: which are allowed, how keys are ordered and dealt to partitions.
+"""What a key, a value and an item are: which are allowed, how keys are ordered and distributed to partitions.
 
 Nothing here knows how the engine moves data, so another engine can keep the same meaning.
 
@@ -14,7 +14,6 @@ import heapq
 import json
 import operator
 import struct
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from zlib import crc32
@@ -60,7 +59,7 @@ loads: Callable[[str | bytes], Any] = ujson.loads
 
 
 def describe(value: Any) -> str:
-    """Give a short `repr` for error messages, at most 120 characters."""
+    """Return a short `repr` for error messages, at most 120 characters."""
     try:
         text = repr(value)
     except BaseException as error:  # noqa: BLE001 - a user's own __repr__ may raise anything
@@ -90,7 +89,7 @@ def as_plain(thing: Any) -> Any:
 
 
 def canonical_key(key: Any, depth: int = 0) -> Key:
-    """Give the one form in which all keys equal to `key` are kept (True → 1, 2.0 → 2, list → tuple, IntEnum → int).
+    """Return the one form in which all keys equal to `key` are kept (True → 1, 2.0 → 2, list → tuple, IntEnum → int).
 
     Raises BadItem for a type that is no key, NaN, a lone surrogate or an int over 4,300 digits.
     """
@@ -116,15 +115,22 @@ def canonical_key(key: Any, depth: int = 0) -> Key:
     raise BadItem(f"the key {describe(key)} is of type {kind.__name__}; allowed are {allowed}")
 
 
+def as_key(key: Any) -> Key:
+    """Return a key that was read from JSON with its tuples, inner ones too, which JSON made lists."""
+    if key.__class__ is not list:
+        return key
+    return tuple(map(as_key, key)) if list in map(type, key) else tuple(key)  # flat ones without recursion
+
+
 def is_plain_tuple(key: Any) -> bool:
-    """Tell whether `key` is a tuple of scalars only, which can enter a dict of groups as it is."""
+    """Return whether `key` is a tuple of scalars only, which can enter a dict of groups as it is."""
     return key.__class__ is tuple and SCALARS.issuperset(map(type, key))
 
 
 class Snapshot:
     """Copies a value at emit, so that a list which the function goes on to change does no harm.
 
-    `nodes` counts what the last copy holds, strings by length: the caller learns that a value is large.
+    `nodes` counts what the last copy holds, strings by length, so that the caller can see that a value is large.
     """
 
     def __init__(self) -> None:
@@ -181,14 +187,14 @@ def nodes_of(key: Key) -> int:
 
 
 def check_item(item: Any, snapshot: Snapshot) -> tuple[Key, Value]:
-    """Give the canonical key and the copied value of one item. Raises BadItem saying what is wrong with it."""
+    """Return the canonical key and the copied value of one item. Raises BadItem, which names what is wrong with it."""
     if (item.__class__ is not tuple and not isinstance(item, tuple | list)) or len(item) != 2:
         raise BadItem(f"{describe(item)} is no (key, value) pair")
     return canonical_key(item[0]), snapshot.take(item[1])
 
 
 def order_key(key: Key) -> tuple[Any, ...]:
-    """Give a sort key that orders keys of all kinds: None < numbers < str < tuples."""
+    """Return a sort key that orders keys of all kinds: None < numbers < str < tuples."""
     kind = key.__class__
     if kind is str:
         return (2, key)
@@ -213,7 +219,7 @@ def _sort_by(order: Callable[[Any], Any], things: list[Any]) -> list[Any]:
 
 
 def value_order_key(value: Value) -> tuple[Any, ...]:
-    """Give a sort key for `sort_values`: None < numbers < NaN < str < lists < dicts (by canonical JSON)."""
+    """Return a sort key for `sort_values`: None < numbers < NaN < str < lists < dicts (by canonical JSON)."""
     kind = value.__class__
     if kind is str:
         return (2, value)
@@ -251,74 +257,15 @@ def key_hash(key: Key, start: int = 0) -> int:
 
 
 def partition_keys(keys: Sequence[Key], partitions: int) -> list[list[Key]]:
-    """Deal canonical keys to `partitions` lists by their hash, in one pass."""
-    dealt: list[list[Key]] = [[] for _ in range(partitions)]
+    """Distribute canonical keys to `partitions` lists by their hash, in one pass."""
     if partitions == 1:
-        dealt[0] = list(keys)
-    elif set(map(type, keys)) == {str}:
-        adders = [part.append for part in dealt]
+        return [list(keys)]
+    parts: list[list[Key]] = [[] for _ in range(partitions)]
+    if set(map(type, keys)) == {str}:
+        adders = [part.append for part in parts]
         for key in keys:
             adders[crc32(key.encode()) % partitions](key)
     else:
         for key in keys:
-            dealt[key_hash(key) % partitions].append(key)
-    return dealt
-
-
-# --- Frames: what spill runs are made of -----------------------------------------------------------------------------
-
-FRAME_HEADER = struct.Struct("<III")  # payload length in bytes, number of groups, crc32 of the payload
-GROUP_OVERHEAD_BYTES = 100  # a group's place in the dict of a merge
-DECODED_BYTES = {",": 60, "[": 80, "{": 250}  # what such a sign stands for, decoded, beyond its text (measured)
-SIZING_CHARACTERS = 4096  # of a frame's middle are looked at to estimate its decoded size
-
-
-def encode_frame(keys: Sequence[Key], lists: Sequence[list[Value]]) -> tuple[bytes, int]:
-    """Encode groups as one frame: header, then the JSON text `[[key, …], [[value, …], …]]`.
-
-    Gives the frame and an estimate of the memory, in bytes, that it takes once decoded.
-    """
-    text = dumps((keys, lists))
-    payload = text.encode()
-    return FRAME_HEADER.pack(len(payload), len(keys), crc32(payload)) + payload, decoded_bytes(text, len(keys))
-
-
-def decoded_bytes(text: str, groups: int) -> int:
-    """Estimate the memory that JSON text of so many groups takes once decoded, in bytes."""
-    start = max(0, (len(text) - SIZING_CHARACTERS) // 2)
-    middle = text[start : start + SIZING_CHARACTERS]
-    objects = sum(count * middle.count(sign) for sign, count in DECODED_BYTES.items()) * len(text) // len(middle)
-    return sys.getsizeof(text) + objects + GROUP_OVERHEAD_BYTES * groups
-
-
-def decode_payload(payload: bytes, count: int, checksum: int) -> tuple[list[Key], list[list[Value]]]:
-    """Decode a frame's payload. Raises ValueError when the checksum or the count does not fit."""
-    if crc32(payload) != checksum:
-        raise ValueError("checksum of a frame does not fit: the file is damaged")
-    keys, lists = loads(payload)
-    if not len(keys) == len(lists) == count:
-        raise ValueError(f"a frame says that it holds {count} groups and holds {len(keys)}")
-    if list in set(map(type, keys)):
-        keys = [as_tuple(key) if key.__class__ is list else key for key in keys]
-    return keys, lists
-
-
-def as_tuple(key: list[Any]) -> tuple[Any, ...]:
-    """Turn a key that JSON made a list into a tuple again, inner ones too (flat ones without recursion)."""
-    if list in set(map(type, key)):
-        return tuple([as_tuple(element) if element.__class__ is list else element for element in key])
-    return tuple(key)
-
-
-def encode_items(items: Sequence[tuple[Key, Value]]) -> str:
-    """Encode items as JSON lines, each `[key,value]` and a newline.
-
-    One call encodes them all, three times faster than item by item; the text is then cut at `],[`, which is safe
-    exactly when that occurs as often as there are borders between items.
-    """
-    if not items:
-        return ""
-    text = dumps(items)
-    if text.count("],[") == len(items) - 1:
-        return text[1:-1].replace("],[", "]\n[") + "\n"
-    return "\n".join(map(dumps, items)) + "\n"
+            parts[key_hash(key) % partitions].append(key)
+    return parts

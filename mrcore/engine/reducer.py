@@ -1,4 +1,4 @@
-"""The read side of the shuffle: merge the runs of one partition, call the reduce function, write the parts."""
+"""Reduces one partition: its merged groups go to the reduce function, the items that it returns to parts."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 from mrcore import task
 from mrcore.engine.disk_list import DiskList
 from mrcore.engine.disk_sort import DiskSort, group_too_large
-from mrcore.engine.functions import NOTHING, Function, is_iterable, is_ours, raised_by_user, user_fault
+from mrcore.engine.functions import Function
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.output import PartWriter
+from mrcore.engine.output import BATCH_ITEMS, BATCH_NODES, PartWriter
 from mrcore.engine.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe, nodes_of
-from mrcore.engine.shuffler import BATCH_ITEMS, BATCH_NODES
+from mrcore.engine.user_errors import NOTHING, flaw_of, user_fault
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Part
 from mrcore.system import forks
 
 _UNCHECKED = object()  # stands for the value of an item that is not simply (this key, something)
 GROUPS_PER_NOTE = 256
-LARGE_GROUP = 4096  # values: it is looked whether they fit, and noted
+LARGE_GROUP = 4096  # values: whether they fit is checked, and noted
 PAIR_BYTES = 72  # a (key, value) tuple and its place in the group's list
 
 
 class Reduce:
-    """Reduces one partition: `sort()` makes the runs ready to be merged, `reduce()` calls the function per group.
+    """Reduces one partition: `sort()` makes the spills ready to be merged, `reduce()` calls the function per group.
 
     `disk_based_input` gives the function a DiskList as group; with `disk_based_output` its second argument becomes
     `(empty DiskList, auxiliary)` and it returns the list that it filled.
@@ -52,11 +53,11 @@ class Reduce:
         self.keys_kept = True  # every item carries its group's key, in ascending order: `merge_output` relies on it
 
     def sort(self) -> None:
-        """Bring the runs to a number that can be merged within the memory budget."""
+        """Bring the spills to a number that can be merged within the memory budget."""
         self._sorter.prepare()
 
-    def reduce(self) -> list[dict[str, Any]]:
-        """Reduce all groups and give the finished parts. Raises JobFault naming function and key."""
+    def reduce(self) -> list[Part]:
+        """Reduce all groups and return the finished parts. Raises JobFault naming function and key."""
         for key, values in self._sorter.groups(self._disk_based_input):
             if self.groups % GROUPS_PER_NOTE == 0 or len(values) > LARGE_GROUP:
                 what = f"the groups from key {describe(key)} on of partition {task.partition}"
@@ -119,15 +120,13 @@ class Reduce:
         self._batch, self._large = [], 0
 
     def _fault(self, error: BaseException, key: Key, item: Any, items: Any) -> JobFault:
+        """Return what went wrong on a group: the function raised, or returned what is no item."""
         where = {"function": self._name, "key": describe(key)}
-        place, what = f"on the group of key {where['key']}", f"reduce function {self._name}"
-        if is_ours(error):
-            raise error
-        # What was raised before it had returned is its own as well: a function in C has no frame.
-        if raised_by_user(error) or items is NOTHING:
+        what, place = f"reduce function {self._name}", f"on the group of key {where['key']}"
+        flaw = flaw_of(error, item, items)
+        if flaw is None:
             return user_fault(error, f"{what} failed {place}", **where)
-        if issubclass(type(error), BadItem):
-            return JobFault(f"{what} returned a bad item {place}: {error}", **where)
-        if is_iterable(items):  # of what is in C, such as `map`
-            return user_fault(error, f"{what} failed {place}", **where)
-        return JobFault(f"{what} returned no iterable of pairs {place}: {error}", **where)
+        is_bad = issubclass(type(flaw), BadItem)
+        return JobFault(
+            f"{what} returned {'a bad item' if is_bad else 'no iterable of pairs'} {place}: {flaw}", **where
+        )

@@ -20,12 +20,13 @@ from mrcore.engine.inputs import Reader, plan_bundles
 from mrcore.engine.listing import list_inputs
 from mrcore.engine.mapper import Map
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.output import PartWriter
-from mrcore.engine.records import Key, Value, as_tuple, loads
+from mrcore.engine.output import DirectOutput, PartWriter
+from mrcore.engine.records import Key, Value, as_key, loads
 from mrcore.engine.reducer import Reduce
-from mrcore.engine.shuffler import DirectOutput, Shuffle
+from mrcore.engine.shuffler import Shuffle
 from mrcore.engine.spills import Segment
 from mrcore.errors import JobFault, UsageError, interrupt
+from mrcore.messages.tasks import Part, Spill
 from mrcore.project.packages import use_packages
 from mrcore.system import forks, terminal
 from mrcore.system.paths import Layout
@@ -48,7 +49,7 @@ def print_trial(asked: dict[str, Any]) -> None:
 
 
 def main(asked: dict[str, Any]) -> int:
-    """Run a trial in a process of its own, with a project's packages; gives the exit status, as `mrcore` does."""
+    """Run a trial in a process of its own, with a project's packages; returns the exit status, as `mrcore` does."""
     use_packages(Path(asked["packages"]))
     return terminal.run(lambda: print_trial(asked))
 
@@ -79,9 +80,9 @@ def try_job(
         layout = Layout(folder)
         layout.make()
         listing = list_inputs({"input_dirs": [str(Path(entry).absolute()) for entry in inputs]}, layout, ["me"], "me")
-        missing = [entry for entry, count in listing["matched"].items() if not count]
-        if listing["faults"] or missing:
-            raise JobFault(listed(listing["faults"] + [f"input {entry} matches no file" for entry in missing]))
+        missing = [entry for entry, count in listing.matched.items() if not count]
+        if listing.faults or missing:
+            raise JobFault(listed(listing.faults + [f"input {entry} matches no file" for entry in missing]))
         map_function = load_function(project_dir, "map", map_name)
         reduce_function = load_function(project_dir, "reduce", reduce_name) if reduce_name else None
         parts = PartWriter(folder, run=0, partition=0, attempt_try=0, max_items=None, compress=False)
@@ -91,14 +92,15 @@ def try_job(
         )
         reader = Reader(max_line_bytes=max_line_bytes, block_bytes=1 << 20)
         mapper = Map(map_function, map_name, auxiliary, sink, reader, on_bad_text=on_bad_text)
-        for bundle in plan_bundles(listing["files"], 1):
-            mapper.map(bundle["pieces"])
+        for bundle in plan_bundles(listing.files, 1):
+            mapper.map(bundle.pieces)
         sealed = mapper.finish()
         if reduce_function and reduce_name:
             task.set_surroundings(phase="REDUCE", input_file=None, partition=0)
             sorter = DiskSort(folder, watch, combine=combiner, ascending_values=sort_values)
-            for run in sealed:
-                sorter.add_run(Segment(folder / f"{run['id']}.data", 0, run["bytes"], run["max_decoded"]))
+            for spill in sealed:
+                assert isinstance(spill, Spill)
+                sorter.add_spill(Segment(folder / f"{spill.id}.data", 0, spill.bytes, spill.max_decoded))
             reducer = Reduce(
                 reduce_function,
                 reduce_name,
@@ -112,15 +114,11 @@ def try_job(
             )
             sealed = reducer.reduce()
         gc.collect()
-        yield from _items(folder, sealed)
-
-
-def _items(folder: Path, parts: Sequence[dict[str, Any]]) -> Iterator[tuple[Key, Value]]:
-    for part in parts:
-        with open(folder / part["name"], encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                key, value = loads(line)
-                yield (as_tuple(key) if isinstance(key, list) else key), value
+        for part in sealed:
+            assert isinstance(part, Part)
+            with open(folder / part.name, encoding="utf-8", newline="\n") as lines:
+                for key, value in map(loads, lines):
+                    yield as_key(key), value
 
 
 if __name__ == "__main__":

@@ -18,18 +18,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import NamedTuple
 
 import mrcore
 from mrcore.errors import ClusterFault, UsageError
-from mrcore.launchers import leftovers
+from mrcore.launchers.launcher import Daemon, DaemonStatus, LogFile, daemons, removable
 from mrcore.settings.config import LOCAL_SHAPE, NodeSettings, Settings, load_settings, server_memory_bytes
-from mrcore.system import procfs
+from mrcore.system import logs, procfs
+from mrcore.system.deadline import Deadline
 from mrcore.system.paths import close_home, make_private, remove_tree, write_atomic
 from mrcore.wire.members import members_content, read_membership
 
@@ -41,36 +40,24 @@ HUNT_SECONDS = 0.05  # without a trace of what forks on and on
 LOG_TAIL_BYTES = 2000
 _INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
 
-Json = dict[str, Any]
 _started: list[subprocess.Popen[bytes]] = []  # children of this very process, to be reaped when they end
 
 
-@dataclass(frozen=True)
-class _Daemon:
-    """One daemon as it should be; `owner` marks its process, `name` ("agent", "S_0") its spec, record and log."""
+class _Process(NamedTuple):
+    """A daemon that runs; both together are its identity."""
 
-    name: str
-    module: str
-    node: NodeSettings
-    port: int
-    owner: str
-
-    @property
-    def record(self) -> Path:
-        return self.node.layout.pids_dir / f"{self.name}.json"
-
-    def __str__(self) -> str:
-        return f"{self.name} on {self.node.name}, {self.node.address}:{self.port}"
+    pid: int
+    start_ticks: int
 
 
 def cluster_id(home: Path) -> str:
-    """The id that marks the processes of the local cluster of this home folder."""
+    """Return the id that marks the processes of the local cluster of this home folder."""
     return hashlib.sha256(os.fsencode(home.resolve())).hexdigest()[:16]
 
 
 def configure(home: Path, **shape: int | str | None) -> Settings:
     """Set the local cluster's `nodes`, `servers` (per node), `address` (of the first node), `agent_port`,
-    `server_port`, `memory_bytes` (of all servers together); None or left out: as it is. Gives the settings.
+    `server_port`, `memory_bytes` (of all servers together); None or left out: as it is. Return the settings.
 
     Raises UsageError for values that cannot be, and for another shape while the cluster runs.
     """
@@ -90,16 +77,16 @@ def configure(home: Path, **shape: int | str | None) -> Settings:
     return settings
 
 
-def start_cluster(settings: Settings) -> list[Json]:
-    """Start the daemons that do not run yet, wait until all answer, and give `status`.
+def start_cluster(settings: Settings) -> list[DaemonStatus]:
+    """Start the daemons that do not run yet, wait until all answer, and return `status`.
 
     Raises UsageError for a port in use or an address that is not this machine's, ClusterFault with the end of its log
     when a daemon does not come up; in both cases what was started here is ended again.
     """
     with _locked(settings.home):
         running = _running(settings.home)
-        missing = [daemon for daemon in _daemons(settings) if daemon.record not in running]
-        owners = {daemon.owner for daemon in missing}
+        missing = [daemon for daemon in daemons(settings) if _record(daemon) not in running]
+        owners = {_owner(settings, daemon) for daemon in missing}
         _kill(settings.home, owners)  # what a killed supervisor could not end
         for daemon in missing:
             _check_port(daemon)
@@ -110,27 +97,27 @@ def start_cluster(settings: Settings) -> list[Json]:
         except BaseException:
             _kill(settings.home, owners)
             for daemon in missing:
-                for record in daemon.record.parent.glob(f"{daemon.name}.*"):  # half-written ones of the killed, too
+                for record in daemon.node.layout.pids_dir.glob(f"{daemon.name}.*"):  # half-written ones, too
                     record.unlink(missing_ok=True)
             raise
     return status(settings)
 
 
 def stop_cluster(settings: Settings) -> int:
-    """End the cluster: ask each daemon to, then make certain. Gives how many daemons ran."""
+    """End the cluster: ask each daemon to, then make certain. Return how many daemons ran."""
     with _locked(settings.home):
         running = list(_running(settings.home).values())
-        for known in running:
+        for process in running:
             for number in (signal.SIGTERM, signal.SIGCONT):  # one that is stopped could not obey
-                procfs.send_signal(known["pid"], known["start_ticks"], number)
-        _await_end([known["pid"] for known in running], STOP_SECONDS)
+                procfs.send_signal(*process, number)
+        _await_end([process.pid for process in running], STOP_SECONDS)
         _kill(settings.home)
         _clean(settings)
     return len(running)
 
 
 def kill_cluster(settings: Settings) -> int:
-    """End the cluster and all that its tasks started by SIGKILL. Gives how many daemons ran.
+    """End the cluster and all that its tasks started by SIGKILL. Return how many daemons ran.
 
     Raises ClusterFault naming processes that even so do not end (stuck in the kernel).
     """
@@ -141,68 +128,112 @@ def kill_cluster(settings: Settings) -> int:
     return len(running)
 
 
-def status(settings: Settings) -> list[Json]:
-    """Each daemon's name, node, address, port, pid (or None) and state: "running", "stopped" (frozen), "absent"."""
+def status(settings: Settings) -> list[DaemonStatus]:
+    """Return a row for each daemon; its state is "running", "stopped" (frozen) or "absent"."""
     running, rows = _running(settings.home), []
-    for daemon in _daemons(settings):
-        pid = running[daemon.record]["pid"] if daemon.record in running else None
-        frozen = pid and "T" in [procfs.state(each) for each in (pid, *procfs.children(pid))]
-        row = {"name": daemon.name, "node": daemon.node.name, "address": daemon.node.address, "port": daemon.port}
-        rows.append(row | {"pid": pid, "state": "stopped" if frozen else "running" if pid else "absent"})
+    for daemon in daemons(settings):
+        process = running.get(_record(daemon))
+        pid = process.pid if process else None
+        frozen = pid and "T" in map(procfs.state, (pid, *procfs.children(pid)))
+        rows.append(daemon.status(pid, "stopped" if frozen else "running" if pid else "absent"))
     return rows
+
+
+def log_folders(settings: Settings) -> list[Path]:
+    """Return the folders of the nodes' logs and of the master's."""
+    return [*(node.layout.logs_dir for node in settings.nodes), settings.logs_dir]
+
+
+def list_logs(settings: Settings) -> tuple[list[LogFile], dict[str, str]]:
+    """Return none: all logs are on this machine."""
+    return [], {}
+
+
+def read_log(settings: Settings, node_name: str, name: str, lines: int) -> bytes | None:
+    """Return the last lines of a daemon's log; None when there is none yet."""
+    file = settings.node(node_name).layout.logs_dir / f"{name}.log"
+    return logs.last_lines(file, lines) if file.is_file() else None
+
+
+def attach_command(settings: Settings, server_name: str) -> list[str]:
+    """Raise UsageError: there is nothing to attach to."""
+    raise UsageError(
+        f"the daemons of a local cluster have no windows: `mrcore logs {server_name}` shows what they print, "
+        "`mrcore try` debugs a function"
+    )
+
+
+def run_on_node(settings: Settings, node_name: str, command: str) -> str:
+    """Run a shell command here; return what it prints. Raises ClusterFault when it fails, UsageError (no node)."""
+    settings.node(node_name)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, errors="surrogateescape")
+    if done.returncode:
+        raise ClusterFault(f"`{command[:200]}` ended with status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def copy_file(settings: Settings, node_name: str, source: Path, folder: Path) -> Path:
+    """Copy a file into a folder of a node; return its path there. Raises OSError, UsageError (no node)."""
+    settings.node(node_name)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomic(folder / source.name, source.read_bytes(), 0o600)
+    return folder / source.name
 
 
 # ---- what should run, what does
 
 
-def _daemons(settings: Settings) -> list[_Daemon]:
-    mark = cluster_id(settings.home)
-    agents = [
-        _Daemon("agent", "mrcore.node.node_agent", node, node.agent_port, f"{mark}/agent@{node.address}")
-        for node in settings.nodes
-    ]
-    return agents + [
-        _Daemon(server.name, "mrcore.node.cluster_server", server.node, server.port, f"{mark}/{server.name}")
-        for server in settings.servers()
-    ]
+def _owner(settings: Settings, daemon: Daemon) -> str:
+    """Return the value of MRCORE_SERVER that marks a daemon's processes."""
+    name = f"agent@{daemon.node.address}" if daemon.is_agent else daemon.name
+    return f"{cluster_id(settings.home)}/{name}"
 
 
-def _running(home: Path) -> dict[Path, Json]:
-    """The daemons that run, of whatever shape the cluster had when they were started: record file and content."""
-    found = {}
+def _record(daemon: Daemon) -> Path:
+    return daemon.node.layout.pids_dir / f"{daemon.name}.json"
+
+
+def _running(home: Path) -> dict[Path, _Process]:
+    """Return by record file what runs, of whatever shape the cluster had when it was started."""
+    result = {}
     for record in sorted(home.glob("nodes/*/pids/*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             known = json.loads(record.read_text())
-            pid, server_child = known["pid"], record.name.endswith(".server.json")
-            ours = procfs.environment_value(pid, "MRCORE_SERVER").startswith(cluster_id(home) + "/")
-            if ours and not server_child and procfs.state(pid) and procfs.start_ticks(pid) == known["start_ticks"]:
-                found[record] = known
-    return found
+            process, server_child = _Process(known["pid"], known["start_ticks"]), record.name.endswith(".server.json")
+            if server_child or not _marked([process.pid], cluster_id(home)) or not procfs.state(process.pid):
+                continue
+            if procfs.start_ticks(process.pid) == process.start_ticks:
+                result[record] = process
+    return result
+
+
+def _marked(pids: Iterable[int], mark: str, owners: set[str] | None = None) -> set[int]:
+    """Return which processes carry the mark of these owners; None: of any of the cluster with the id `mark`."""
+    owner_of = {pid: procfs.environment_value(pid, "MRCORE_SERVER") for pid in pids if pid != os.getpid()}
+    return {
+        pid for pid, owner in owner_of.items() if (owner.startswith(f"{mark}/") if owners is None else owner in owners)
+    }
 
 
 @contextlib.contextmanager
 def _locked(home: Path, patience_seconds: float = LOCK_SECONDS, needed: bool = True) -> Iterator[None]:
     close_home(home)
-    deadline = time.monotonic() + patience_seconds
     with (home / "cluster.lock").open("w") as lock:
-        while True:
-            try:
+        for _ in Deadline(patience_seconds).tries(0.05):
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if time.monotonic() > deadline and needed:
-                    raise UsageError(f"another command is starting or stopping the cluster of {home}") from None
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.05)
+        else:
+            if needed:
+                raise UsageError(f"another command is starting or stopping the cluster of {home}")
         yield
 
 
 # ---- start
 
 
-def _check_port(daemon: _Daemon) -> None:
-    option = "--agent-port" if daemon.name == "agent" else "--server-port"
+def _check_port(daemon: Daemon) -> None:
+    option = "--agent-port" if daemon.is_agent else "--server-port"
     try:
         socket.create_server((daemon.node.address, daemon.port)).close()
     except OSError as error:
@@ -212,22 +243,22 @@ def _check_port(daemon: _Daemon) -> None:
 
 
 def _make_certificates(settings: Settings) -> dict[tuple[str, str], list[str]]:
-    """The CA once; a certificate when it is new, when its holder changed name or address, or the CA did.
+    """Make the CA once; a certificate when it is new, when its holder changed name or address, or the CA did.
 
-    O is this cluster's alone, also when another one has a copy of the CA. Gives the serials by (role, name).
+    O is this cluster's alone, also when another one has a copy of the CA. Return the serials by (role, name).
     """
     from mrcore.wire import pki  # only here: cryptography takes longer to load than a server to start
 
-    authority, serials = settings.pki_dir / "ca.crt", dict[tuple[str, str], list[str]]()
+    authority, cluster = settings.pki_dir / "ca.crt", cluster_id(settings.home)
+    serials = dict[tuple[str, str], list[str]]()
     if not authority.exists():
         pki.make_authority(settings.pki_dir, settings.cluster_name)
     holders = [("master", "master", settings.pki_dir, "master", list[str]())]
     holders += [("node", node.name, node.layout.pki_dir, "node", [node.address]) for node in settings.nodes]
     for role, name, folder, stem, addresses in holders:
         holder = folder / "holder.json"
-        wanted = json.dumps([name, *addresses, cluster_id(settings.home), authority.read_text()]).encode()
+        wanted = json.dumps([name, *addresses, cluster, authority.read_text()]).encode()
         if not holder.exists() or holder.read_bytes() != wanted:
-            cluster = cluster_id(settings.home)
             pki.issue(settings.pki_dir, folder, stem, name, role, addresses, cluster)  # type: ignore[arg-type]
             write_atomic(holder, wanted)
         serials[role, name] = [pki.serial(folder / f"{stem}.crt")]
@@ -235,7 +266,7 @@ def _make_certificates(settings: Settings) -> dict[tuple[str, str], list[str]]:
 
 
 def _write_members(settings: Settings, serials: dict[tuple[str, str], list[str]]) -> None:
-    """The allow list, for the master and for each node. What was denied by hand stays denied."""
+    """Write the allow list, for the master and for each node. What was denied by hand stays denied."""
     for file in (settings.members_file, *map(_members_file, settings.nodes)):
         denied = read_membership(file).denied if file.exists() else ()
         content = members_content(cluster_id(settings.home), serials, denied)
@@ -248,50 +279,44 @@ def _members_file(node: NodeSettings) -> Path:
     return node.compute_dir / "members.json"
 
 
-def _launch(settings: Settings, daemon: _Daemon) -> int:
-    """Write the daemon's spec into its own node's folder, start and record it; gives where it will say "ready"."""
+def _launch(settings: Settings, daemon: Daemon, module: str = "") -> int:
+    """Write the daemon's spec into its own node's folder, start and record it; return where it will say "ready"."""
     node, layout = daemon.node, daemon.node.layout
     make_private(node.compute_dir.parent)
     layout.make()
     layout.pids_dir.mkdir(exist_ok=True)
-    spec = {"name": daemon.name, "node": node.name, "address": node.address, "port": daemon.port}
-    spec |= {"cluster": cluster_id(settings.home), "members_file": str(_members_file(node)), "servers": node.servers}
-    spec |= {"compute_dir": str(node.compute_dir), "pki_dir": str(layout.pki_dir)}
-    spec |= {"sibling_dirs": str(node.compute_dir.parent), "memory_bytes": server_memory_bytes(settings, node)}
-    spec |= {"log_bytes": settings.log_bytes}
-    file = node.compute_dir / f"{daemon.name}.json"
+    file, spec = node.compute_dir / f"{daemon.name}.json", {
+        "name": daemon.name, "node": node.name, "address": node.address, "port": daemon.port, "servers": node.servers,
+        "cluster": cluster_id(settings.home), "members_file": str(_members_file(node)), "log_bytes": settings.log_bytes,
+        "compute_dir": str(node.compute_dir), "pki_dir": str(layout.pki_dir),
+        "sibling_dirs": str(node.compute_dir.parent), "memory_bytes": server_memory_bytes(settings, node),
+    }  # fmt: skip
     write_atomic(file, json.dumps(spec, indent=1).encode())
     ready, theirs = os.pipe()
-    package = Path(mrcore.__file__).parents[1]
     environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    package = Path(mrcore.__file__).parents[1]
     if not package.name.endswith("-packages"):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH")]))
     environment["MALLOC_ARENA_MAX"] = "1"  # an arena per thread would cost each server megabytes of its budget
-    environment |= {"MRCORE_SERVER": daemon.owner, "MRCORE_READY_FD": str(theirs)}
+    environment |= {"MRCORE_SERVER": _owner(settings, daemon), "MRCORE_READY_FD": str(theirs)}
+    module = module or ("mrcore.node.node_agent" if daemon.is_agent else "mrcore.node.cluster_server")
     with (layout.logs_dir / f"{daemon.name}.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", daemon.module, str(file)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=node.compute_dir,
-            env=environment,
-            pass_fds=[theirs],
-            umask=0o077,
-            start_new_session=True,
-        )
+            [sys.executable, "-P", "-m", module, str(file)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            cwd=node.compute_dir, env=environment, pass_fds=[theirs], umask=0o077, start_new_session=True,
+        )  # fmt: skip
     os.close(theirs)
     _started.append(process)
     known = {"pid": process.pid, "start_ticks": procfs.start_ticks(process.pid)}
-    write_atomic(daemon.record, json.dumps(known).encode())
+    write_atomic(_record(daemon), json.dumps(known).encode())
     return ready
 
 
-def _await_ready(waiting: dict[int, _Daemon]) -> None:
-    deadline = time.monotonic() + READY_SECONDS
+def _await_ready(waiting: dict[int, Daemon]) -> None:
+    deadline = Deadline(READY_SECONDS)
     try:
         while waiting:
-            readable, _, _ = select.select(list(waiting), [], [], max(0.0, deadline - time.monotonic()))
+            readable, _, _ = select.select(list(waiting), [], [], deadline.left_seconds)
             for ready in readable or list(waiting)[:1]:
                 daemon = waiting[ready]
                 if not readable or not os.read(ready, 16):
@@ -299,8 +324,8 @@ def _await_ready(waiting: dict[int, _Daemon]) -> None:
                     tail = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
                     what = "ended at once" if readable else f"is not ready after {READY_SECONDS:.0f} s"
                     raise ClusterFault(f"{daemon} {what}; the end of {log}:\n{indent(tail, '  ', lambda line: True)}")
-                del waiting[ready]
                 os.close(ready)
+                del waiting[ready]
     finally:
         for ready in waiting:
             os.close(ready)
@@ -315,12 +340,10 @@ def _kill(home: Path, owners: set[str] | None = None) -> None:
     The topmost are stopped first and killed last: supervisors then start nothing again, and until their end they
     adopt, as subreapers, every orphan below them, however it may have detached itself and wiped its environment.
     """
-    deadline, tops = time.monotonic() + KILL_SECONDS, dict[int, int]()
+    deadline, mark, tops = Deadline(KILL_SECONDS), cluster_id(home), dict[int, int]()
     while True:
         by_parent = procfs.family()
-        marks = {pid: procfs.environment_value(pid, "MRCORE_SERVER") for pids in by_parent.values() for pid in pids}
-        marked = {pid for pid, mark in marks.items() if mark.startswith(cluster_id(home) + "/")} - {os.getpid()}
-        marked = {pid for pid in marked if owners is None or marks[pid] in owners}
+        marked = _marked(set().union(*by_parent.values()), mark, owners)
         for pid in marked - {child for parent in marked for child in by_parent.get(parent, ())} - tops.keys():
             if ticks := procfs.start_ticks(pid):
                 tops[pid] = ticks
@@ -330,40 +353,38 @@ def _kill(home: Path, owners: set[str] | None = None) -> None:
         victims = {pid: ticks for pid in below if procfs.state(pid) and (ticks := procfs.start_ticks(pid))}
         for pid, ticks in (victims or tops).items():
             procfs.send_signal(pid, ticks, signal.SIGKILL)
-        if left := _await_end(victims or tops, max(END_SECONDS, deadline - time.monotonic())):
+        if left := _await_end(victims or tops, max(END_SECONDS, deadline.left_seconds)):
             raise ClusterFault(f"processes do not end even by SIGKILL (stuck in the kernel?): {left}", pids=left)
-        if not victims and not _hunt(cluster_id(home) + "/", owners, deadline):
+        if not victims and not _hunt(mark, owners, deadline):
             return
 
 
-def _hunt(mark: str, owners: set[str] | None, deadline: float) -> int:
+def _hunt(mark: str, owners: set[str] | None, deadline: Deadline) -> int:
     """SIGKILL marked processes that no supervisor adopts (it was killed) and that fork faster than /proc can be walked.
 
     Looks at the process ids that were given out since its last look only, which takes less time than to fork, until
-    none of them was marked for HUNT_SECONDS. Gives how many it killed.
+    none of them was marked for HUNT_SECONDS. Return how many it killed.
     """
-    seen, killed, end = procfs.newest_pid(), 0, time.monotonic() + HUNT_SECONDS
-    while time.monotonic() < min(end, deadline):
+    seen, killed, quiet = procfs.newest_pid(), 0, Deadline(HUNT_SECONDS)
+    while not quiet.is_over and not deadline.is_over:
         newest = procfs.newest_pid()
-        for pid in range(seen, newest + 1):  # none when the ids began anew from 1: the next look goes on from there
-            found = procfs.environment_value(pid, "MRCORE_SERVER")
-            if found.startswith(mark) and (owners is None or found in owners) and pid != os.getpid():
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-                    killed, end = killed + (procfs.state(pid) is not None), time.monotonic() + HUNT_SECONDS
+        for pid in _marked(range(seen, newest + 1), mark, owners):  # none when the ids began again from 1
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                killed, quiet = killed + (procfs.state(pid) is not None), Deadline(HUNT_SECONDS)
         seen = newest
     return killed
 
 
-def _kill_below(tops: Iterable[int], deadline: float) -> None:
+def _kill_below(tops: Iterable[int], deadline: Deadline) -> None:
     """SIGKILL the children of stopped supervisors, and those that they adopt by it, until only zombies are left.
 
     That is certain when all were zombies and a later look shows the same ones: each orphan is adopted before its
     parent is seen as a zombie. A walk over /proc alone would run after daemons that fork faster than it looks.
     """
     zombies: set[int] = set()
-    while time.monotonic() < deadline:
-        below = {child for top in tops for child in procfs.children(top)}
+    for _ in deadline.tries(0.0005):
+        below = set().union(*map(procfs.children, tops))
         alive = [pid for pid in below if procfs.state(pid)]
         for pid in alive:
             with contextlib.suppress(OSError):
@@ -371,18 +392,15 @@ def _kill_below(tops: Iterable[int], deadline: float) -> None:
         if not alive and below == zombies:
             return
         zombies = set() if alive else below
-        time.sleep(0.0005)
 
 
 def _await_end(pids: Iterable[int], seconds: float) -> list[int]:
-    """Wait until none of the processes lives; gives those that still do at the deadline."""
-    deadline = time.monotonic() + seconds
-    while True:
+    """Wait until none of the processes lives; return those that still do at the deadline."""
+    for _ in Deadline(seconds).tries(0.005):
         _started[:] = [process for process in _started if process.poll() is None]
-        pids = [pid for pid in pids if procfs.state(pid)]
-        if not pids or time.monotonic() > deadline:
-            return pids
-        time.sleep(0.005)
+        if not (pids := [pid for pid in pids if procfs.state(pid)]):
+            break
+    return list(pids)
 
 
 def _clean(settings: Settings) -> None:
@@ -390,6 +408,6 @@ def _clean(settings: Settings) -> None:
     gone = list(settings.home.glob("nodes/*/pids/*"))
     for folder in settings.home.glob("nodes/*/working"):
         entries = (str(path.relative_to(folder)) for path in [*folder.glob("*"), *folder.glob("*/*")])
-        gone += (folder / entry for entry in leftovers.removable(settings.state_dir, entries))
+        gone += (folder / entry for entry in removable(settings.state_dir, entries))
     for path in gone:
         remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -17,7 +17,6 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import indent
 from typing import Any, TypeVar
@@ -27,7 +26,8 @@ from fabric import Config, Connection
 from invoke.exceptions import CommandTimedOut
 
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
-from mrcore.launchers import health, leftovers
+from mrcore.launchers import health
+from mrcore.launchers.launcher import DaemonStatus, LogFile, daemons, on_nodes, removable
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.system import logs
 
@@ -42,94 +42,98 @@ READY_SECONDS = 60.0
 LOG_LINES = 10  # of a daemon that did not come up
 FAULT_CHARACTERS = 2000  # of what a command printed
 
-Json = dict[str, Any]
 T = TypeVar("T")
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it prints a traceback for what is one sentence here
 
 
-def start_cluster(settings: Settings) -> list[Json]:
-    """Start what does not run, now and at boot; wait until all answer over TLS in our release; give `status`.
+def configure(home: Path, **shape: int | str | None) -> Settings:
+    """Raise UsageError: machines are not made by options."""
+    raise UsageError("the shape of a deployed cluster stands in its settings: leave the options out")
+
+
+def start_cluster(settings: Settings) -> list[DaemonStatus]:
+    """Start what does not run, now and at boot; wait until all answer over TLS in our release; return `status`.
 
     Raises UsageError off the master, ClusterFault naming each node that failed and why.
     """
-    _, faults = _on_nodes(settings, lambda node, shell: _helper(shell, "start"))
-    started = [node for node in settings.nodes if node.name not in faults]
-    found = health.check(settings, started, READY_SECONDS)
+    _, errors = _on_nodes(settings, lambda node, shell: _helper(shell, "start"))
+    wrong = health.check(settings, [node for node in settings.nodes if node.name not in errors], READY_SECONDS)
+    texts = {name: "; ".join(error.text for error in of_node) for name, of_node in wrong.items() if of_node}
 
     def explain(node: NodeSettings, shell: Connection) -> str:
-        tails = [f"{fault.text}{_log_end(node, shell, fault.daemon)}" for fault in found[node.name]]
-        return "; ".join(tails)
+        return "; ".join(f"{error.text}{_log_end(node, shell, error.daemon)}" for error in wrong[node.name])
 
-    told, silent = _on_nodes(settings, explain, [node for node in started if found[node.name]])
-    plain = {name: "; ".join(fault.text for fault in found[name]) for name in silent}
-    _raise_faults(settings, "start", faults | told | plain)
+    explained, _ = _on_nodes(settings, explain, [node for node in settings.nodes if node.name in texts])
+    _raise_errors(settings, "start", errors | texts | explained)
     return status(settings)
 
 
 def stop_cluster(settings: Settings) -> int:
-    """Stop all units gracefully, also for the next boot; give how many daemons ran. Raises as `start_cluster`."""
+    """Stop all units gracefully, also for the next boot; return how many daemons ran. Raises as `start_cluster`."""
     return _end(settings, "stop")
 
 
 def kill_cluster(settings: Settings) -> int:
-    """End all units and whatever runs in them by SIGKILL; give how many daemons ran. Raises as `start_cluster`."""
+    """End all units and whatever runs in them by SIGKILL; return how many daemons ran. Raises as `start_cluster`."""
     return _end(settings, "kill")
 
 
-def status(settings: Settings) -> list[Json]:
-    """Each daemon's name, node, address, port, pid (or None) and state: running, stopped (frozen), absent, unreachable.
+def status(settings: Settings) -> list[DaemonStatus]:
+    """Return a row for each daemon; those of a node that does not answer are "unreachable" and have a `reason`.
 
-    Rows of a node that does not answer have a `reason`. Raises UsageError off the master.
+    Raises UsageError off the master.
     """
-    looks, faults = _on_nodes(settings, _look)
+    looks, errors = _on_nodes(settings, _look)
     rows = []
-    for daemon in _daemons(settings):
-        pid, state = looks.get(daemon["node"], {}).get(daemon["name"], (None, "absent"))
-        if daemon["node"] in faults:
-            rows.append(daemon | {"pid": None, "state": "unreachable", "reason": faults[daemon["node"]]})
-        else:
-            rows.append(daemon | {"pid": pid, "state": state})
+    for daemon in daemons(settings):
+        row = daemon.status(*looks.get(daemon.node.name, {}).get(daemon.name, (None, "absent")))
+        if reason := errors.get(daemon.node.name):
+            row["state"], row["reason"] = "unreachable", reason
+        rows.append(row)
     return rows
 
 
-def list_logs(settings: Settings) -> tuple[list[tuple[str, str, int]], dict[str, str]]:
-    """The nodes' log files, as (node, path, bytes), and what went wrong by node."""
+def log_folders(settings: Settings) -> list[Path]:
+    """Return the folder of the master's logs."""
+    return [settings.logs_dir]
 
-    def look(node: NodeSettings, shell: Connection) -> list[tuple[str, str, int]]:
+
+def list_logs(settings: Settings) -> tuple[list[LogFile], dict[str, str]]:
+    """Return the nodes' log files, and by node's name why those of others are not known."""
+
+    def look(node: NodeSettings, shell: Connection) -> list[LogFile]:
         folder = shlex.quote(str(node.layout.logs_dir))
         lines = _run(shell, f"find {folder} -maxdepth 1 -type f -printf '%s %p\\n'").splitlines()
-        found = [line.partition(" ") for line in lines]
-        return sorted((node.name, path, int(size)) for size, _, path in found)
+        pairs = [line.partition(" ") for line in lines]
+        return sorted(LogFile(node.name, path, int(size)) for size, _, path in pairs)
 
-    looks, faults = _on_nodes(settings, look)
-    return [row for node in settings.nodes for row in looks.get(node.name, [])], faults
+    looks, errors = _on_nodes(settings, look)
+    return [file for files in looks.values() for file in files], errors
 
 
-def read_log(settings: Settings, node_name: str, name: str, lines: int) -> str:
-    """The last lines of a daemon's log on a node, as `logs.last_lines`. Raises ClusterFault, UsageError (no node)."""
-    node = settings.node(node_name)
-    file = shlex.quote(str(node.layout.logs_dir / f"{name}.log"))
+def read_log(settings: Settings, node_name: str, name: str, lines: int) -> bytes | None:
+    """Return the last lines of a daemon's log on a node. Raises ClusterFault, UsageError (no node)."""
+    file = shlex.quote(str(settings.node(node_name).layout.logs_dir / f"{name}.log"))
     both = f"{{ cat -- {file}.1 2>/dev/null; cat -- {file}; }}"
     ends = f"tail -n {lines:d} | tail -c {lines * logs.LINE_BYTES:d}"
-    return run_on_node(settings, node_name, f"test -r {file} || exec cat -- {file}; {both} | {ends}")
+    text = run_on_node(settings, node_name, f"test -r {file} || exec cat -- {file}; {both} | {ends}")
+    return text.encode(errors="surrogateescape")
 
 
 def run_on_node(settings: Settings, node_name: str, command: str, seconds: float = COMMAND_SECONDS) -> str:
-    """Run a shell command on a node as the cluster's user; give what it prints. Raises ClusterFault, UsageError."""
-    found, faults = _on_nodes(settings, lambda node, shell: _run(shell, command, seconds), [settings.node(node_name)])
-    _raise_faults(settings, command.split()[0], faults)
-    return found[node_name]
+    """Run a shell command on a node as the cluster's user; return its output. Raises ClusterFault, UsageError."""
+    return _on_node(settings, node_name, command.split()[0], lambda node, shell: _run(shell, command, seconds))
 
 
 def copy_file(settings: Settings, node_name: str, source: Path, folder: Path) -> Path:
     """Copy a file into a folder of a node, made if need be (mode 0700); it appears there whole, or not at all.
 
-    Gives its path there. Raises ClusterFault, UsageError.
+    Return its path there. Raises ClusterFault, UsageError.
     """
     target = folder / source.name
     partial = target.with_name(target.name + ".partial")
 
-    def copy(node: NodeSettings, shell: Connection) -> None:
+    def copy(node: NodeSettings, shell: Connection) -> Path:
         _run(shell, f"umask 077 && mkdir -p {shlex.quote(str(folder))}")
         with contextlib.closing(shell.client.open_sftp()) as files:
             files.get_channel().settimeout(COPY_SECONDS)
@@ -140,18 +144,17 @@ def copy_file(settings: Settings, node_name: str, source: Path, folder: Path) ->
             if files.stat(str(partial)).st_size != source.stat().st_size:
                 raise ClusterFault(f"{source} changed while it was copied: copy it again")
         _run(shell, f"sync {shlex.quote(str(partial))} && mv -f {shlex.quote(str(partial))} {shlex.quote(str(target))}")
+        return target
 
-    _, faults = _on_nodes(settings, copy, [settings.node(node_name)])
-    _raise_faults(settings, f"copy {source} to", faults)
-    return target
+    return _on_node(settings, node_name, f"copy {source} to", copy)
 
 
 def attach_command(settings: Settings, server_name: str) -> list[str]:
-    """The command that shows a cluster server's screen window. Raises UsageError for a server that there is not."""
-    server = next((each for each in settings.servers() if each.name == server_name), None)
-    if server is None:
-        known = ", ".join(each.name for each in settings.servers())
-        raise UsageError(f"there is no cluster server {server_name!r}; there are {known}")
+    """Return the command that shows a cluster server's screen window. Raises UsageError for an unknown server."""
+    servers = {server.name: server for server in settings.servers()}
+    if server_name not in servers:
+        raise UsageError(f"there is no cluster server {server_name!r}; there are {', '.join(servers)}")
+    server = servers[server_name]
     key, known_hosts = _credentials(settings)
     options = {
         "IdentityFile": key, "IdentitiesOnly": "yes", "IdentityAgent": "none", "UserKnownHostsFile": known_hosts,
@@ -173,9 +176,9 @@ def _end(settings: Settings, verb: str) -> int:
         _clean(settings, node, shell)
         return ran
 
-    found, faults = _on_nodes(settings, end)
-    _raise_faults(settings, verb, faults)
-    return sum(found.values())
+    counts, errors = _on_nodes(settings, end)
+    _raise_errors(settings, verb, errors)
+    return sum(counts.values())
 
 
 def _clean(settings: Settings, node: NodeSettings, shell: Connection) -> None:
@@ -184,23 +187,21 @@ def _clean(settings: Settings, node: NodeSettings, shell: Connection) -> None:
     listed = _run(
         shell, f"cd {shlex.quote(str(folder))} 2>/dev/null && find . -mindepth 1 -maxdepth 2 -printf '%P\\n'", ok=(0, 1)
     )
-    if gone := leftovers.removable(settings.state_dir, listed.splitlines()):
+    if gone := removable(settings.state_dir, listed.splitlines()):
         paths = (shlex.quote(str(folder / path)) for path in gone)
         _run(shell, f"rm -rf -- {' '.join(paths)}", VERB_SECONDS["kill"])
 
 
-def _look(node: NodeSettings, shell: Connection) -> dict[str, tuple[int | None, str]]:
-    """What runs on a node by name of the daemon: (pid, state)."""
-    units = [
-        dict(line.partition("=")[::2] for line in block.splitlines())
-        for block in _helper(shell, "status").split("\n\n")
-    ]
+def _look(node: NodeSettings, shell: Connection) -> dict[str, tuple[int, str]]:
+    """Return what runs on a node by name of the daemon: (pid, state)."""
+    blocks = _helper(shell, "status").split("\n\n")
+    units = [dict(line.partition("=")[::2] for line in block.splitlines()) for block in blocks]
     records = shlex.quote(str(node.layout.pids_dir))
-    told = _run(shell, f"cat {records}/S_*[0-9].json 2>/dev/null; echo; cat /proc/[0-9]*/stat 2>/dev/null; true")
-    recorded, _, processes = told.partition("\n")
-    states, parents = _processes(processes)
+    output = _run(shell, f"cat {records}/S_*[0-9].json 2>/dev/null; echo; cat /proc/[0-9]*/stat 2>/dev/null; true")
+    recorded, _, lines = output.partition("\n")
+    states, parents = _processes(lines)
     supervisors = {pid for pid in states if f'"pid": {pid},' in recorded}
-    found: dict[str, tuple[int | None, str]] = {}
+    result: dict[str, tuple[int, str]] = {}
     for unit in units:
         name = unit.get("Id", "").removesuffix(".service").removeprefix("mrcore-").removeprefix("server@")
         main = int(unit.get("MainPID") or 0)
@@ -209,14 +210,13 @@ def _look(node: NodeSettings, shell: Connection) -> dict[str, tuple[int | None, 
         family = {main}
         while more := {pid for pid, parent in parents.items() if parent in family} - family:
             family |= more
-        frozen = any(states.get(pid) == "T" for pid in family)
-        pid = next(iter(supervisors & family), main)
-        found[name] = (pid, "stopped" if frozen else "running")
-    return found
+        is_frozen = any(states.get(pid) == "T" for pid in family)
+        result[name] = next(iter(supervisors & family), main), "stopped" if is_frozen else "running"
+    return result
 
 
 def _processes(text: str) -> tuple[dict[int, str], dict[int, int]]:
-    """States and parents by pid, from the lines of /proc/PID/stat; a name in parentheses may hold anything."""
+    """Return states and parents by pid, from the lines of /proc/PID/stat; a name in parentheses may hold anything."""
     states, parents = {}, {}
     for line in text.splitlines():
         pid, fields = line.partition(" ")[0], line.rpartition(")")[2].split()
@@ -233,42 +233,39 @@ def _log_end(node: NodeSettings, shell: Connection, daemon: str) -> str:
     return ""
 
 
-def _daemons(settings: Settings) -> Iterator[Json]:
-    for node in settings.nodes:
-        yield {"name": "agent", "node": node.name, "address": node.address, "port": node.agent_port}
-    for server in settings.servers():
-        yield {"name": server.name, "node": server.node.name, "address": server.node.address, "port": server.port}
-
-
 # ---- SSH
 
 
 def _on_nodes(
     settings: Settings, work: Callable[[NodeSettings, Connection], T], nodes: Iterable[NodeSettings] | None = None
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """Do something on nodes, some at a time, each over a connection of its own: results and faults by node's name."""
+    """Do something on nodes, each over a connection of its own; return results and texts of errors by node's name."""
     _credentials(settings)
-    results, faults = dict[str, T](), dict[str, str]()
 
-    def one(node: NodeSettings) -> None:
+    def one(node: NodeSettings) -> T:
         try:
             with _connect(settings, node) as shell:
-                results[node.name] = work(node, shell)
-        except MrcoreError as error:
-            faults[node.name] = error.message
-        except Exception as error:  # noqa: BLE001  paramiko raises what it likes; the other nodes go on
-            faults[node.name] = _explain(settings, node, error)
+                return work(node, shell)
+        except MrcoreError:
+            raise
+        except Exception as error:  # paramiko raises what it likes; the other nodes go on
+            raise ClusterFault(_explain(settings, node, error)) from error
 
-    with ThreadPoolExecutor(NODES_AT_ONCE) as pool:
-        list(pool.map(one, settings.nodes if nodes is None else nodes))
-    return results, faults
+    results, errors = on_nodes(settings.nodes if nodes is None else nodes, one, NODES_AT_ONCE)
+    return results, {name: error.message for name, error in errors.items()}
 
 
-def _raise_faults(settings: Settings, verb: str, faults: dict[str, str]) -> None:
-    if faults:
-        told = [f"{node.name}: {faults[node.name]}" for node in settings.nodes if node.name in faults]
-        head = f"{verb} failed on {len(told)} of {len(settings.nodes)} nodes: "
-        raise ClusterFault(head + (told[0] if len(told) == 1 else "\n  " + "\n  ".join(told)), nodes=faults)
+def _on_node(settings: Settings, name: str, verb: str, work: Callable[[NodeSettings, Connection], T]) -> T:
+    results, errors = _on_nodes(settings, work, [settings.node(name)])
+    _raise_errors(settings, verb, errors)
+    return results[name]
+
+
+def _raise_errors(settings: Settings, verb: str, errors: dict[str, str]) -> None:
+    if errors:
+        lines = [f"{node.name}: {errors[node.name]}" for node in settings.nodes if node.name in errors]
+        head = f"{verb} failed on {len(lines)} of {len(settings.nodes)} nodes: "
+        raise ClusterFault(head + (lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)), nodes=errors)
 
 
 class _KnownHostsOnly(paramiko.RejectPolicy):  # type: ignore[misc]
@@ -288,7 +285,7 @@ def _connect(settings: Settings, node: NodeSettings) -> Iterator[Connection]:
         node.address,
         user=_user(settings),
         port=node.ssh_port,
-        config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # nobody's own files have a say
+        config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # nobody's own files count
         connect_timeout=CONNECT_SECONDS,
         connect_kwargs={
             "key_filename": str(key), "allow_agent": False, "look_for_keys": False, "banner_timeout": CONNECT_SECONDS,
@@ -306,7 +303,7 @@ def _connect(settings: Settings, node: NodeSettings) -> Iterator[Connection]:
 
 
 def _helper(shell: Connection, verb: str) -> str:
-    """Have the node's helper act on its units; give what it prints."""
+    """Have the node's helper act on its units; return what it prints."""
     command = " ".join([*HELPER, verb])
     status, out, error = _try(shell, command, VERB_SECONDS[verb])
     if status == 0:
@@ -340,7 +337,7 @@ def _try(shell: Connection, command: str, seconds: float) -> tuple[int, str, str
     return result.exited, result.stdout, result.stderr
 
 
-# What paramiko says when the other side accepts and then says nothing.
+# paramiko's texts for a peer that accepts the connection and then sends nothing.
 _SILENT = ("Error reading SSH protocol banner", "No existing session")
 
 
@@ -349,23 +346,23 @@ def _explain(settings: Settings, node: NodeSettings, error: Exception) -> str:
     if isinstance(error, paramiko.BadHostKeyException):
         return (
             f"its SSH host key has changed: it shows {_fingerprint(error.key)}, known is "
-            f"{_fingerprint(error.expected_key)}. Nothing was sent. If the machine was installed anew, `make deploy` "
+            f"{_fingerprint(error.expected_key)}. Nothing was sent. If the machine was installed again, `make deploy` "
             "takes up its key; if not, something answers in its place: find out what"
         )
     if isinstance(error, paramiko.AuthenticationException):
         return f"it does not accept the master's key {key} for user {_user(settings)}: `make deploy` authorises it"
     if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
-        causes = {str(each.strerror or each).lower() for each in error.errors.values()}
+        causes = {str(cause.strerror or cause).lower() for cause in error.errors.values()}
         return f"SSH at {place}: {', '.join(sorted(causes))}: is the machine up, and does its sshd listen there?"
     if isinstance(error, TimeoutError) or str(error) in _SILENT:
         return f"SSH at {place} gave no answer within {CONNECT_SECONDS} s: is the machine up and reachable from here?"
     if isinstance(error, socket.gaierror):
-        return f"the address {node.address} is not known: {error.strerror}; mend it in the inventory"
+        return f"the address {node.address} is not known: {error.strerror}; fix it in the inventory"
     return f"SSH at {place}: {error or type(error).__name__}"
 
 
 def _credentials(settings: Settings) -> tuple[Path, Path]:
-    """The master's key and the hosts that it knows. Raises UsageError where they cannot be read."""
+    """Return the master's key and the hosts that it knows. Raises UsageError where they cannot be read."""
     files = settings.home / ".ssh/id_ed25519", settings.home / ".ssh/known_hosts"
     for file in files:
         try:

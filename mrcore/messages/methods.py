@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from mrcore.errors import ClusterFault, InternalError, JobFault, Malformed, MrcoreError, TaskDied, from_dict
-from mrcore.messages import kinds, legacy, nodes, tasks
+from mrcore.messages import kinds, nodes, tasks
 from mrcore.messages.kinds import Count, Crc32, Word
 from mrcore.text import clean
 
@@ -76,8 +76,7 @@ REMOVE_MOVES = Method[list[bool]]("remove_moves", list[bool], like="files", blam
 HELLO = Method[tasks.Hello]("hello", tasks.Hello)
 ORDER = Method[tasks.Accepted]("order", tasks.Accepted)
 GIVE = Method[tasks.Given]("give", tasks.Given)
-STATUS = Method[dict[str, Any]]("status", dict[Word, Any])  # until it goes
-POLL = Method[legacy.Polled]("poll", legacy.Polled, LARGE_BYTES)  # until the attempt takes tasks.Polled
+POLL = Method[tasks.Polled]("poll", tasks.Polled, LARGE_BYTES)
 CANCEL = Method[tasks.Cancelled]("cancel", tasks.Cancelled)
 
 METHODS: dict[str, Method[Any]] = {value.name: value for value in list(globals().values()) if type(value) is Method}

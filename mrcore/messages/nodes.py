@@ -52,12 +52,18 @@ class Space(Message, frozen=True, kw_only=True):
 
 
 class InputFile(Row, frozen=True):
-    """A file that a job reads. `begin`: the byte from which to read it, for increments; 0 in a listing."""
+    """A file that a job reads, as it was listed."""
 
     path: AbsolutePath
     size: Annotated[int, Meta(ge=0, le=MAX_INPUT_BYTES)]
     mtime_ns: TimeNs
     inode: Inode
+
+
+class ReadFile(InputFile, frozen=True):
+    """A listed file, and up to which byte it was read before (0: never)."""
+
+    read: Count
 
 
 class InputPage(Message, frozen=True, kw_only=True):

@@ -42,10 +42,11 @@ class InputPages:
             raise self._malformed("pages without an end")
         if cursor is not None:
             self._cursors.add(cursor)
-        elif missing := [entry for entry in self._entries if entry not in page.matched]:
+            return cursor
+        if missing := [entry for entry in self._entries if entry not in page.matched]:
             raise self._malformed(f"nothing about {one_line(missing[0], 100)!r}")
         self.listing = msgspec.structs.replace(page, files=self._files)
-        return cursor
+        return None
 
     def _malformed(self, what: str) -> Malformed:
         return Malformed(f"node {self._node} gave no answer to list_inputs: it lists {what}", node=self._node)

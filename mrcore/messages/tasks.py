@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from mrcore.errors import Malformed
@@ -28,9 +28,13 @@ from mrcore.messages.kinds import (
 from mrcore.messages.nodes import Versions
 from mrcore.text import one_line
 
-KEY_DEPTH = 64
+KEY_DEPTH = 100  # as in `engine.records`
 MAX_EVENTS = 1_000  # in one answer to a poll
+Phase = Literal["MAP", "REDUCE"]
+MAP: Phase = "MAP"
+REDUCE: Phase = "REDUCE"
 Counters = dict[Word, Count]
+KeyText = str  # a key as Python's json writes it, which unlike JSON proper has infinities
 
 
 class RunIdentity(Message, frozen=True, kw_only=True):
@@ -43,9 +47,12 @@ class RunIdentity(Message, frozen=True, kw_only=True):
 class TaskIdentity(RunIdentity, frozen=True, kw_only=True, rename={"try_": "try"}):
     """A try of a task: orders, events and paths carry it, so that late words of the dead change nothing."""
 
-    phase: Literal["MAP", "REDUCE"]
+    phase: Phase
     task: Count
     try_: Positive
+
+    def __str__(self) -> str:
+        return f"{self.phase.lower()} task {self.task} of {self.job} (run {self.run}, try {self.try_})"
 
 
 # --- Orders ----------------------------------------------------------------------------------------------------------
@@ -112,10 +119,17 @@ class Earlier(Message, frozen=True, kw_only=True):
     sources: list[Source]
 
 
+class More(Struct, frozen=True):
+    """Bundles for a running map task, or the news that there are no more."""
+
+    bundles: list[Bundle] = []
+    no_more: bool = False
+
+
 class Order(Message, frozen=True, kw_only=True):
     """One task. `job`: the validated job; `project`, `environment`: hashes of what it runs with.
 
-    MAP has `bundles` and `no_more`. REDUCE has `partition`, the keys from `low` up to `high` ([key]; None: no limit),
+    MAP has `bundles` and `no_more`. REDUCE has `partition`, the keys from `low` up to `high` (None: no limit),
     `sources` and, with `merge_output`, `earlier`. `memory_bytes` is added by the server.
     """
 
@@ -130,8 +144,8 @@ class Order(Message, frozen=True, kw_only=True):
     bundles: list[Bundle] = []
     no_more: bool = False
     partition: Count = 0
-    low: list[Any] | None = None
-    high: list[Any] | None = None
+    low: KeyText | None = None
+    high: KeyText | None = None
     sources: list[Source] = []
     earlier: Earlier | None = None
 
@@ -148,7 +162,7 @@ class Spill(Message, frozen=True, kw_only=True):
     values: Count
     max_decoded: Count
     partitions: dict[Annotated[str, Meta(pattern=r"\A[0-9]{1,9}\Z")], Count]
-    samples: list[tuple[Any, Count]]
+    samples: list[tuple[KeyText, Count]]
 
 
 class TaskResult(Message, frozen=True, kw_only=True):
@@ -274,12 +288,25 @@ def check_result(result: TaskResult, identity: TaskIdentity, partitions: int, no
         raise Malformed(f"node {node} gave no event of a task: done: {what}", node=node)
 
 
-def _is_key(key: object, depth: int = 0) -> bool:
-    if type(key) is list:
-        return depth < KEY_DEPTH and all(_is_key(item, depth + 1) for item in key)
-    return key is None or type(key) in (str, int, float, bool)
+def read_key(text: KeyText) -> object:
+    """Return a key from its text, lists in it as tuples. Raises ValueError."""
+    try:
+        return _as_key(json.loads(text))
+    except RecursionError:
+        raise ValueError("a key nested too deeply") from None
 
 
-def parse_event(line: bytes) -> TaskEvent:
-    """Return an event as a task wrote it. Raises msgspec.MsgspecError, ValueError."""
-    return msgspec.json.decode(line, type=TaskEvent)  # type: ignore[no-any-return]
+def _as_key(plain: object, depth: int = 0) -> object:
+    if type(plain) is list and depth < KEY_DEPTH:
+        return tuple(_as_key(item, depth + 1) for item in plain)
+    if plain is None or type(plain) in (str, int, float, bool):
+        return plain
+    raise ValueError(f"a key holds a {type(plain).__name__}, or is nested too deeply")
+
+
+def _is_key(text: KeyText) -> bool:
+    try:
+        read_key(text)
+    except ValueError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""A cluster server: takes one order at a time from the master, has it carried out by a task process, tells its events.
+"""A cluster server: takes one order at a time from the master, has it carried out by a task process, passes on events.
 
 `python -m mrcore.node.cluster_server SPEC.json` runs the supervisor, which forks what `serve` describes. The spec has
 name, node, address, port, cluster (id or name), compute_dir, pki_dir, members_file (`wire.members`), log_bytes
@@ -28,19 +28,36 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from mrcore import VERSIONS
 from mrcore.errors import ClusterFault, Refused
+from mrcore.messages.kinds import Count, JobName, Positive, Seconds, Word, convert, decode
 from mrcore.messages.methods import LARGE_BYTES
+from mrcore.messages.tasks import (
+    Accepted,
+    Bundle,
+    Cancelled,
+    Died,
+    Done,
+    Failed,
+    Given,
+    Hello,
+    More,
+    Order,
+    Source,
+    TaskEvent,
+    TaskIdentity,
+)  # fmt: skip
 from mrcore.node.supervisor import Json, Supervisor
 from mrcore.system import logs, procfs
 from mrcore.system.paths import Layout, write_atomic
 from mrcore.system.terminal import log_to
 from mrcore.wire.data import DataClient
 from mrcore.wire.members import watch_membership
-from mrcore.wire.service import Method, Server
-from mrcore.wire.tls import LIMITS, Pki
+from mrcore.wire.service import REQUEST_BYTES, Method, Server
+from mrcore.wire.tls import LIMITS, Identity, Pki
 
 MAX_EVENTS = 10_000  # held for a silent master; then tasks wait
 MAX_POLL_EVENTS, MAX_POLL_BYTES = 1_000, 4 << 20  # a poll gives at least one event, whatever its size
@@ -57,15 +74,23 @@ log = logging.getLogger(__name__)
 @dataclass
 class _Task:
     serial: int
-    identity: Json
+    identity: TaskIdentity
     connection: socket.socket
     pid: int = 0
-    end: Json | None = None  # the supervisor's last word
+    end: Json | None = None  # the supervisor's last message
     finished: bool = False  # it has reported done or failed
-    silenced: bool = False  # cancelled or replaced: nobody wants to hear of it
+    silenced: bool = False  # cancelled or replaced: nobody wants its events
 
-    def key(self, *names: str) -> tuple[Any, ...]:
-        return tuple(self.identity[name] for name in names)
+    def is_of(self, job: str, run: int) -> bool:
+        return (self.identity.job, self.identity.run) == (job, run)
+
+
+@dataclass
+class _Event:
+    number: int
+    task: _Task
+    content: object  # a TaskEvent
+    size: int
 
 
 class ClusterServer:
@@ -75,107 +100,100 @@ class ClusterServer:
         self._spec, self._name, self._control = spec, spec["name"], control
         self._incarnation = secrets.token_hex(8)
         self._changed = threading.Condition()
-        self._serials, self._sequence = itertools.count(1), itertools.count(1)
-        self._events: deque[tuple[int, Json, int]] = deque()  # number, event, bytes
+        self._serials, self._numbers = itertools.count(1), itertools.count(1)
+        self._events: deque[_Event] = deque()
         self._task: _Task | None = None  # the newest, also after its end
-        self._open: dict[int, _Task] = {}  # those whose end the supervisor has not told yet
+        self._open: dict[int, _Task] = {}  # those whose end the supervisor has not reported yet
 
     def methods(self) -> dict[str, Method]:
-        """The RPC methods, all for the master only."""
-        small, large = (self.hello, self.poll, self.cancel, self.status), (self.order, self.give)
-        methods = {each.__name__: Method(each, "master") for each in small}
-        return methods | {each.__name__: Method(each, "master", LARGE_BYTES) for each in large}
+        """Return the RPC methods, all for the master only."""
+        sizes = dict.fromkeys(("hello", "poll", "cancel"), REQUEST_BYTES) | dict.fromkeys(
+            ("order", "give"), LARGE_BYTES
+        )
+        return {name: Method(getattr(self, name), "master", size) for name, size in sizes.items()}
 
-    def hello(self, caller: Any) -> Json:
-        """Who this is: name, incarnation, versions, pid, anonymous_bytes (of server and supervisor)."""
-        who = {"name": self._name, "incarnation": self._incarnation, "pid": os.getpid()}
-        versions = VERSIONS | {"python": platform.python_version()}
-        return who | versions | {"anonymous_bytes": self._own_bytes()}
+    def hello(self, caller: Identity) -> Hello:
+        """Return who this is, and what memory server and supervisor take."""
+        facts = {"incarnation": self._incarnation, "pid": os.getpid(), "anonymous_bytes": self._own_bytes()}
+        return convert(Hello, facts | VERSIONS | {"name": self._name, "python": platform.python_version()})
 
-    def order(self, caller: Any, order: Json) -> Json:
-        """Start a task; replaces a task of an older attempt or try. Repeating the last order changes nothing.
+    def order(self, caller: Identity, order: Order) -> Accepted:
+        """Start a task; replaces a task of an older run or try. Repeating the last order changes nothing.
 
-        Raises Refused for an order older than the last and while another task of the attempt runs.
+        Raises Refused for an order older than the last and while another task of the run is under way.
         """
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
-        task = _Task(next(self._serials), order["identity"], ours)
+        task = _Task(next(self._serials), order.identity, ours)
         with self._changed, theirs:
-            if self._is_repeated(task):
-                return {"accepted": True}
+            if self._is_repeated(task.identity):
+                return Accepted(accepted=True)
             if self._task:
                 self._task.silenced |= not self._task.finished
             self._task = self._open[task.serial] = task
             left = max(procfs.MIN_TASK_BYTES, self._spec["memory_bytes"] - self._own_bytes())
-            data = json.dumps(order | {"memory_bytes": left}).encode()
+            data = msgspec.json.encode(msgspec.structs.replace(order, memory_bytes=left))
             socket.send_fds(self._control, [json.dumps({"spawn": task.serial}).encode()], [theirs.fileno()])
             theirs.close()
             threading.Thread(target=self._listen, args=(task,), name=f"task {task.serial}", daemon=True).start()
             try:
                 ours.sendall(len(data).to_bytes(4, "big") + data)
-            except OSError:  # it ended already, or does not read: how it ends is told as usual
+            except OSError:  # it ended already, or does not read: how it ends is reported as usual
                 self._kill(task)
             self._changed.wait_for(lambda: task.pid or task.end, TASK_DEADLINE_SECONDS)
             if not task.pid:
                 task.silenced = True
-                told = task.end["message"] if task.end else "its supervisor does not answer"
-                raise ClusterFault(f"{self._name} cannot start a task process: {told}")
-        return {"accepted": True}
+                why = task.end["message"] if task.end else "its supervisor does not answer"
+                raise ClusterFault(f"{self._name} cannot start a task process: {why}")
+        return Accepted(accepted=True)
 
-    def give(self, caller: Any, identity: Json, bundles: list[Json] | None = None, no_more: bool = False) -> Json:
+    def give(
+        self, caller: Identity, identity: TaskIdentity, bundles: list[Bundle] | None = None, no_more: bool = False
+    ) -> Given:
         """Hand bundles of splits, or the news that there are no more, on to the running task of this identity."""
-        messages = ([{"bundles": bundles}] if bundles else []) + ([{"no_more": True}] if no_more else [])
         with self._changed:
             task = self._task
             if task is None or task.identity != identity or task.end or task.finished:
-                raise Refused(f"{self._name} does not run this task (any more)", identity=identity)
+                raise Refused(f"{self._name} does not run this task (any more)")
             try:
-                task.connection.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+                task.connection.sendall(msgspec.json.encode(More(bundles or [], no_more)) + b"\n")
             except OSError as error:
                 self._kill(task)  # a message may have been cut
-                raise Refused(f"the task on {self._name} does not listen: {error}", identity=identity) from None
-        return {"given": len(bundles or ())}
+                raise Refused(f"the task on {self._name} does not listen: {error}") from None
+        return Given(given=len(bundles or ()))
 
-    def poll(self, caller: Any, incarnation: str, after: int, wait_seconds: float) -> Json:
-        """Wait for events numbered above `after`, which acknowledges the others; `[[number, event], …]`.
+    def poll(self, caller: Identity, incarnation: Word, after: Count, wait_seconds: Seconds) -> Json:
+        """Wait for events numbered above `after`, which acknowledges the others. Return what decodes as `tasks.Polled`.
 
-        Another incarnation than ours is told ours at once, and gets no events.
+        To another incarnation than ours the answer is ours, at once, and has no events.
         """
-        given: list[list[Any]] = []
+        events: list[tuple[int, object]] = []
         with self._changed:
             if incarnation == self._incarnation:
-                while self._events and self._events[0][0] <= after:
+                while self._events and self._events[0].number <= after:
                     self._events.popleft()
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._events, min(wait_seconds, MAX_POLL_SECONDS))
                 room = MAX_POLL_BYTES
-                for number, event, size in itertools.islice(self._events, MAX_POLL_EVENTS):
-                    room -= size
-                    if given and room < 0:
+                for event in itertools.islice(self._events, MAX_POLL_EVENTS):
+                    room -= event.size
+                    if events and room < 0:
                         break
-                    given.append([number, event])
-        return {"incarnation": self._incarnation, "events": given}
+                    events.append((event.number, event.content))
+        return {"incarnation": self._incarnation, "events": events}
 
-    def cancel(self, caller: Any, job: str, run: int) -> Json:
+    def cancel(self, caller: Identity, job: JobName, run: Positive) -> Cancelled:
         """End the task of this run with all it started, if there is one, and forget its events; returns when gone."""
         with self._changed:
-            task = self._task if self._task and self._task.key("job", "run") == (job, run) else None
+            task = self._task if self._task and self._task.is_of(job, run) else None
             running = task is not None and not task.end
             if task is not None:
                 task.silenced = True
                 self._kill(task)
                 if not self._changed.wait_for(lambda: task.end, TASK_DEADLINE_SECONDS):
                     raise ClusterFault(f"{self._name}: the task process of {job} does not end", pid=task.pid)
-            about = [(entry[1]["identity"], entry) for entry in self._events]
-            self._events = deque(entry for who, entry in about if (who["job"], who["run"]) != (job, run))
-        return {"cancelled": running}
-
-    def status(self, caller: Any) -> Json:
-        """What runs: the identity and pid of the task, or None, and the number of events not yet acknowledged."""
-        with self._changed:
-            task = self._task if self._task and not self._task.end else None
-            what = {"identity": task.identity if task else None, "pid": task.pid if task else None}
-            return what | {"incarnation": self._incarnation, "events": len(self._events)}
+            self._events = deque(event for event in self._events if not event.task.is_of(job, run))
+        return Cancelled(cancelled=running)
 
     def _kill(self, task: _Task) -> None:
         self._control.send(json.dumps({"kill": task.serial}).encode())
@@ -183,60 +201,64 @@ class ClusterServer:
     def _own_bytes(self) -> int:
         return procfs.anonymous_bytes() + procfs.anonymous_bytes(os.getppid())
 
-    def _is_repeated(self, new: _Task) -> bool:
-        """Whether the last order is repeated; raises Refused for one that is stale or comes while we are busy."""
-        last = self._task
-        if last is None or last.key("job") != new.key("job") or last.key("run", "attempt") < new.key("run", "attempt"):
+    def _is_repeated(self, new: TaskIdentity) -> bool:
+        """Return whether the last order is repeated; raise Refused for a stale one, and while we are busy."""
+        task = self._task
+        if task is None or task.identity.job != new.job or task.identity.run < new.run:
             return False
-        if last.identity == new.identity and not last.silenced:
+        last = task.identity
+        if last == new and not task.silenced:
             return True
-        if last.key("run", "attempt") > new.key("run", "attempt"):
-            raise Refused(f"{self._name}: the order is older than {last.identity}", identity=new.identity)
-        same_task = last.key("phase", "task") == new.key("phase", "task")
-        if last.end or last.finished or (same_task and last.key("try") < new.key("try")):
+        if last.run > new.run:
+            raise Refused(f"{self._name}: the order is older than {last}")
+        next_try = (last.phase, last.task) == (new.phase, new.task) and last.try_ < new.try_
+        if task.end or task.finished or next_try:
             return False
-        raise Refused(f"{self._name} is busy with {last.identity}", identity=new.identity)
+        raise Refused(f"{self._name} is busy with {last}")
 
-    # ---- what task and supervisor say
+    # ---- messages of task and supervisor
 
-    def _add(self, task: _Task, event: Json, size: int) -> None:
+    def _read(self, task: _Task, line: bytes) -> tuple[object, bool]:
+        """Return an event, with the identity of its task, and whether it is the last. Raises ValueError."""
+        event: TaskEvent = decode(TaskEvent, line)  # type: ignore[arg-type]  # a union is no class
+        return msgspec.structs.replace(event, identity=task.identity), isinstance(event, Done | Failed)
+
+    def _add(self, task: _Task, content: object, size: int, is_last: bool) -> None:
         with self._changed:
             self._changed.wait_for(lambda: len(self._events) < MAX_EVENTS or task.silenced)
-            if task.silenced:
-                return
-            task.finished |= event["event"] in ("done", "failed", "died")
-            if event["event"] == "progress" and self._events and self._events[-1][1]["event"] == "progress":
-                self._events.pop()  # the newer says it all
-            self._events.append((next(self._sequence), event | {"identity": task.identity}, size))
-            self._changed.notify_all()
+            if not task.silenced:
+                task.finished |= is_last
+                self._events.append(_Event(next(self._numbers), task, content, size))
+                self._changed.notify_all()
 
     def _listen(self, task: _Task) -> None:
-        """Pass on what a task says until its connection ends, and how it ended if it did not say so itself."""
+        """Pass on a task's events until its connection ends, and how it ended if it did not report that itself."""
         with contextlib.suppress(OSError), task.connection.makefile("rb") as stream:
             while line := stream.readline(MAX_LINE_BYTES):
                 try:
-                    self._add(task, json.loads(line), len(line))
-                except (ValueError, TypeError, KeyError):
-                    log.error("task %s sent what is no event: %.200r", task.identity, line)
+                    content, is_last = self._read(task, line)
+                except ValueError:
+                    log.error("%s sent what is no event: %.200r", task.identity, line)
                     break
+                self._add(task, content, len(line), is_last)
         with self._changed:
             if not task.finished and not self._changed.wait_for(lambda: task.end, 1.0):
                 self._kill(task)  # it hung up without a result: nothing more can come of it
             self._changed.wait_for(lambda: task.end)
         if not task.finished and task.end:
-            note, stack = task.end.pop("in_hand", ""), task.end.get("signal") in STACK_SIGNALS
+            note, stack = task.end.get("in_hand"), task.end.get("signal") in STACK_SIGNALS
             text = (
                 f"the task process {task.end['message']} without a result"
                 + (f"; it had in hand: {note}" if note else "")
                 + f"; {'the Python stack at its end is in' if stack else 'see'} the log of {self._name}: "
                 f"mrcore logs {self._name}"
             )
-            told = {"event": "died", "signal": None, "status": None} | task.end | {"message": text}
-            self._add(task, told, len(text))
+            how = {"signal": task.end.get("signal"), "status": task.end.get("status")}
+            self._add(task, Died(message=text, identity=task.identity, **how), len(text), is_last=True)
         task.connection.close()
 
-    def hear_supervisor(self) -> None:
-        """Take the supervisor's reports until it closes the control socket."""
+    def receive_events(self) -> None:
+        """Take the supervisor's messages until it closes the control socket."""
         while data := self._control.recv(MAX_CONTROL_BYTES):
             message = json.loads(data)
             with self._changed:
@@ -261,25 +283,25 @@ def serve(spec: Json, control: socket.socket) -> None:
     server.start()
     control.send(json.dumps({"ready": server.port}).encode())
     try:
-        ours.hear_supervisor()
+        ours.receive_events()
     finally:
         server.close()
 
 
-def run_process(spec: Json, order: Json, connection: socket.socket) -> None:
+def run_process(spec: Json, order: bytes, connection: socket.socket) -> None:
     """The life of a task process: carry out one order."""
-    from mrcore.engine.process import Process  # loaded by `main`, before any fork
+    from mrcore.engine.process import Process, Request  # loaded by `main`, before any fork
 
-    def fetch(source: Json, requests: list[Json], sink: Callable[[int, memoryview], None]) -> None:
+    def fetch(source: Source, requests: list[Request], sink: Callable[[int, memoryview], None]) -> None:
         pki = Pki(Path(spec["pki_dir"]), "node", Path(spec["members_file"]))
-        with contextlib.closing(DataClient(source["address"], source["port"], pki, source["node"])) as client:
+        with contextlib.closing(DataClient(source.address, source.port, pki, source.node)) as client:
             client.get(requests, sink)
 
-    Process(order, connection, Layout(Path(spec["compute_dir"])), fetch, spec["name"]).process()
+    Process(decode(Order, order), connection, Layout(Path(spec["compute_dir"])), fetch, spec["name"]).process()
 
 
-def main(spec_file: str, run_task: Callable[[Json, Json, socket.socket], None] = run_process) -> int:
-    """Run the cluster server that a spec file describes, until SIGTERM; gives the exit status."""
+def main(spec_file: str, run_task: Callable[[Json, bytes, socket.socket], None] = run_process) -> int:
+    """Run the cluster server that a spec file describes, until SIGTERM; return the exit status."""
     log_to()
     spec: Json = json.loads(Path(spec_file).read_text())
     if run_task is run_process:

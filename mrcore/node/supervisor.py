@@ -42,19 +42,19 @@ from mrcore.text import one_line
 
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 30.0
 GRACE_SECONDS = 3.0
-MAX_NOTE = 1000  # characters of what a task had in hand are told
+MAX_NOTE = 1000  # characters of what a task had in hand
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Json = dict[str, Any]
 Serve = Callable[[socket.socket], None]
-RunTask = Callable[[Json, socket.socket], None]
+RunTask = Callable[[bytes, socket.socket], None]
 log = logging.getLogger(__name__)
 
 
 class Supervisor:
     """Keeps one server child and its tasks. `serve` and `run_task` are called in the forked children.
 
-    `record` is the file that tells the server child's pid and start ticks; MRCORE_READY_FD gets word once it answers.
+    `record` is the file with the server child's pid and start ticks; MRCORE_READY_FD is written to once it answers.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Supervisor:
         self._stopping = self._stopping or number != signal.SIGCHLD
 
     def run(self) -> int:
-        """Serve until SIGTERM, SIGINT or SIGHUP (gives 0), or until the server child cannot be kept alive (gives 1)."""
+        """Serve until a stop signal (return 0), or until the server child cannot be kept alive (return 1)."""
         gc.collect()
         gc.freeze()  # the collector would otherwise touch, and so copy, every page that the children share
         self._start_server()
@@ -142,7 +142,7 @@ class Supervisor:
             self._ready = True
             procfs.announce_ready()
 
-    def _tell(self, **message: Any) -> None:
+    def _send(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # a dead server needs no news; its end is noticed by SIGCHLD
             self._control.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
 
@@ -184,12 +184,12 @@ class Supervisor:
         try:
             self._task = pid = self._fork(connection, lambda: self._be_task(connection))
         except OSError as error:
-            self._tell(ended=serial, message=f"cannot fork a task process: {error}")
+            self._send(ended=serial, message=f"cannot fork a task process: {error}")
         else:
             with contextlib.suppress(OSError):  # here and in the child, so that neither has to wait for the other
                 os.setpgid(pid, pid)
             self._give_terminal(pid)
-            self._tell(spawned=serial, pid=pid)
+            self._send(spawned=serial, pid=pid)
         connection.close()
 
     def _be_task(self, connection: socket.socket) -> None:
@@ -216,7 +216,7 @@ class Supervisor:
         data = connection.recv(size, socket.MSG_WAITALL)
         if not size or len(data) < size:
             sys.exit("the order was cut off")
-        self._run_task(json.loads(data), connection)
+        self._run_task(data, connection)
 
     def _no_breakpoint(self, *_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(
@@ -241,10 +241,10 @@ class Supervisor:
         logs.drain(self._printed, self._log)
         if pid:
             self._give_terminal(os.getpgrp())
-            told = {"message": "does not end: stuck in the kernel"} if status is None else describe(status)
+            ending = {"message": "does not end: stuck in the kernel"} if status is None else describe(status)
             note = self._note[:].partition(b"\0")[0].decode("utf-8", "surrogateescape")  # written by user's process
-            told |= {"message": reason or told["message"], "in_hand": one_line(note, MAX_NOTE)}
-            self._tell(ended=self._serial, **told)
+            what = {"message": reason or ending["message"], "in_hand": one_line(note, MAX_NOTE)}
+            self._send(ended=self._serial, **{**ending, **what})
 
     def _reap(self) -> None:
         """Handle every child that has ended, orphans of tasks too."""

@@ -15,7 +15,6 @@ import shutil
 import site
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mrcore.errors import ClusterFault, JobFault
+from mrcore.system.archives import pack
 from mrcore.system.paths import remove_tree
 
 REQUIREMENTS, WHEELS = "requirements.txt", "wheels"
@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 
 def is_wanted(project: Path) -> bool:
-    """Whether a project asks for packages: it has a requirements.txt that is not only comments."""
+    """Return whether a project asks for packages: it has a requirements.txt that is not only comments."""
     file = project / REQUIREMENTS
     if not file.is_file():  # reading a FIFO would wait for ever; that it is one, `snapshot.project_files` says
         return False
@@ -43,7 +43,7 @@ def is_wanted(project: Path) -> bool:
 
 
 def missing(project: Path) -> str | None:
-    """What is wrong when a project asks for packages and has no wheels."""
+    """Return what is wrong when a project asks for packages and has no wheels."""
     if not is_wanted(project) or any((project / WHEELS).glob("*.whl")):
         return None
     return f"project {project.name} has a {REQUIREMENTS} and no wheels: {_how_to_fetch(project.name)}"
@@ -57,9 +57,12 @@ def _how_to_fetch(project: str) -> str:
 
 
 def environment_hash(project: Path) -> str | None:
-    """Name the environment that a project asks for: 32 hexadecimal digits, or None. Raises JobFault: no wheels."""
-    if fault := missing(project):
-        raise JobFault(fault)
+    """Return the name of the environment that a project asks for, 32 hexadecimal digits, or None if it asks for none.
+
+    Raises JobFault when there are no wheels.
+    """
+    if error := missing(project):
+        raise JobFault(error)
     if not is_wanted(project):
         return None
     state = hashlib.sha256("{}.{}\n".format(*sys.version_info).encode())
@@ -76,7 +79,7 @@ def _files(project: Path) -> list[tuple[str, Path]]:
 
 @functools.lru_cache(maxsize=1000)
 def _digest(path: Path, size: int, mtime_ns: int, inode: int) -> str:
-    """A file's checksum; a Runner that starts a job again does not read gigabytes of wheels again."""
+    """Return a file's checksum; a Runner that starts a job again does not read gigabytes of wheels again."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -97,20 +100,18 @@ class Shipment:
             self._archive.close()
 
     def bring(self, call: Callable[..., Any], put: Callable[[Json, tuple[int, int]], Any]) -> None:
-        """See to it that one node has the environment, by the two ways to its agent. Raises what these raise."""
+        """Install the environment on a node that lacks it, by the two ways to its agent. Raises what these raise."""
         if self.hash and not call("environment_state", hash=self.hash):
             put({"environment": self.hash}, self._packed())
             call("install_environment", hash=self.hash, project=self._project.name, timeout_seconds=600)
 
     def _packed(self) -> tuple[int, int]:
-        """An open tar of requirements and wheels, made for the first node that wants it, and its length."""
+        """Return an open tar of requirements and wheels, made for the first node that needs it, and its length."""
         with self._lock:
             if self._archive is None:
                 self._state_dir.mkdir(parents=True, exist_ok=True)
                 self._archive = tempfile.TemporaryFile(dir=self._state_dir)
-                with tarfile.open(fileobj=self._archive, mode="w") as archive:
-                    for name, path in _files(self._project):
-                        archive.add(path.resolve(), name)
+                pack(_files(self._project), self._archive)
                 self._archive.flush()
         return self._archive.fileno(), os.fstat(self._archive.fileno()).st_size
 
@@ -126,18 +127,18 @@ def install(source: Path, target: Path, project: str, node: str) -> None:
     try:
         target.mkdir(parents=True, exist_ok=True)  # also when all that is asked for is not for this machine
         done = json.loads(_pip([*command, "--report", "-"], project, node))
-        if faults := conflicts({each["metadata"]["name"]: each["metadata"]["version"] for each in done["install"]}):
-            raise JobFault(f"project {project}: {'; '.join(faults)}")
+        if errors := conflicts({item["metadata"]["name"]: item["metadata"]["version"] for item in done["install"]}):
+            raise JobFault(f"project {project}: {'; '.join(errors)}")
     except BaseException:
         remove_tree(target)
         raise
 
 
 def conflicts(wanted: dict[str, str]) -> list[str]:
-    """Say which packages (name: version) a task process cannot have, since mrcore has loaded another version."""
+    """Return which packages (name: version) a task process cannot have, since mrcore has loaded another version."""
     from importlib import metadata  # here: an agent needs it hardly ever
 
-    faults = []
+    errors = []
     for name, version in wanted.items():
         plain = re.sub(r"[-_.]+", "-", name).lower()
         if plain not in OURS:
@@ -147,11 +148,11 @@ def conflicts(wanted: dict[str, str]) -> list[str]:
         except metadata.PackageNotFoundError:  # not on this CPU: then mrcore does not load it either
             continue
         if ours != version:
-            faults.append(
+            errors.append(
                 f"it asks for {plain} {version}, and mrcore itself runs on {plain} {ours}, which a task has loaded "
                 f"before: write {plain}=={ours} into {REQUIREMENTS}, or leave it out"
             )
-    return faults
+    return errors
 
 
 def _pip(arguments: list[str], project: str, node: str) -> str:
@@ -175,15 +176,15 @@ def _pip(arguments: list[str], project: str, node: str) -> str:
             "job goes on by itself",
             hold=True,
         )
-    said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     raise JobFault(
-        f"the packages of project {project} cannot be installed on {node}: {' '.join(said) or done.stderr[-500:]}; "
+        f"the packages of project {project} cannot be installed on {node}: {' '.join(lines) or done.stderr[-500:]}; "
         f"wheels are missing or made for another Python: {_how_to_fetch(project)}"
     )
 
 
 def install_for_trial(project: Path) -> Path | None:
-    """Give the environment that a project asks for, from the caller's cache; None if it asks for none."""
+    """Return the environment that a project asks for, from the caller's cache; None if it asks for none."""
     name = environment_hash(project)
     if name is None:
         return None

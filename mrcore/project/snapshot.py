@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from mrcore.errors import JobFault
+from mrcore.system.archives import pack
 from mrcore.system.permissions import blocked
 from mrcore.system.readers import open_regular
 from mrcore.text import unfit
@@ -19,7 +19,7 @@ MAX_PROJECT_BYTES = 512 << 20  # it travels in one piece, through the memory of 
 
 
 def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Give `(relative name, path)` of every file that makes up a project, in order of name.
+    """Yield `(relative name, path)` of every file that makes up a project, in order of name.
 
     Dotfiles, `__pycache__` and `wheels` are left out. Raises JobFault for a link that leads out of the folder, for what
     is no plain file (to open a FIFO would wait for ever), and when all together is larger than MAX_PROJECT_BYTES.
@@ -27,9 +27,7 @@ def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
     root, total = folder.resolve(), 0
     for base, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in _IGNORED and not name.startswith("."))
-        for name in sorted(files):
-            if name.startswith(".") or name.endswith(".pyc"):
-                continue
+        for name in sorted(name for name in files if not name.startswith(".") and not name.endswith(".pyc")):
             path = Path(base, name)
             if why := unfit(str(path)):
                 raise JobFault(f"the name of the project file {str(path)!r} {why}: rename it")
@@ -51,7 +49,7 @@ def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def project_hash(folder: Path) -> str:
-    """Give the content hash that names a snapshot of the project: 32 hexadecimal digits."""
+    """Return the content hash that names a snapshot of the project: 32 hexadecimal digits."""
     state = hashlib.sha256()
     for name, path in sorted(project_files(folder)):
         content = path.read_bytes()
@@ -60,12 +58,7 @@ def project_hash(folder: Path) -> str:
 
 
 def pack_project(folder: Path) -> bytes:
-    """Give the project's files as an uncompressed tar archive, the same bytes for the same content."""
+    """Return the project's files as an uncompressed tar archive, the same bytes for the same content."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, path in sorted(project_files(folder)):
-            content = path.read_bytes()
-            member = tarfile.TarInfo(name)
-            member.size, member.mode = len(content), 0o644
-            archive.addfile(member, io.BytesIO(content))
+    pack(sorted(project_files(folder)), buffer)
     return buffer.getvalue()

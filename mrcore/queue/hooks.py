@@ -1,4 +1,4 @@
-"""The operator's commands that are told how runs ended: on_success, on_failure. None can hold up or stop the Runner."""
+"""The operator's commands at the end of runs: on_success, on_failure. None can hold up or stop the Runner."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOG_SECONDS = 5.0  # for what a hook printed to be written; what it left running
 
 
 class Hooks:
-    """Calls the commands, each in a thread of its own; `note(job_name, run, text)` hears of those that failed."""
+    """Calls the commands, each in a thread of its own; `note(job_name, run, text)` is called for those that failed."""
 
     def __init__(self, settings: Settings, note: Callable[[str, int, str], None]) -> None:
         self._note = note
@@ -57,8 +57,8 @@ class Hooks:
             if problem := self._run(command, json.dumps(plain(facts)).encode()):
                 self._note(facts["job_name"], facts["run"], f"hook {command[0]} {problem}; see {self._log}")
 
-    def _run(self, command: list[str], told: bytes) -> str | None:
-        """Run it with `told` on standard input; gives what went wrong, or None."""
+    def _run(self, command: list[str], facts: bytes) -> str | None:
+        """Run it with `facts` on standard input; return what went wrong, or None."""
         with self._keeper() as output:
             try:
                 process = subprocess.Popen(
@@ -68,7 +68,7 @@ class Hooks:
                 return f"cannot be started: {error.strerror}"
             output.close()
             try:
-                process.communicate(told, HOOK_SECONDS)
+                process.communicate(facts, HOOK_SECONDS)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait(HOOK_SECONDS)
@@ -77,18 +77,14 @@ class Hooks:
 
     @contextlib.contextmanager
     def _keeper(self) -> Iterator[IO[bytes]]:
-        """Start what keeps the log, and give where to print; at the end, wait until all is written.
+        """Start what keeps the log, and yield where to print; at the end, wait until all is written.
 
         It is a process of its own, since a hook that outlives us, or leaves something running, must not fail because
         it prints.
         """
         self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        keeper = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mrcore.system.logs", str(self._log), str(self._log_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-P", "-m", "mrcore.system.logs", str(self._log), str(self._log_bytes)]
+        keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
         assert keeper.stdin
         try:
             yield keeper.stdin

@@ -1,4 +1,4 @@
-"""The three kinds of job: templates with every key, and validation that reports all faults at once.
+"""The three kinds of job: templates with every key, and validation that reports all errors at once.
 
 A job is a plain dict. None means the working default wherever there is one. Keys that the system fills
 (`start_time`, `exception`, …) are accepted and emptied, so that a job read from the history can be submitted again.
@@ -166,7 +166,7 @@ _TRANSFER_NEEDS = {"upload_auxiliary": ("input_file_name", "auxiliary_data_name"
 
 
 def template(kind: str) -> dict[str, Any]:
-    """A job of this kind with every key at its working default and None where the user must say."""
+    """Return a job of this kind with every key at its working default and None where the user must say."""
     model = _model(kind)
     defaults = {
         key: field.get_default() if not field.is_required() else None for key, field in model.model_fields.items()
@@ -175,7 +175,7 @@ def template(kind: str) -> dict[str, Any]:
 
 
 def job_template_yaml(kind: str) -> str:
-    """The template as YAML, each key explained; what the system fills by itself is left out."""
+    """Return the template as YAML, each key explained; what the system fills by itself is left out."""
     values = template(kind)
     lines = [f"# A {kind} job. {' '.join((_model(kind).__doc__ or '').split())}"]
     for key, field in _model(kind).model_fields.items():
@@ -186,7 +186,7 @@ def job_template_yaml(kind: str) -> str:
 
 
 def validate(job: dict[str, Any], projects_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Give the job with every key present, JSON-able, None replaced by defaults. UsageError names all faults.
+    """Return the job with every key present, JSON-able, None replaced by defaults. UsageError names all errors.
 
     With `projects_dir` what the job names on the master is looked for too (`check_project`).
     """
@@ -195,42 +195,42 @@ def validate(job: dict[str, Any], projects_dir: str | os.PathLike[str] | None = 
     plain = {clean(key): value for key, value in job.items() if key not in _FILLED}
     plain["job_type"] = model_type = clean(plain.get("job_type") or "mapreduce")
     model = _model(model_type)
-    faults: list[str] = []
+    errors: list[str] = []
     values: dict[str, Any] = {}
     try:
         values = model.model_validate(plain).model_dump(mode="json")
     except ValidationError as error:
-        faults = explain(error, model)
-    faults += [fault for key, value in values.items() for fault in unfit_texts(value, key)]
-    faults += _contradictions(template(model_type) | {k: v for k, v in plain.items() if v is not None})
+        errors = explain(error, model)
+    errors += [text for key, value in values.items() for text in unfit_texts(value, key)]
+    errors += _contradictions(template(model_type) | {k: v for k, v in plain.items() if v is not None})
     if projects_dir is not None:
         texts = {key: value if isinstance(value, str) else None for key, value in plain.items()}
-        faults += check_project(template(model_type) | texts, projects_dir)
-    if faults:
+        errors += check_project(template(model_type) | texts, projects_dir)
+    if errors:
         name = brief(plain["job_name"]) if plain.get("job_name") else "without a name"
-        told = faults if len(faults) == 1 else [f"({n}) {f}" for n, f in enumerate(faults, 1)]
-        raise UsageError(f"job {name} refused: {listed(told)}", faults=faults)
+        lines = errors if len(errors) == 1 else [f"({n}) {text}" for n, text in enumerate(errors, 1)]
+        raise UsageError(f"job {name} refused: {listed(lines)}", faults=errors)
     return with_absolute_paths(values) | dict.fromkeys(_FILLED)
 
 
 def with_absolute_paths(job: dict[str, Any]) -> dict[str, Any]:
-    """Give a job, valid or not, with its paths on the master absolute: by the current folder, by the caller's home."""
+    """Return a job, valid or not, with its paths on the master absolute, by the current folder and the user's home."""
     return job | {key: _absolute(job[key]) for key in local_paths(job)}
 
 
 def keeps(job: dict[str, Any]) -> bool:
-    """Whether a job whose run failed, without a retry left, stays in the queue."""
+    """Return whether a job whose run failed, without a retry left, stays in the queue."""
     return (job.get("on_failure") or ("leave" if job["run_once"] else "keep")) == "keep"
 
 
 def retry_seconds(job: dict[str, Any], tries: int) -> float | None:
-    """How long to wait before the next retry after `tries` of them; None: there is none left."""
+    """Return how long to wait before the next retry after `tries` of them; None: there is none left."""
     first = job.get("retry_delay", 30.0)
     return min(first * 2.0**tries, max(first, MAX_RETRY_SECONDS)) if tries < job.get("retries", 0) else None
 
 
 def local_paths(job: dict[str, Any]) -> dict[str, bool]:
-    """The keys of a job that name a path on the master; True: a folder that is written."""
+    """Return the keys of a job that name a path on the master; True: a folder that is written."""
     kind = str(job.get("transfer_type") or "").removesuffix("_bulk")
     keys = {"upload": {"input_dir": False}, "download": {"output_dir": True}}.get(kind, {})
     keys |= {"script_location": False, "input_file_name": False}
@@ -244,54 +244,54 @@ def _model(kind: str) -> type[Job]:
 
 
 def _contradictions(job: dict[str, Any]) -> list[str]:
-    """Faults between keys. Reads unvalidated values, so that they are told together with faults of single keys."""
-    faults = []
+    """Return errors between keys, of values not yet validated: they are reported with those of single keys."""
+    errors = []
     if job["job_type"] == "mapreduce":
         held, kept = job["hold_state"] is True, job["delete_job_data"] is False
         if held and job["downsample"] not in (1, 1.0):
-            faults.append("downsample with hold_state would mark lines as read that were not: leave one of them out")
+            errors.append("downsample with hold_state would mark lines as read that were not: leave one of them out")
         if held and job["merge_output"] is not True and not kept:
-            faults.append(
+            errors.append(
                 "hold_state needs merge_output: true or delete_job_data: false, or it would lose what it made"
             )
         if job["merge_output"] is True and not held:
-            faults.append("merge_output needs hold_state: true, or each run would count its inputs again")
+            errors.append("merge_output needs hold_state: true, or each run would count its inputs again")
         for key in ("merge_output", "combine_function_name"):
             if job[key] and not job["reduce_function_name"]:
-                faults.append(f"{key} needs a reduce_function_name")
+                errors.append(f"{key} needs a reduce_function_name")
     if job["job_type"] == "file_transfer" and job["transfer_type"] in get_args(TransferType):
         needs = _TRANSFER_NEEDS.get(job["transfer_type"], ("input_dir", "output_dir"))
-        faults += [f"{job['transfer_type']} needs {key!r}" for key in needs if not job[key]]
+        errors += [f"{job['transfer_type']} needs {key!r}" for key in needs if not job[key]]
         remote = "input_dir" if job["transfer_type"].startswith("download") else "output_dir"
         path = job[remote] if remote in needs and isinstance(job[remote], str) else ""
         if path.startswith("/") or ".." in path.split("/"):
-            faults.append(f"{remote} lies under each node's base_dir: it must be relative, without '..', got {path!r}")
-    return faults
+            errors.append(f"{remote} lies under each node's base_dir: it must be relative, without '..', got {path!r}")
+    return errors
 
 
 def check_project(job: dict[str, Any], projects_dir: str | os.PathLike[str]) -> list[str]:
-    """Look for what a job names on the master: project, modules, functions, script, folders. Gives the faults.
+    """Look for what a job names on the master: project, modules, functions, script, folders. Return the errors.
 
-    Who calls this is the user who will run the job: what he may not read, or not fill, is a fault.
+    It is called as the user who will run the job: what this user may not read, or not fill, is an error.
     """
     reasons = {key: blocked(_absolute(job[key]), write) for key, write in local_paths(job).items()}
-    faults = [f"{key}: {reason}" for key, reason in reasons.items() if reason]
+    errors = [f"{key}: {reason}" for key, reason in reasons.items() if reason]
     script = job["script_location"] if job["job_type"] == "script" else None
-    if script and not faults and not Path(_absolute(script)).is_file():
-        faults.append(f"script_location: there is no file {script}")
+    if script and not errors and not Path(_absolute(script)).is_file():
+        errors.append(f"script_location: there is no file {script}")
     if job["job_type"] != "mapreduce" or not re.match(NAME, job["project_name"] or ""):
-        return faults
+        return errors
     folder = Path(projects_dir).absolute() / job["project_name"]
     if reason := blocked(folder):
-        return [*faults, f"project_name: {reason}"]
+        return [*errors, f"project_name: {reason}"]
     if not folder.is_dir():
-        others = sorted(each.name for each in folder.parent.glob("*/")) if folder.parent.is_dir() else []
+        others = sorted(path.name for path in folder.parent.glob("*/")) if folder.parent.is_dir() else []
         return [f"project folder {folder} does not exist{nearest(folder.name, others)}: make it or set projects_dir"]
-    faults += [reason] if (reason := packages.missing(folder)) else []
+    errors += [reason] if (reason := packages.missing(folder)) else []
     mappers = [job["map_function_name"]] if job["map_function_name"] else []
-    faults += _check_module(folder / "map_functions.py", mappers)
+    errors += _check_module(folder / "map_functions.py", mappers)
     reducers = [job[key] for key in ("reduce_function_name", "combine_function_name") if job[key]]
-    return faults + (_check_module(folder / "reduce_functions.py", reducers) if reducers else [])
+    return errors + (_check_module(folder / "reduce_functions.py", reducers) if reducers else [])
 
 
 def _check_module(file: Path, functions: list[str]) -> list[str]:
@@ -308,7 +308,7 @@ def _check_module(file: Path, functions: list[str]) -> list[str]:
 
 
 def _names(tree: ast.AST) -> set[str] | None:
-    """Every name that the module gives to something, and its strings (the class may compare with or look up by
+    """Return every name that the module gives to something, and its strings (the class may compare with or look up by
     them); None where names come from elsewhere (`import *`, exec), so that nothing can be said."""
     names: set[str] = set()
     for node in ast.walk(tree):

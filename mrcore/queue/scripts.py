@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mrcore.errors import JobFault, MrcoreError
 from mrcore.system import logs, procfs
-from mrcore.system.subreaper import describe, sweep
+from mrcore.system.subreaper import Ending, describe, sweep
 
 if TYPE_CHECKING:
     from mrcore.settings.config import Settings
@@ -41,7 +41,7 @@ MARK = "MRCORE_SCRIPT"
 def run(
     job: dict[str, Any], run: int, settings: Settings, progress: Callable[..., None], stop: threading.Event
 ) -> dict[str, Any]:
-    """Run a script job to its end and give its counts; setting `stop` ends the script and all it started.
+    """Run a script job to its end and return its counts; setting `stop` ends the script and all it started.
 
     What it prints goes to `log_of` as it comes, `log_bytes` of it at most. Raises JobFault when the script cannot be
     run or does not succeed, with the last lines that it printed; MrcoreError when it was stopped.
@@ -55,50 +55,38 @@ def run(
     log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _make_room(settings, name)
     progress("SCRIPT")
+    arguments = [str(log_file), str(settings.log_bytes), mark, *command]
     with log_file.open("ab") as log:
         guard = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "mrcore.queue.scripts",
-                str(log_file),
-                str(settings.log_bytes),
-                mark,
-                *command,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=script.parent,
-            env=_environment(job, run, settings),
-            start_new_session=True,
-        )
+            [sys.executable, "-P", "-m", "mrcore.queue.scripts", *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=script.parent,
+            env=_environment(job, run, settings), start_new_session=True,
+        )  # fmt: skip
     assert guard.stdin and guard.stdout
     threading.Thread(target=_close_when, args=(stop, guard.stdin), name="stop script", daemon=True).start()
-    told = json.loads(guard.stdout.read() or b"{}")  # ends when all that the script started has ended
+    ending = json.loads(guard.stdout.read() or b"{}")  # ends when all that the script started has ended
     guard.stdout.close()
     guard.wait()
     details = {"output": _tail(log_file), "log": str(log_file)}
     if stop.is_set():
         raise MrcoreError(f"the script {script} was stopped", **details)
-    if not told:
+    if not ending:
         end_leftovers(settings)
         raise JobFault(f"the guard of the script {script} was killed, and the script with it", **details)
-    if told.get("status") != 0:
+    if ending.get("status") != 0:
         last = details["output"].splitlines()[-1:]
-        raise JobFault(f"the script {script} {told['message']}" + (f": {last[0]:.200}" if last else ""), **details)
-    return {"counts": {"output_bytes": log_file.stat().st_size}}
+        raise JobFault(f"the script {script} {ending['message']}" + (f": {last[0]:.200}" if last else ""), **details)
+    return {"output_bytes": log_file.stat().st_size}
 
 
 def interpreter(job: dict[str, Any], settings: Settings) -> str:
-    """The Python that runs a script: of the project's `.venv` if it has one, else ours."""
+    """Return the Python that runs a script: of the project's `.venv` if it has one, else ours."""
     own = settings.projects_of(job) / (job["project_name"] or "") / ".venv/bin/python"
     return str(own) if job["project_name"] and own.exists() else sys.executable
 
 
 def log_of(settings: Settings, job_name: str, run: int) -> Path:
-    """Where what a script prints is kept."""
+    """Return where what a script prints is kept."""
     return settings.logs_dir / "scripts" / job_name / f"{run}.log"
 
 
@@ -110,9 +98,9 @@ def prune(settings: Settings, job_name: str, kept_runs: set[int]) -> None:
 
 
 def _logs(settings: Settings, job_name: str) -> list[Path]:
-    """What is kept of a job's runs, newest first."""
-    found = [path for path in log_of(settings, job_name, 0).parent.glob("*.log") if path.stem.isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem), reverse=True)
+    """Return what is kept of a job's runs, newest first."""
+    paths = [path for path in log_of(settings, job_name, 0).parent.glob("*.log") if path.stem.isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem), reverse=True)
 
 
 def _make_room(settings: Settings, job_name: str) -> None:
@@ -129,7 +117,7 @@ def end_leftovers(settings: Settings) -> None:
     deadline = time.monotonic() + KILL_SECONDS
     ours = f"{settings.state_dir} "
     while True:
-        pids = [int(each) for each in os.listdir("/proc") if each.isdecimal()]
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
         left = [pid for pid in pids if procfs.environment_value(pid, MARK).startswith(ours) and procfs.state(pid)]
         for pid in left:
             procfs.send_signal(pid, procfs.start_ticks(pid) or 0, signal.SIGKILL)
@@ -139,9 +127,9 @@ def end_leftovers(settings: Settings) -> None:
 
 
 def _environment(job: dict[str, Any], run: int, settings: Settings) -> dict[str, str]:
-    """What a script is told: ours, and the job, its run, group and project, and where the cluster's folders lie."""
+    """Return a script's environment: ours, the job, its run, group and project, and where the cluster's folders lie."""
     base_dirs = dict.fromkeys(str(node.layout.base_dir) for node in settings.nodes)
-    told = {
+    facts = {
         "JOB": job["job_name"],
         "RUN": run,
         "GROUP": job["group_name"] or "",
@@ -151,7 +139,7 @@ def _environment(job: dict[str, Any], run: int, settings: Settings) -> dict[str,
         "HOME": settings.home,
         "BASE_DIRS": os.pathsep.join(base_dirs),
     }
-    return os.environ | {"PYTHONUNBUFFERED": "1"} | {f"MRCORE_{key}": str(value) for key, value in told.items()}
+    return os.environ | {"PYTHONUNBUFFERED": "1"} | {f"MRCORE_{key}": str(value) for key, value in facts.items()}
 
 
 def _close_when(stop: threading.Event, pipe: BinaryIO) -> None:
@@ -177,8 +165,8 @@ class _Guard:
             signal.signal(number, lambda *_: None)  # only the pipe ends us; a handler does not pass to the script
         signal.set_wakeup_fd(wake_in, warn_on_full_buffer=False)
 
-    def run(self, mark: str, command: list[str]) -> dict[str, Any]:
-        """Run the command until it ends or is told to; gives how it ended. Nothing of it is then left.
+    def run(self, mark: str, command: list[str]) -> Ending:
+        """Run the command until it ends or has to; return how it ended. Nothing of it is then left.
 
         `mark` is put into its environment, for `end_leftovers`.
         """
@@ -204,23 +192,23 @@ class _Guard:
         return describe(status)
 
     def _wait(self, child: int, printed: int) -> int:
-        """Write what the script prints, end it when the pipe of the Runner does, and give its wait status."""
+        """Write what the script prints, end it when the pipe of the Runner does, and return its wait status."""
         deadline: float | None = None
-        heard = {self._wake, 0, printed}
+        watched = {self._wake, 0, printed}
         while True:
             pause = logs.WINDOW_SECONDS if self._log.held else None
             if deadline is not None:
                 pause = max(0.0, min(deadline - time.monotonic(), pause or KILL_SECONDS))
-            readable, _, _ = select.select(heard, [], [], pause)
+            readable, _, _ = select.select(watched, [], [], pause)
             if printed in readable:
                 data = os.read(printed, logs.READ_BYTES)
                 self._log.write(data)
-                heard -= set() if data else {printed}
+                watched -= set() if data else {printed}
             elif not readable:
                 self._log.settle()
             if 0 in readable:
                 os.killpg(child, signal.SIGTERM)
-                heard -= {0}
+                watched -= {0}
                 deadline = time.monotonic() + GRACE_SECONDS
             elif deadline is not None and time.monotonic() >= deadline:
                 os.killpg(child, signal.SIGKILL)
@@ -231,11 +219,11 @@ class _Guard:
                 return status
 
     def _reap(self, wanted: int) -> int | None:
-        """Reap what has ended, orphans too; gives the wait status of `wanted` once it has."""
+        """Reap what has ended, orphans too; return the wait status of `wanted` once it has."""
         with contextlib.suppress(ChildProcessError):
-            while (found := os.waitpid(-1, os.WNOHANG))[0]:
-                if found[0] == wanted:
-                    return found[1]
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == wanted:
+                    return ended[1]
         return None
 
 

@@ -12,7 +12,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,14 +25,8 @@ from mrcore.system.reload import Watched
 from mrcore.text import unfit
 
 SYSTEM_CONFIG = Path("/etc/mrcore/cluster.yml")
-LOCAL_SHAPE: dict[str, Any] = {
-    "nodes": 1,
-    "servers": 2,
-    "address": "127.0.0.1",
-    "agent_port": 45678,
-    "server_port": 23456,
-}
-
+_PORTS = {"agent_port": 45678, "server_port": 23456}
+LOCAL_SHAPE: dict[str, Any] = {"nodes": 1, "servers": 2, "address": "127.0.0.1"} | _PORTS
 MAX_PORT = 65_535
 
 Port = Annotated[int, Field(ge=1, le=MAX_PORT)]
@@ -46,22 +40,21 @@ class NodeSettings(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,62}$")
     address: str = Field(min_length=1)
     servers: int = Field(ge=1, le=256)
-    agent_port: Port = 45678
-    server_port: Port = 23456
+    agent_port: Port = _PORTS["agent_port"]
+    server_port: Port = _PORTS["server_port"]
     first_server: int | None = Field(None, ge=0, lt=100_000, description="number of its first cluster server")
     ssh_port: Port = 22
     compute_dir: Folder
 
     @property
     def layout(self) -> Layout:
-        """The node's folders, `auxiliary_dir` and `base_dir` among them."""
+        """Return the node's folders, `auxiliary_dir` and `base_dir` among them."""
         return Layout(self.compute_dir)
 
 
-class ServerSettings(BaseModel):
+class ServerSettings(NamedTuple):
     """One cluster server: its name in the cluster, its node, and the port of its own."""
 
-    model_config = ConfigDict(frozen=True)
     name: str
     node: NodeSettings
     port: int
@@ -93,7 +86,7 @@ class Settings(BaseModel):
 
     @property
     def members_file(self) -> Path:
-        """The allow list of the cluster's certificates (`wire.members`), by which the master knows whom it calls."""
+        """Return the allow list of the cluster's certificates (`wire.members`), by which the master knows its nodes."""
         return self.pki_dir.parent / "members.json"
 
     def projects_of(self, job: Mapping[str, Any]) -> Path:
@@ -105,29 +98,34 @@ class Settings(BaseModel):
         return Path(settled) if settled else self.projects_dir
 
     def node(self, name: str) -> NodeSettings:
-        """The node of this name. Raises UsageError."""
+        """Return the node of this name. Raises UsageError."""
         for node in self.nodes:
             if node.name == name:
                 return node
         raise UsageError(f"there is no node {name!r}; there are {', '.join(node.name for node in self.nodes)}")
 
     def servers(self) -> list[ServerSettings]:
-        """All cluster servers in order of their numbers: S_0, S_1, …
+        """Return all cluster servers in order of their numbers: S_0, S_1, …"""
+        return [server for _, server in sorted(self.numbered_servers(), key=lambda pair: pair[0])]
+
+    def numbered_servers(self) -> list[tuple[int, ServerSettings]]:
+        """Return number and server for all cluster servers, by nodes.
 
         A node's numbers begin with its `first_server`, so that names stay when nodes come and go; without it they
         follow those of the node before.
         """
-        found, number = {}, 0
+        servers: list[tuple[int, ServerSettings]] = []
+        number = 0
         for node in self.nodes:
             number = number if node.first_server is None else node.first_server
-            for index in range(node.servers):
-                found[number] = ServerSettings(name=f"S_{number}", node=node, port=node.server_port + index)
+            for port in range(node.server_port, node.server_port + node.servers):
+                servers.append((number, ServerSettings(f"S_{number}", node, port)))
                 number += 1
-        return [found[each] for each in sorted(found)]
+        return servers
 
 
 def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
-    """Read the settings (see the module for the order). Raises UsageError naming every fault at once."""
+    """Read the settings (see the module for the order). Raises UsageError naming every error at once."""
     chosen = path or os.environ.get("MRCORE_CONFIG")
     file = Path(chosen) if chosen else SYSTEM_CONFIG
     values = _read(file) if chosen or file.exists() else {}
@@ -147,15 +145,18 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        faults = explain(error, Settings, NodeSettings)
-        raise UsageError(f"settings of {source} refused: {'; '.join(faults)}", faults=faults) from None
-    if faults := _faults_between_nodes(settings):
-        raise UsageError(f"settings of {source} refused: {'; '.join(faults)}", faults=faults)
+        raise _refused(source, explain(error, Settings, NodeSettings)) from None
+    if errors := _errors_between_nodes(settings):
+        raise _refused(source, errors)
     return settings
 
 
+def _refused(source: str, errors: list[str]) -> UsageError:
+    return UsageError(f"settings of {source} refused: {'; '.join(errors)}", faults=errors)
+
+
 def _folder(key: str, name: Any) -> Path:
-    """A folder that the settings name, absolute. Raises UsageError for what can be no name."""
+    """Return a folder that the settings name, absolute. Raises UsageError for what can be no name."""
     if why := unfit(str(name)):
         raise UsageError(f"the folder {str(name)!r} ({key} of the settings, or MRCORE_HOME) {why}: choose another one")
     try:
@@ -165,36 +166,36 @@ def _folder(key: str, name: Any) -> Path:
 
 
 def watch_settings(path: str | os.PathLike[str] | None = None) -> Watched[Settings]:
-    """The settings as `load_settings` gives them, read again when their file changes; a faulty one changes nothing."""
+    """Return what loads the settings again when their file changes; one with errors changes nothing."""
     chosen = path or os.environ.get("MRCORE_CONFIG")
     files = [Path(chosen) if chosen else SYSTEM_CONFIG, load_settings(path).home / "cluster.json"]
     return Watched(files, lambda: load_settings(path))
 
 
-def _faults_between_nodes(settings: Settings) -> list[str]:
-    """What the settings of one node alone do not show: names, ports and numbers of servers that clash."""
-    faults: list[str] = []
-    names, places, numbers, number = set[str](), dict[tuple[str, int], str](), dict[int, str](), 0
+def _errors_between_nodes(settings: Settings) -> list[str]:
+    """Return what the settings of one node alone do not show: names, ports and numbers of servers that clash."""
+    errors: list[str] = []
+    names, places = set[str](), dict[tuple[str, int], str]()
     for node in settings.nodes:
         if node.name.lower() in names:
-            faults.append(f"two nodes have one name ({node.name})")
+            errors.append(f"two nodes have one name ({node.name})")
             continue
         names.add(node.name.lower())
         if node.server_port + node.servers - 1 > MAX_PORT:
-            faults.append(f"{node.name}: {node.servers} servers from port {node.server_port} on end beyond {MAX_PORT}")
+            errors.append(f"{node.name}: {node.servers} servers from port {node.server_port} on end beyond {MAX_PORT}")
         for port in (node.agent_port, *range(node.server_port, node.server_port + node.servers)):
             if (holder := places.get((node.address, port))) is not None:
                 both = f"{holder} and {node.name}" if holder != node.name else f"agent and a server of {node.name}"
-                faults.append(f"{both} have one address and port ({node.address}:{port})")
+                errors.append(f"{both} have one address and port ({node.address}:{port})")
                 break
             places[node.address, port] = node.name
-        number = number if node.first_server is None else node.first_server
-        for each in range(number, number + node.servers):
-            if (holder := numbers.setdefault(each, node.name)) != node.name:
-                faults.append(f"{holder} and {node.name} would both have a server S_{each}: mend their first_server")
-                break
-        number += node.servers
-    return faults
+    holders, clashes = dict[int, str](), dict[str, str]()  # the first of each node
+    for number, server in settings.numbered_servers():
+        name = server.node.name
+        if (holder := holders.setdefault(number, name)) != name:
+            text = f"{holder} and {name} would both have a server S_{number}: fix their first_server"
+            clashes.setdefault(name, text)
+    return [*errors, *clashes.values()]
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -209,34 +210,33 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _local_values(home: Path, values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the values of a local cluster, whose shape becomes its nodes."""
     shape = {key: values.get(key, usual) for key, usual in LOCAL_SHAPE.items()}
     count, ports = shape["nodes"], {key: shape[key] for key in ("servers", "agent_port", "server_port")}
     try:
         first = ipaddress.IPv4Address(shape["address"])
-        addresses = [str(first + index) for index in range(count)] if 1 <= count <= 250 else []
+        addresses = [first + index for index in range(count)] if 1 <= count <= 250 else []
     except ValueError:
-        raise UsageError(f"settings of {source} refused: address: no IPv4 address, got {shape['address']!r}") from None
+        raise _refused(source, [f"address: no IPv4 address, got {shape['address']!r}"]) from None
     if not addresses:
-        raise UsageError(f"settings of {source} refused: nodes: a local cluster has 1 to 250, got {count}")
-    if outside := [address for address in addresses if not ipaddress.IPv4Address(address).is_loopback]:
-        raise UsageError(
-            f"settings of {source} refused: address: {outside[0]} is no loopback address (127.0.0.0/8), and a local "
-            "cluster listens on no other"
-        )
+        raise _refused(source, [f"nodes: a local cluster has 1 to 250, got {count}"])
+    if outside := [address for address in addresses if not address.is_loopback]:
+        loopback = "is no loopback address (127.0.0.0/8), and a local cluster listens on no other"
+        raise _refused(source, [f"address: {outside[0]} {loopback}"])
     nodes = [
-        {"name": f"node-{index}", "address": address, "compute_dir": home / "nodes" / address, **ports}
+        {"name": f"node-{index}", "address": str(address), "compute_dir": home / "nodes" / str(address), **ports}
         for index, address in enumerate(addresses)
     ]
     return {key: value for key, value in values.items() if key not in LOCAL_SHAPE} | {"local": True, "nodes": nodes}
 
 
 def server_memory_bytes(settings: Settings, node: NodeSettings | None = None) -> int:
-    """The budget of one server in bytes: the machine's share over all servers that this machine runs.
+    """Return the budget of one server in bytes: the machine's share over all servers that this machine runs.
 
-    Nodes of a local cluster share one machine; of a deployed one each has its own, and `node` tells which. Raises
-    UsageError when that is too little to work with.
+    Nodes of a local cluster share one machine; of a deployed one each has its own, here `node`. Raises UsageError when
+    that is too little to work with.
     """
-    together = sum(each.servers for each in settings.nodes) if settings.local or node is None else node.servers
-    if fault := too_little_memory(settings.memory_bytes, together):
-        raise UsageError(fault)
+    together = sum(other.servers for other in settings.nodes) if settings.local or node is None else node.servers
+    if error := too_little_memory(settings.memory_bytes, together):
+        raise UsageError(error)
     return budget_bytes(settings.memory_bytes, together)

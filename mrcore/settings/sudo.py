@@ -23,8 +23,8 @@ SUBMITTERS = "mrcore-users"  # the group whose members the master's sudoers rule
 ASK_SECONDS = 10.0
 
 
-def is_needed(settings: Settings) -> bool:
-    """Whether the settings name a user that this process is not. Raises UsageError if the machine has no such user."""
+def needs_sudo(settings: Settings) -> bool:
+    """Return whether the settings name a user that this process is not. UsageError: the machine has no such user."""
     if settings.user is None:
         return False
     try:
@@ -36,9 +36,9 @@ def is_needed(settings: Settings) -> bool:
         ) from None
 
 
-def insist(settings: Settings) -> Settings:
-    """Give the settings back. Raises UsageError for a Python program that another user runs, also root."""
-    if is_needed(settings):
+def require_owner(settings: Settings) -> Settings:
+    """Return the settings. Raises UsageError for a Python program that another user runs, also root."""
+    if needs_sudo(settings):
         raise UsageError(
             f"this queue belongs to user {settings.user}, for whom what others write there would be closed: run the "
             f"program as that user (`sudo -u {settings.user} …`), or call the command `mrcore`, which does so by itself"
@@ -47,7 +47,7 @@ def insist(settings: Settings) -> Settings:
 
 
 def _as_user(settings: Settings, arguments: Sequence[str]) -> list[str]:
-    """The command that is `mrcore ARGUMENTS` as the settings' user. Raises UsageError when the caller may not."""
+    """Return the command that is `mrcore ARGUMENTS` as the settings' user. UsageError: the caller may not."""
     sudo = shutil.which("sudo")
     if sudo is None:
         raise UsageError(f"mrcore runs as user {settings.user} here, and there is no sudo to become that: install sudo")
@@ -70,7 +70,7 @@ def call(settings: Settings, arguments: Sequence[str], output: IO[bytes]) -> Non
         raise MrcoreError(f"`mrcore {' '.join(arguments)}` as user {settings.user} ended with status {status}")
 
 
-def hand_over(settings: Settings, arguments: Sequence[str], standard_input: bytes | None = None) -> NoReturn:
+def reexec_with_sudo(settings: Settings, arguments: Sequence[str], standard_input: bytes | None = None) -> NoReturn:
     """Become `mrcore ARGUMENTS` as the settings' user. Raises UsageError when the caller may not."""
     command = _as_user(settings, arguments)
     if standard_input is not None:
@@ -84,8 +84,8 @@ def hand_over(settings: Settings, arguments: Sequence[str], standard_input: byte
 
 
 def submitter(settings: Settings) -> str | None:
-    """Who called sudo to submit, which a job's own text cannot change; None when nobody did."""
-    return os.environ.get("SUDO_USER") if settings.user and not is_needed(settings) else None
+    """Return who called sudo to submit, which a job's own text cannot change; None when nobody did."""
+    return os.environ.get("SUDO_USER") if settings.user and not needs_sudo(settings) else None
 
 
 def _ourselves() -> str:
@@ -102,7 +102,7 @@ def _ourselves() -> str:
 
 
 def _is_submitter() -> bool:
-    """Whether the caller is root or in the group, as sudo sees it: also when he was added after his login."""
+    """Return whether the caller is root or in the group, as sudo sees it: also when he was added after his login."""
     if os.geteuid() == 0:
         return True
     try:
@@ -113,7 +113,7 @@ def _is_submitter() -> bool:
 
 
 def _may(sudo: str, user: str, command: str) -> bool:
-    """Whether another rule of sudo lets the caller through, such as an administrator's."""
+    """Return whether another rule of sudo lets the caller through, such as an administrator's."""
     asked = [sudo, "-n", "-l", "-u", user, "--", command]
     quiet = subprocess.DEVNULL
     try:

@@ -1,4 +1,4 @@
-"""How what a user wrote is read and how its faults are told: hostile YAML, pydantic's findings, mistyped words."""
+"""Parse user-supplied YAML and JSON safely, and turn validation errors into one-line messages."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ _CORE = (
     ),
     ("merge", "<<", ["<"]),
 )
+_HALF = re.compile("[\ud800-\udfff]")
 _brief = reprlib.Repr()  # YAML aliases can make a value whose whole repr would never end
 _brief.maxlevel = 2
 
 
 def brief(value: Any) -> str:
-    """The repr of a value that somebody else wrote, cut to a part of a line."""
+    """Return the repr of a value that somebody else wrote, cut to a part of a line."""
     try:
         return _brief.repr(value)
     except ValueError:  # an integer of too many digits
@@ -45,40 +46,40 @@ def brief(value: Any) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Give `" (did you mean 'x'?)"` for the known word nearest to a mistyped one, or an empty text."""
+    """Return `" (did you mean 'x'?)"` for the known word nearest to a mistyped one, or an empty text."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def unfit_texts(value: Any, place: str = "") -> list[str]:
-    """Give a fault for each text, in whatever lists and mappings, that no file, database or terminal would take."""
+    """Return an error for every text, in whatever lists and mappings, that no file, database or terminal would take."""
     if isinstance(value, str):
         return [f"{place}: {brief(value)} {why}"] if (why := unfit(value)) else []
     if isinstance(value, dict):
-        return [fault for key in value for fault in unfit_texts(key, place) + unfit_texts(value[key], place)]
-    return [fault for each in value for fault in unfit_texts(each, place)] if isinstance(value, list) else []
+        value = [member for pair in value.items() for member in pair]
+    return [error for member in value for error in unfit_texts(member, place)] if isinstance(value, list) else []
 
 
 def explain(error: ValidationError, *models: type[BaseModel]) -> list[str]:
-    """Turn pydantic's findings into one line for each key: what is wrong, what was given, the nearest known key."""
+    """Return pydantic's errors as one line for each key: what is wrong, what was given, the nearest known key."""
     known = [key for model in models for key in model.model_fields]
-    faults: dict[str, str] = {}
-    for found in error.errors(include_url=False):
-        if found["type"] == "too_short" and found["input"]:
-            continue  # only because its faulty members, told by themselves, do not count
-        *above, last = found["loc"]
-        unknown, message = found["type"] == "extra_forbidden", found["msg"].removeprefix("Value error, ")
-        # A union adds its members' names to the place of a fault: they are no part of the key.
+    lines: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "too_short" and detail["input"]:
+            continue  # only because its wrong members, which have lines of their own, do not count
+        *above, last = detail["loc"]
+        unknown, message = detail["type"] == "extra_forbidden", detail["msg"].removeprefix("Value error, ")
+        # A union adds its members' names to the place of an error: they are no part of the key.
         place = [part for part in above if isinstance(part, int) or part in known]
         place += [last] if unknown or isinstance(last, int) or last in known else []
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
         if unknown:
-            faults[key] = f"unknown key {key!r}{nearest(str(last), known)}"
-        elif found["type"] == "missing":
-            faults[key] = f"{key!r} is missing"
+            lines[key] = f"unknown key {key!r}{nearest(str(last), known)}"
+        elif detail["type"] == "missing":
+            lines[key] = f"{key!r} is missing"
         else:
-            faults[key] = f"{key}: {message[:1].lower()}{message[1:]}, got {brief(found['input'])}"
-    return list(faults.values())
+            lines[key] = f"{key}: {message[:1].lower()}{message[1:]}, got {brief(detail['input'])}"
+    return list(lines.values())
 
 
 def parse_yaml(content: str | bytes, where: str) -> Any:
@@ -112,7 +113,7 @@ def _too_deep(where: str) -> UsageError:
 
 
 def _json(text: str, where: str) -> Any:
-    twins: list[str] = []  # told only if all of it is JSON: it may be YAML, too
+    twins: list[str] = []  # an error only if all of it is JSON: it may be YAML, too
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -195,10 +196,10 @@ def _refuse_twins(loader: Any, root: Any, where: str) -> None:
             continue
         seen.add(id(node))
         lines: dict[Any, int] = {}
-        for each in node.value:
-            todo += each if isinstance(each, tuple) else [each]
-            if isinstance(each, tuple) and isinstance(each[0].value, str):
-                key, line = each[0], each[0].start_mark.line + 1
+        for member in node.value:  # nodes of a list, pairs of nodes of a mapping
+            todo += member if isinstance(member, tuple) else [member]
+            if isinstance(member, tuple) and isinstance(member[0].value, str):
+                key, line = member[0], member[0].start_mark.line + 1
                 name = key.value if key.tag.endswith(":merge") else loader.construct_object(key)
                 if name in lines:
                     raise UsageError(f"{where} has the key {brief(name)} twice, in lines {lines[name]} and {line}")
@@ -207,10 +208,10 @@ def _refuse_twins(loader: Any, root: Any, where: str) -> None:
 
 def _refuse_unfit(value: Any, where: str) -> None:
     """Raise UsageError naming the place of what is nested too deeply, no finite number, or half a character."""
-    todo: list[tuple[Any, Any, int]] = [((), value, 1)]  # a place is (the place above, key): no text for each
+    todo: list[tuple[Any, Any, int]] = [((), value, 1)]  # a place is (the place above, key): a text only for errors
     seen = set[int]()
 
-    def told(place: Any) -> str:
+    def path(place: Any) -> str:
         keys = []
         while place:
             place, key = place
@@ -218,19 +219,15 @@ def _refuse_unfit(value: Any, where: str) -> None:
         return one_line("".join(reversed(keys)).lstrip(".") or "the text", 200)
 
     while todo:
-        place, each, depth = todo.pop()
-        if isinstance(each, dict | list) and id(each) not in seen:
+        place, item, depth = todo.pop()
+        if isinstance(item, dict | list) and id(item) not in seen:
             if depth > MAX_DEPTH:
                 raise _too_deep(where)
-            seen.add(id(each))
-            members = each.items() if isinstance(each, dict) else enumerate(each)
-            todo += [((place, key), member, depth + 1) for key, member in members]
-            todo += [((place, key), key, depth) for key in each if isinstance(each, dict)]
-        elif isinstance(each, float) and not math.isfinite(each):
-            raise UsageError(f"{where}: {told(place)}: {each} is no number that mrcore takes")
-        elif isinstance(each, str) and not each.isascii():
-            try:
-                each.encode()
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(each[error.start]):04x}"
-                raise UsageError(f"{where}: {told(place)} holds {half}, half of a character: write both") from None
+            seen.add(id(item))
+            for key, member in item.items() if isinstance(item, dict) else enumerate(item):
+                todo += [((place, key), member, depth + 1), ((place, key), key, depth)]
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise UsageError(f"{where}: {path(place)}: {item} is no number that mrcore takes")
+        elif isinstance(item, str) and (half := _HALF.search(item)):
+            escape = f"\\u{ord(half[0]):04x}"
+            raise UsageError(f"{where}: {path(place)} holds {escape}, half of a character: write both")

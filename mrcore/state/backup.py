@@ -1,9 +1,9 @@
 """Backup and restore of what the master knows: queue, history, ledger (one SQLite file) and manifests, in one file.
 
 A backup is a line with a signature and a gzipped tar: `backup.json` (version, schema, time), `queue.sqlite`,
-`manifests/JOB/RUN.json`. The queue is copied first: each run that it says has succeeded has its manifest in the backup
-then. A restored queue runs scripts on the master, so a restore wants the signature of the cluster's own key, and says
-what would run. On a deployed master only root has that key; see `may_sign`.
+`manifests/JOB/RUN.json`. The queue is copied first: every run that has succeeded by it has its manifest in the backup
+then. A restored queue runs scripts on the master, so a restore wants the signature of the cluster's own key, and
+shows what would run. On a deployed master only root has that key; see `may_sign`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 from mrcore import __version__
 from mrcore.errors import UsageError
+from mrcore.messages.kinds import Count, Seconds, convert
 from mrcore.settings.config import Settings
-from mrcore.state.store import SCHEMA_VERSION, Store, sole_runner, upgrade
+from mrcore.state.database import SCHEMA_VERSION, sole_runner, upgrade
+from mrcore.state.manifest import load
+from mrcore.state.store import Store
 from mrcore.system import failpoints
 from mrcore.system.paths import PARTIAL, fsync_dir, fsync_file, publish_file, remove_tree, write_atomic
 
 MAX_BACKUP_BYTES, MAX_UNPACKED_BYTES, MAX_MEMBERS = 4 << 30, 16 << 30, 200_000
-MAX_HEADER_BYTES = 1 << 20  # of what the tar says about one file
+MAX_HEADER_BYTES = 1 << 20  # about one file of the tar
 MIN_FREE_DISK_BYTES = 256 << 20
 _MEMBER = re.compile(r"backup\.json|queue\.sqlite|manifests/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/\d{1,19}\.json")
 _DAMAGED = (
@@ -49,11 +52,43 @@ _TO_RUN = (
 )
 
 
+class LastBackup(TypedDict, total=False):
+    """What `last_backup.json` holds of the newest backup."""
+
+    time: Seconds
+    file: str
+    copy_to: str  # a node, if a copy was asked for
+    copied: bool
+
+
+class About(TypedDict):
+    """What a backup holds of itself, `backup.json`."""
+
+    version: str
+    schema: Count
+    time: Seconds
+
+
+class ToRun(TypedDict):
+    """A job that would run after a restore."""
+
+    job_name: str
+    job_type: str
+    submitter: str | None
+    script: str | None
+
+
+class Restored(About):
+    """What `restore` brings, or has brought."""
+
+    jobs: list[ToRun]
+
+
 # --- Signatures ------------------------------------------------------------------------------------------------------
 
 
 def _key(settings: Settings, kind: str) -> Path:
-    """The key that signs (`key`), or what tells its signatures (`pub`).
+    """The key that signs (`key`), or what verifies its signatures (`pub`).
 
     Deployed, they lie beside the folder that user mrcore, as whom jobs run, may read.
     """
@@ -88,10 +123,10 @@ def _signed_from(settings: Settings, content: IO[bytes]) -> int:
     from mrcore.wire import pki
 
     content.seek(0)
-    found = _SIGNED.fullmatch(content.read(_SIGNED_BYTES))
-    if found is None:
+    line = _SIGNED.fullmatch(content.read(_SIGNED_BYTES))
+    if line is None:
         raise ValueError(f"it is not signed, or no backup: {_TAKE_ANOTHER}")
-    if not pki.is_signed(_key(settings, "pub"), _digest(content, _SIGNED_BYTES), bytes.fromhex(found[1].decode())):
+    if not pki.is_signed(_key(settings, "pub"), _digest(content, _SIGNED_BYTES), bytes.fromhex(line[1].decode())):
         signer = _key(settings, "key")
         raise ValueError(f"its signature is wrong: it was changed or cut, or not {signer} signed it: {_TAKE_ANOTHER}")
     return _SIGNED_BYTES
@@ -101,7 +136,7 @@ def _signed_from(settings: Settings, content: IO[bytes]) -> int:
 
 
 def write(settings: Settings, stream: IO[bytes]) -> dict[str, Any]:
-    """Write a backup, not signed, into a binary stream; a Runner may go on meanwhile. Gives counts."""
+    """Write a backup, not signed, into a binary stream; a Runner may go on meanwhile. Return counts."""
     about = {"version": __version__, "schema": SCHEMA_VERSION, "time": time.time()}
     with (
         contextlib.closing(Store(settings.state_dir)) as store,
@@ -112,7 +147,7 @@ def write(settings: Settings, stream: IO[bytes]) -> dict[str, Any]:
         with contextlib.closing(sqlite3.connect(copy)) as target:
             store.copy_to(target)
             tables = ("jobs", "runs")
-            counts = {each: target.execute(f"SELECT count(*) FROM {each}").fetchone()[0] for each in tables}
+            counts = {name: target.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables}
         # No extended headers, which a reader has to take into memory whole.
         with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=5, format=tarfile.USTAR_FORMAT) as archive:
             archive.add(about_file, "backup.json", filter=_plain)
@@ -137,7 +172,7 @@ def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def backup(settings: Settings, file: Path, signed: IO[bytes] | None = None) -> dict[str, Any]:
     """Write a backup to `file`, which appears when it is whole: signed if we can (`may_sign`), or what is `signed`
-    already. Gives counts."""
+    already. Return counts."""
     partial, begun = file.with_name(file.name + PARTIAL), time.time()
     partial.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -157,30 +192,29 @@ def backup(settings: Settings, file: Path, signed: IO[bytes] | None = None) -> d
         publish_file(partial, file)
     finally:
         partial.unlink(missing_ok=True)
-    note(settings, time=begun, file=str(file.absolute()))
+    note(settings, {"time": begun, "file": str(file.absolute())})
     return {**counts, "bytes": file.stat().st_size}
 
 
-def note(settings: Settings, **about: Any) -> None:
+def note(settings: Settings, about: LastBackup) -> None:
+    """Write down which backup is the newest."""
     write_atomic(settings.state_dir / "last_backup.json", json.dumps(about).encode())
 
 
-def last_backup(state_dir: Path) -> dict[str, Any] | None:
-    """The newest backup: time, file, and if a copy was asked for `copy_to` (a node) and `copied`. None: none known."""
+def last_backup(state_dir: Path) -> LastBackup | None:
+    """Return the newest backup, None if none is known. Raises UsageError when the note is damaged."""
     try:
-        found: dict[str, Any] = json.loads((state_dir / "last_backup.json").read_text())
-    except (OSError, ValueError):
+        return load(state_dir / "last_backup.json", LastBackup, "the note of", "`mrcore backup FILE` writes it again")
+    except FileNotFoundError:
         return None
-    return found
 
 
 def restore(
     settings: Settings, file: Path, force: bool = False, verify: bool = True,
-    agree: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Make queue, history, ledger and manifests what they were at a backup. Gives what the backup says of itself, and
-    as "jobs" what would run from now on: job_name, job_type, submitter, script. `agree` hears that before anything is
-    changed, and may raise.
+    agree: Callable[[Restored], None] | None = None,
+) -> Restored:  # fmt: skip
+    """Make queue, history, ledger and manifests what they were at a backup; return that. `agree` is called with it
+    before anything is changed, and may raise.
 
     All of it or nothing, also if it is killed. Raises UsageError while a Runner runs, for a file that is no whole
     backup, unless not to `verify` for one that this cluster has not signed, and, unless `force`, when there are jobs in
@@ -192,7 +226,7 @@ def restore(
         complete(state_dir)
         if reason := store.held_by_drain():
             raise UsageError(f"{reason}; a restore has to wait for that")
-        known = {row["job_name"]: row["last_run"] for row in store.rows("SELECT job_name, last_run FROM jobs")}
+        known = store.last_runs()
         if known and not force:
             raise UsageError(f"{store.path} holds {len(known)} jobs, which a restore would replace: add --force")
         partial = state_dir / f"restore{PARTIAL}"
@@ -204,9 +238,9 @@ def restore(
                 start = _signed_from(settings, content) if verify else _unverified_from(content)
                 content.seek(start)
                 about = _unpack(content, partial)
-            about["jobs"] = _check(partial / "queue.sqlite", about, known)
+            restored = Restored(**about, jobs=_check(partial / "queue.sqlite", about["time"], known))
             if agree:
-                agree(about)
+                agree(restored)
         except BaseException as error:
             remove_tree(partial)
             if isinstance(error, UsageError) or not isinstance(error, _DAMAGED):
@@ -219,7 +253,7 @@ def restore(
         fsync_dir(state_dir)
         failpoints.point("restore ready")
         complete(state_dir)
-    return about
+    return restored
 
 
 def complete(state_dir: Path) -> None:
@@ -262,14 +296,14 @@ class _Bounded(gzip.GzipFile):
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
             raise ValueError("it has a part that is too large")
-        found = super().read(size)
-        self.left -= len(found)
+        content = super().read(size)
+        self.left -= len(content)
         if self.left < 0:
             raise ValueError("it is too large when unpacked, or for the disk here")
-        return found
+        return content
 
 
-def _unpack(content: IO[bytes], folder: Path) -> dict[str, Any]:
+def _unpack(content: IO[bytes], folder: Path) -> About:
     with _Bounded(fileobj=content, mode="rb") as stream:
         stream.left = min(MAX_UNPACKED_BYTES, shutil.disk_usage(folder).free - MIN_FREE_DISK_BYTES)
         with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -283,28 +317,28 @@ def _unpack(content: IO[bytes], folder: Path) -> dict[str, Any]:
                 with part, target.open("xb") as out:
                     shutil.copyfileobj(part, out, MAX_HEADER_BYTES)
     with (folder / "backup.json").open("rb") as about_file:
-        about: dict[str, Any] = json.loads(about_file.read(MAX_HEADER_BYTES))
+        about = convert(About, json.loads(about_file.read(MAX_HEADER_BYTES)))
     if about["schema"] > SCHEMA_VERSION:
         raise ValueError(f"it is of schema {about['schema']}, this mrcore knows {SCHEMA_VERSION}: update mrcore")
     return about
 
 
-def _check(queue: Path, about: dict[str, Any], known: dict[str, int]) -> list[dict[str, Any]]:
-    """Check the queue of a backup, give the jobs that wait in it, and see to it that no number of a run since then is
+def _check(queue: Path, begun: float, known: dict[str, int]) -> list[ToRun]:
+    """Check the queue of a backup, return the jobs that wait in it, and see to it that no number of a run since then is
     used again.
 
     Servers refuse orders of an older run, and parts are named by the run. How many runs there were since the backup
     is not known, but a job hardly runs more often than once a second.
     """
     with contextlib.closing(sqlite3.connect(queue)) as db:
-        if (found := db.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
-            raise ValueError(f"its queue is damaged: {found}")
+        if (state := db.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
+            raise ValueError(f"its queue is damaged: {state}")
         if (schema := upgrade(db)) != SCHEMA_VERSION:
             raise ValueError(f"its queue is of schema {schema}, this mrcore knows {SCHEMA_VERSION}: update mrcore")
-        db.execute("UPDATE jobs SET last_run = last_run + ?", (max(0, int(time.time() - about["time"])) + 1,))
+        db.execute("UPDATE jobs SET last_run = last_run + ?", (max(0, int(time.time() - begun)) + 1,))
         for name, last_run in known.items():
             db.execute("UPDATE jobs SET last_run = max(last_run, ?) WHERE job_name = ?", (last_run, name))
         db.commit()
         db.execute("PRAGMA journal_mode=DELETE")  # one file again
         db.row_factory = sqlite3.Row
-        return [dict(row) for row in db.execute(_TO_RUN)]
+        return convert(list[ToRun], [dict(row) for row in db.execute(_TO_RUN)])

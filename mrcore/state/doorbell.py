@@ -1,4 +1,4 @@
-"""The doorbell of a queue: whoever changes it rings, and the Runner, which sleeps on it, wakes."""
+"""The doorbell of a queue: who changes the queue rings, and the Runner, which sleeps on it, wakes."""
 
 from __future__ import annotations
 

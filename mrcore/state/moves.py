@@ -90,9 +90,3 @@ def alone(store: Store, node: str) -> Iterator[None]:
             else:
                 store.put("drain", None)
         Doorbell(store.path.parent).ring()
-
-
-def waiting_jobs(store: Store) -> list[dict[str, Any]]:
-    """Return the specs of all mapreduce jobs that are in the queue."""
-    rows = store.rows("SELECT job_name FROM jobs WHERE state != 'out' AND job_type = 'mapreduce'")
-    return [job["spec"] for row in rows if (job := store.job(row["job_name"]))]

@@ -10,10 +10,11 @@ import contextlib
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 from mrcore.errors import ClusterFault, MrcoreError, Refused, UsageError
 from mrcore.messages.nodes import Removal
+from mrcore.messages.tasks import PlacedPart
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
 from mrcore.state.store import Store
@@ -24,7 +25,35 @@ from mrcore.wire.tls import Pki
 NAMED = 3  # of many things in one text
 
 Json = dict[str, Any]
-Parts = dict[str, dict[str, Json]]  # by node: "JOB/reduce/PART" → what the manifest says of the part, and "job"
+
+
+class JobPart(NamedTuple):
+    """A part of a job's output."""
+
+    job: str
+    part: PlacedPart
+
+
+Parts = dict[str, dict[str, JobPart]]  # by node, then by "JOB/reduce/PART"
+
+
+class Difference(TypedDict):
+    """Parts of a job on one node that are not what manifests name."""
+
+    kind: str  # "missing", "damaged" or "foreign"
+    job: str
+    node: str
+    names: list[str]
+    elsewhere: list[str]  # nodes that have one that is missing
+
+
+class Output(TypedDict):
+    """What a removal takes of the output of a run."""
+
+    job_name: str
+    run: int
+    files: int
+    bytes: int
 
 
 # --- What manifests name ---------------------------------------------------------------------------------------------
@@ -32,14 +61,13 @@ Parts = dict[str, dict[str, Json]]  # by node: "JOB/reduce/PART" → what the ma
 
 def named(settings: Settings, jobs: Iterable[str] | None = None) -> Parts:
     """Return the parts that make up the output of these jobs (None: of all), by the node that is to have them."""
-    found: Parts = {}
+    known: Parts = {}
     if jobs is None:
         jobs = sorted(path.name for path in settings.state_dir.glob("manifests/*"))
     for job in jobs:
-        with contextlib.suppress(UsageError):  # it has none
-            for part in manifest.parts(settings.state_dir, job):
-                found.setdefault(part["node"], {})[f"{job}/reduce/{part['name']}"] = part | {"job": job}
-    return found
+        for part in (part for made in manifest.output(settings.state_dir, job) for part in made.parts):
+            known.setdefault(part.node, {})[f"{job}/reduce/{part.name}"] = JobPart(job, part)
+    return known
 
 
 def among(settings: Settings, held: Iterable[tuple[str, str]]) -> set[tuple[str, int]]:
@@ -49,31 +77,30 @@ def among(settings: Settings, held: Iterable[tuple[str, str]]) -> set[tuple[str,
     return {(match[1], int(match[3])) for node, match in matches if match[0] in known.get(node, ())}
 
 
-def compare(known: Parts, held: Mapping[str, Mapping[str, int]], busy: str | None) -> list[Json]:
-    """Say in what the parts that nodes hold (by node: name → bytes) are not those that manifests name.
+def compare(known: Parts, held: Mapping[str, Mapping[str, int]], busy: str | None) -> list[Difference]:
+    """Return in what the parts that nodes hold (by node: name → bytes) are not those that manifests name.
 
-    Returns {"kind": "missing" | "damaged" | "foreign", "job", "node", "names", "elsewhere" (who has a missing one)} for
-    each job and node; of the job `busy`, whose run is under way, and of nodes that `held` lacks nothing is said.
+    Of the job `busy`, whose run is under way, and of nodes that `held` lacks nothing is said.
     """
-    found: dict[tuple[str, str, str], Json] = {}
+    differences: dict[tuple[str, str, str], Difference] = {}
+    jobs = {part.job for parts in known.values() for part in parts.values()}
 
     def note(kind: str, job: str, node: str, name: str, elsewhere: Iterable[str] = ()) -> None:
-        about = {"kind": kind, "job": job, "node": node, "names": [], "elsewhere": sorted(elsewhere)}
-        found.setdefault((kind, job, node), about)["names"].append(name)
+        new = Difference(kind=kind, job=job, node=node, names=[], elsewhere=sorted(elsewhere))
+        differences.setdefault((kind, job, node), new)["names"].append(name)
 
     for node, files in held.items():
         parts = known.get(node, {})
-        for path, part in parts.items():
+        for path, (job, part) in parts.items():
             if path not in files:
-                note("missing", part["job"], node, part["name"], (each for each in held if path in held[each]))
-            elif files[path] != part.get("bytes", files[path]):
-                note("damaged", part["job"], node, part["name"])
-        jobs = {part["job"] for each in known.values() for part in each.values()}
+                note("missing", job, node, part.name, (other for other in held if path in held[other]))
+            elif files[path] != part.bytes:
+                note("damaged", job, node, part.name)
         for path in files.keys() - parts.keys():
             job, _, name = path.partition("/reduce/")
             if name and (PART.fullmatch(path) or job in jobs):
                 note("foreign", job, node, name)
-    return [each for _, each in sorted(found.items()) if each["job"] != busy]
+    return [difference for _, difference in sorted(differences.items()) if difference["job"] != busy]
 
 
 # --- What goes -------------------------------------------------------------------------------------------------------
@@ -86,42 +113,47 @@ def going(settings: Settings, path: str, looks: Mapping[str, Removal]) -> Json:
     manifests name), "leave" ([job, run]: all whose parts may go when this was allowed)}.
     """
     nodes = {node: {key: look[key] for key in ("files", "bytes")} for node, look in looks.items()}
-    told: dict[tuple[str, int], Json] = {}
+    taken: dict[tuple[str, int], Output] = {}
+
+    def take(job: str, run: int, files: int, size: int) -> None:
+        output = taken.setdefault((job, run), Output(job_name=job, run=run, files=0, bytes=0))
+        output["files"] += files
+        output["bytes"] += size
+
     for look in looks.values():
         for job, run, files, size in look["outputs"]:
-            each = told.setdefault((job, run), {"job_name": job, "run": run, "files": 0, "bytes": 0})
-            each["files"], each["bytes"] = each["files"] + files, each["bytes"] + size
+            take(job, run, files, size)
     whole = path.removesuffix("/reduce")  # all of a job's output goes, also what is missing anyhow
-    jobs = {job for job, _ in told} | ({whole} if "/" not in whole else set())
-    paths = [each for parts in named(settings, jobs).values() for each in parts]
-    runs = {(match[1], int(match[3])) for each in paths if (match := PART.fullmatch(each))}
+    jobs = {job for job, _ in taken} | ({whole} if "/" not in whole else set())
+    paths = [path for parts in named(settings, jobs).values() for path in parts]
+    runs = {(match[1], int(match[3])) for path in paths if (match := PART.fullmatch(path))}
     for job, run in runs:
         if job == whole:
-            told.setdefault((job, run), {"job_name": job, "run": run, "files": 0, "bytes": 0})
-    total = {key: sum(each[key] for each in nodes.values()) for key in ("files", "bytes")}
-    outputs = [each for key, each in sorted(told.items()) if key in runs]
-    return total | {"nodes": nodes, "outputs": outputs, "leave": sorted(map(list, told))}
+            take(job, run, 0, 0)
+    total = {key: sum(node[key] for node in nodes.values()) for key in ("files", "bytes")}
+    outputs = [output for key, output in sorted(taken.items()) if key in runs]
+    return total | {"nodes": nodes, "outputs": outputs, "leave": sorted(map(list, taken))}
 
 
-def listed(outputs: Iterable[Json | tuple[str, int]]) -> str:
+def listed(outputs: Iterable[Output | tuple[str, int]]) -> str:
     """Return "word_count (run 3), …" for people."""
-    pairs = [(each["job_name"], each["run"]) if isinstance(each, dict) else each for each in outputs]
+    pairs = [(output["job_name"], output["run"]) if isinstance(output, dict) else output for output in outputs]
     names = [f"{job} (run {run})" for job, run in sorted(pairs)]
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
-def forget(settings: Settings, outputs: Iterable[Json], by: str) -> None:
+def forget(settings: Settings, outputs: Iterable[Output], by: str) -> None:
     """Note that output goes knowingly, before it does: `cat` then says so, and jobs that go on from it fail with a way
     out. Raises UsageError, with nothing noted, while a run of one of the jobs is under way."""
     with contextlib.closing(Store(settings.state_dir)) as store:
         outputs, running = list(outputs), store.running()
-        names = {each["job_name"] for each in outputs}
-        if running and running["job_name"] in names and running["spec"]["job_type"] == "mapreduce":
-            what = f"run {running['run']} of {running['job_name']}"
+        names = {output["job_name"] for output in outputs}
+        if running and running.job_name in names and running.job_type == "mapreduce":
+            what = f"run {running.run} of {running.job_name}"
             raise UsageError(f"{what} is under way, whose output this would remove: wait for its end, or cancel it")
-        for each in outputs:
-            manifest.remove_parts(settings.state_dir, each["job_name"], each["run"], by)
-            store.note(each["job_name"], each["run"], f"its output is removed by {by}", time.time())
+        for output in outputs:
+            manifest.remove_parts(settings.state_dir, output["job_name"], output["run"], by)
+            store.note(output["job_name"], output["run"], f"its output is removed by {by}", time.time())
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -129,10 +161,10 @@ def forget(settings: Settings, outputs: Iterable[Json], by: str) -> None:
 
 def node_of(settings: Settings, name: str) -> NodeSettings:
     """Return the node of this name. Raises ClusterFault."""
-    node = next((each for each in settings.nodes if each.name == name), None)
-    if node is None:
-        raise ClusterFault(f"what is asked for lies on {name}, which is no node of the cluster any more")
-    return node
+    for node in settings.nodes:
+        if node.name == name:
+            return node
+    raise ClusterFault(f"what is asked for lies on {name}, which is no node of the cluster any more")
 
 
 def cat(settings: Settings, pki: Pki, job_name: str, out: BinaryIO, head: int | None = None) -> int:
@@ -148,44 +180,45 @@ def cat(settings: Settings, pki: Pki, job_name: str, out: BinaryIO, head: int | 
 
 
 def read_part(
-    settings: Settings, pki: Pki, job_name: str, part: Json, write: Callable[[bytes], object] = lambda text: None
-) -> None:
+    settings: Settings, pki: Pki, job_name: str, part: PlacedPart,
+    write: Callable[[bytes], object] = lambda text: None,
+) -> None:  # fmt: skip
     """Fetch a part and write its text; raises Refused when it is not what was committed."""
-    node = node_of(settings, part["node"])
-    unzip = zlib.decompressobj(wbits=31) if part["name"].endswith(".gz") else None
+    node = node_of(settings, part.node)
+    unzip = zlib.decompressobj(wbits=31) if part.name.endswith(".gz") else None
     checksum = length = text_length = 0
 
     def sink(_: int, chunk: memoryview) -> None:
         nonlocal checksum, length, text_length
         length += len(chunk)
-        text = unzip.decompress(chunk, part["text_bytes"] - text_length + 1) if unzip else bytes(chunk)
+        text = unzip.decompress(chunk, part.text_bytes - text_length + 1) if unzip else bytes(chunk)
         text_length += len(text)
-        if length > part["bytes"] or text_length > part["text_bytes"]:
-            raise Refused(f"part {part['name']} on {part['node']} is longer than what was committed")
+        if length > part.bytes or text_length > part.text_bytes:
+            raise Refused(f"part {part.name} on {part.node} is longer than what was committed")
         checksum = zlib.crc32(text, checksum)
         write(text)
 
-    damaged = f"part {part['name']} on {part['node']} is damaged: its checksum is not the committed one"
+    damaged = Refused(f"part {part.name} on {part.node} is damaged: its checksum is not the committed one")
     try:
         with contextlib.closing(DataClient(node.address, node.agent_port, pki, node.name)) as client:
-            client.get([{"part": {"job": job_name, "name": part["name"]}}], sink)
+            client.get([{"part": {"job": job_name, "name": part.name}}], sink)
     except zlib.error:
-        raise Refused(damaged) from None
-    if checksum != part["crc32"]:
-        raise Refused(damaged)
+        raise damaged from None
+    if checksum != part.crc32:
+        raise damaged
 
 
-def check_contents(settings: Settings, pki: Pki, known: Parts) -> list[Json]:
+def check_contents(settings: Settings, pki: Pki, known: Parts) -> list[Difference]:
     """Read every part of the nodes in `known` as `cat` does; return what is wrong as `compare` does."""
-    found: dict[tuple[str, str], Json] = {}
+    differences: dict[tuple[str, str], Difference] = {}
     for node, parts in known.items():
-        for part in parts.values():
+        for job, part in parts.values():
             try:
-                read_part(settings, pki, part["job"], part)
+                read_part(settings, pki, job, part)
             except MrcoreError:
-                about = {"kind": "damaged", "job": part["job"], "node": node, "names": [], "elsewhere": []}
-                found.setdefault((part["job"], node), about)["names"].append(part["name"])
-    return [*found.values()]
+                new = Difference(kind="damaged", job=job, node=node, names=[], elsewhere=[])
+                differences.setdefault((job, node), new)["names"].append(part.name)
+    return [*differences.values()]
 
 
 class _Enough(Exception):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from time import monotonic
 
+from mrcore.system.deadline import Deadline
 from mrcore.text import one_line
 
 INTERVAL_SECONDS = 60.0
@@ -18,14 +18,14 @@ OTHERS = "others", "refused or failed"
 class LimitedLog:
     """Writes to `log` the first line of each peer and reason in an interval, and at its end how many more there were.
 
-    So one interval makes at most 2 × (MAX_KEYS + 1) lines, whoever connects however often. For any number of threads.
+    So one interval makes at most 2 × (MAX_KEYS + 1) lines, however many peers connect. For any number of threads.
     """
 
     def __init__(self, log: logging.Logger, interval_seconds: float = INTERVAL_SECONDS) -> None:
         self._log, self._interval_seconds = log, interval_seconds
         self._lock = threading.Lock()
         self._more: dict[tuple[str, str], tuple[int, int]] = {}  # by peer and reason: level, how many were left out
-        self._end = 0.0  # monotonic, of the interval
+        self._end = Deadline(0)  # of the interval
 
     def say(self, level: int, peer: str, reason: object, exc_info: bool = False) -> None:
         """Log `reason` of `peer`, or count it when both were logged in this interval already."""
@@ -33,7 +33,7 @@ class LimitedLog:
         self.tick()
         with self._lock:
             if not self._more:
-                self._end = monotonic() + self._interval_seconds
+                self._end = Deadline(self._interval_seconds)
             if key not in self._more and len(self._more) >= MAX_KEYS:
                 key = OTHERS
             if key in self._more:
@@ -43,15 +43,15 @@ class LimitedLog:
         self._log.log(level, "%s: %s", *key, exc_info=exc_info)
 
     def tick(self) -> None:
-        """End the interval when its time has come; whoever has a loop calls this, so that no count waits for long."""
-        if monotonic() > self._end:
+        """End the interval when its time has come; who has a loop calls this, so that no count waits for long."""
+        if self._end.is_over:
             self.flush()
 
     def flush(self) -> None:
         """End the interval: log how many were left out of each kind."""
         with self._lock:
-            told, self._more = self._more, {}
-        for (peer, reason), (level, count) in told.items():
+            ended, self._more = self._more, {}
+        for (peer, reason), (level, count) in ended.items():
             if count:
                 seconds = f"{self._interval_seconds:g} s"
                 self._log.log(level, "and %s more in the last %s from %s: %s", f"{count:,}", seconds, peer, reason)
@@ -78,7 +78,7 @@ class RateLimit:
             return True
 
     def since(self) -> str:
-        """Return what to add to the next line: how many were suppressed since the last, if any; counts anew."""
+        """Return what to add to the next line: how many were suppressed since the last, if any; counts again from 0."""
         with self._lock:
             count, self.suppressed = self.suppressed, 0
         return f" (and {count} more like it before, left out)" if count else ""

@@ -22,7 +22,9 @@ import threading
 from pathlib import Path
 from time import monotonic
 
-LOG_BYTES = 32 << 20  # when nobody says how much
+from mrcore.system.deadline import Deadline
+
+LOG_BYTES = 32 << 20  # when nothing else is set
 MIN_LOG_BYTES = 1 << 20
 RATE_BYTES = 256 << 10  # a second
 TAIL_BYTES = 64 << 10
@@ -114,11 +116,10 @@ class BoundedLog:
 
     def _show(self, data: bytes) -> None:
         """Copy to the terminal, if there is one; what it does not take in time it does not get."""
-        deadline = monotonic() + self._patience_seconds
+        deadline = Deadline(self._patience_seconds)
         with contextlib.suppress(OSError):
             while self._terminal is not None and data:
-                left = max(0.0, deadline - monotonic())
-                if not select.select([], [self._terminal], [], left)[1]:
+                if not select.select([], [self._terminal], [], deadline.left_seconds)[1]:
                     self._patience_seconds = 0.0  # it is halted (Ctrl-S): nobody waits for it again until it goes on
                     return
                 data = data[os.write(self._terminal, data) :]
@@ -225,13 +226,13 @@ def pump(source: int, log: BoundedLog) -> None:
 
 def last_lines(file: Path, lines: int) -> bytes:
     """Return the last lines of a log, its predecessor's if need be; of long lines fewer."""
-    found = b""
-    for each in (file, Path(f"{file}.1")):
-        if each.is_file() and found.count(b"\n") < lines:
-            with each.open("rb") as stream:
-                stream.seek(max(0, each.stat().st_size - lines * LINE_BYTES))
-                found = stream.read() + found
-    return b"".join(found.splitlines(keepends=True)[-lines:])
+    end = b""
+    for log in (file, Path(f"{file}.1")):
+        if log.is_file() and end.count(b"\n") < lines:
+            with log.open("rb") as stream:
+                stream.seek(max(0, log.stat().st_size - lines * LINE_BYTES))
+                end = stream.read() + end
+    return b"".join(end.splitlines(keepends=True)[-lines:])
 
 
 if __name__ == "__main__":

@@ -22,75 +22,46 @@ PART_NAME = re.compile(r"part-([0-9]{1,12})-[0-9]{1,9}-[0-9]{1,9}\.data(\.gz)?")
 HOME_FOLDERS = ("state", "logs", "pki", "nodes")
 
 
+class _Folder:
+    """A folder of this name in the `compute_dir` of a Layout."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layout: Layout, owner: type) -> Path:
+        return layout.compute_dir / self._name
+
+
 @dataclass(frozen=True)
 class Layout:
     """The folders of one node, all under its `compute_dir`, so that renames between them are atomic."""
 
     compute_dir: Path
 
-    @property
-    def base_dir(self) -> Path:
-        """Inputs and outputs: `cluster/`, against which relative `input_dirs` are resolved."""
-        return self.compute_dir / "cluster"
-
-    @property
-    def auxiliary_dir(self) -> Path:
-        """`NAME.data`: the JSON that user functions get as `auxiliary_data`."""
-        return self.compute_dir / "auxiliary"
-
-    @property
-    def working_dir(self) -> Path:
-        """Spill runs and unpublished parts, by job, run and attempt; gone after each run."""
-        return self.compute_dir / "working"
-
-    @property
-    def incoming_dir(self) -> Path:
-        """Files of uploads until they are whole; what an upload that was cut off left is swept after a day."""
-        return self.compute_dir / "incoming"
-
-    @property
-    def projects_dir(self) -> Path:
-        """Snapshots of projects by content hash."""
-        return self.compute_dir / "projects"
-
-    @property
-    def venvs_dir(self) -> Path:
-        """Packages of projects, installed, by a hash of what was asked for (`environments`)."""
-        return self.compute_dir / "venvs"
-
-    @property
-    def logs_dir(self) -> Path:
-        """What daemons and user functions print."""
-        return self.compute_dir / "logs"
-
-    @property
-    def pids_dir(self) -> Path:
-        """One record of process id and start time for each daemon."""
-        return self.compute_dir / "pids"
-
-    @property
-    def pki_dir(self) -> Path:
-        """This node's certificate and key, and the cluster's CA certificate."""
-        return self.compute_dir / "pki"
+    base_dir = _Folder("cluster")  # inputs and outputs; relative `input_dirs` are resolved against it
+    auxiliary_dir = _Folder("auxiliary")  # `NAME.data`: the JSON that user functions get as `auxiliary_data`
+    working_dir = _Folder("working")  # spills and unpublished parts, by job and run; gone after each run
+    incoming_dir = _Folder("incoming")  # files of uploads until they are whole; leftovers are swept after a day
+    projects_dir = _Folder("projects")  # snapshots of projects by content hash
+    venvs_dir = _Folder("venvs")  # packages of projects, installed, by a hash of what was asked for
+    logs_dir = _Folder("logs")  # what daemons and user functions print
+    pids_dir = _Folder("pids")  # one record of process id and start time for each daemon
+    pki_dir = _Folder("pki")  # this node's certificate and key, and the cluster's CA certificate
 
     def run_dir(self, job: str, run: int) -> Path:
-        """Everything temporary of one run on this node."""
+        """Return the folder of everything temporary of one run on this node."""
         return self.working_dir / job / str(run)
 
-    def attempt_dir(self, job: str, run: int, attempt: int) -> Path:
-        """One attempt's own folder: a dead attempt cannot write into its successor's."""
-        return self.run_dir(job, run) / str(attempt)
+    def runs_dir(self, job: str, run: int) -> Path:
+        """Return the folder of the spills that the data channel serves to reducing nodes."""
+        return self.run_dir(job, run) / "runs"
 
-    def runs_dir(self, job: str, run: int, attempt: int) -> Path:
-        """Spill runs: what the data channel serves to reducing nodes."""
-        return self.attempt_dir(job, run, attempt) / "runs"
-
-    def parts_dir(self, job: str, run: int, attempt: int) -> Path:
-        """Finished parts that wait for the commit."""
-        return self.attempt_dir(job, run, attempt) / "parts"
+    def parts_dir(self, job: str, run: int) -> Path:
+        """Return the folder of finished parts that wait for the commit."""
+        return self.run_dir(job, run) / "parts"
 
     def reduce_dir(self, job: str) -> Path:
-        """A job's published output on this node."""
+        """Return the folder of a job's published output on this node."""
         return self.base_dir / job / "reduce"
 
     def make(self) -> None:
@@ -105,8 +76,8 @@ def make_private(folder: Path) -> None:
 
     A home folder of an account, and one that is everybody's (/tmp), stay as they are: they hold more than ours.
     """
-    for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
-        each.mkdir(mode=0o700, exist_ok=True)
+    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
     status = folder.stat()
     shared = status.st_mode & stat.S_ISVTX or folder == Path.home()
     if status.st_mode & 0o077 and status.st_uid == os.geteuid() and not shared:
@@ -115,22 +86,22 @@ def make_private(folder: Path) -> None:
 
 def close_home(home: Path) -> None:
     """Make the home of a local cluster, and what lies in it already, its owner's alone."""
-    for folder in (home, *(each for name in HOME_FOLDERS if (each := home / name).is_dir())):
+    for folder in (home, *(path for name in HOME_FOLDERS if (path := home / name).is_dir())):
         make_private(folder)
 
 
 def fsync_dir(path: Path) -> None:
     """Flush a folder, so that renames inside it survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _fsync(path, os.O_DIRECTORY)
 
 
 def fsync_file(path: Path) -> None:
     """Flush a file's content to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    _fsync(path)
+
+
+def _fsync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -12,33 +12,30 @@ from pathlib import Path
 
 
 def blocked(path: str | os.PathLike[str], write: bool = False) -> str | None:
-    """Why we may not read `path`, or with `write` fill the folder `path`; None when we may.
+    """Return why we may not read `path`, or with `write` fill the folder `path`; None when we may.
 
-    What is not there yet is no fault, as long as we may look for it, and with `write` make it.
+    What is not there yet is no error, as long as we may look for it, and with `write` make it.
     """
     target = Path(os.path.realpath(path))
     for folder in reversed(target.parents):
         if not folder.exists():
             break
-        if not os.access(folder, os.X_OK, effective_ids=True):
-            return _say("enter", folder, target, "x")
+        if not _may(folder, os.X_OK):
+            return _refusal("enter", folder, target, "x")
     if write:
         while not target.exists():
             target = target.parent
-        return None if _may(target, os.W_OK | os.X_OK) else _say("write into", target, target, "wx")
-    if not target.exists():
-        return None
-    if target.is_dir():
-        return None if _may(target, os.R_OK | os.X_OK) else _say("read", target, target, "rx")
-    return None if _may(target, os.R_OK) else _say("read", target, target, "r")
+        return None if _may(target, os.W_OK | os.X_OK) else _refusal("write into", target, target, "wx")
+    mode, rights = (os.R_OK | os.X_OK, "rx") if target.is_dir() else (os.R_OK, "r")
+    return None if not target.exists() or _may(target, mode) else _refusal("read", target, target, rights)
 
 
 def foreign_code(folder: Path) -> tuple[Path, str] | None:
-    """What of a project, or of the folders above it, somebody else than we and root may change, and who; None: nothing.
+    """Return what of a project, or of the folders above it, others than we and root may change, and who; None: nothing.
 
-    Whoever may change it decides what its code does. Links count as what they lead to.
+    Who may change it decides what its code does. Links count as what they lead to.
     """
-    for path in _what_decides(folder):
+    for path in _code_paths(folder):
         try:
             status = path.stat()
         except OSError:  # a link that leads nowhere is no code
@@ -54,11 +51,11 @@ def foreign_code(folder: Path) -> tuple[Path, str] | None:
     return None
 
 
-def _what_decides(folder: Path) -> Iterator[Path]:
-    """A folder, those above it, all below it, and likewise what links there lead to."""
-    found, seen = [folder], set[Path]()
-    while found:
-        path = found.pop()
+def _code_paths(folder: Path) -> Iterator[Path]:
+    """Yield a folder, those above it, all below it, and likewise what links there lead to."""
+    waiting, seen = [folder], set[Path]()
+    while waiting:
+        path = waiting.pop()
         real = Path(os.path.realpath(path))
         if real in seen:
             continue
@@ -68,11 +65,11 @@ def _what_decides(folder: Path) -> Iterator[Path]:
         yield path
         if real.is_dir():
             with contextlib.suppress(PermissionError):  # what we cannot read we cannot run
-                found += sorted(path / each for each in os.listdir(real))
+                waiting += sorted(path / name for name in os.listdir(real))
 
 
 def _shared_group(status: os.stat_result) -> str | None:
-    """The group of a file, unless its owner is alone in it."""
+    """Return the group of a file, unless its owner is alone in it."""
     try:
         group = grp.getgrgid(status.st_gid)
     except KeyError:
@@ -85,7 +82,7 @@ def _may(path: Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=True)
 
 
-def _say(verb: str, culprit: Path, target: Path, rights: str) -> str:
+def _refusal(verb: str, culprit: Path, target: Path, rights: str) -> str:
     user, status = _user(os.geteuid()), culprit.stat()
     way = f", which is on the way to {target}" if culprit != target else ""
     return (

@@ -1,4 +1,4 @@
-"""What Linux tells about processes: identity, family, memory; and the prctl calls that supervision needs.
+"""What Linux knows of processes: identity, family, memory; and the prctl calls that supervision needs.
 
 A process id alone is no identity, since ids are used again: wherever a process is to be signalled later, its start
 time (field 22 of `/proc/PID/stat`, in clock ticks since boot) is kept beside it and compared first.
@@ -45,19 +45,19 @@ def _stat(pid: int) -> list[str]:
 
 
 def umask() -> int:
-    """Return the umask of this process; `os.umask` would change it for all threads to tell."""
+    """Return the umask of this process; `os.umask` would change it for all threads to find out."""
     with open("/proc/self/status") as stream:
         return next(int(line.split()[1], 8) for line in stream if line.startswith("Umask:"))
 
 
 def state(pid: int) -> str | None:
-    """The state letter of a process ("R", "S", "T", …), None when there is none or only its zombie is left."""
+    """Return the state letter of a process ("R", "T", …), None when there is none or only its zombie is left."""
     fields = _stat(pid)
     return fields[0] if fields and fields[0] not in "ZX" else None
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None when there is no such process."""
+    """Return when the process started, in clock ticks since boot; None when there is no such process."""
     fields = _stat(pid)
     return int(fields[19]) if fields else None
 
@@ -72,7 +72,7 @@ def send_signal(pid: int, ticks: int, number: int) -> bool:
 
 
 def environment_value(pid: int, name: str) -> str:
-    """The value that `name` had in the environment the process was executed with; empty if unset or not readable."""
+    """Return the value of `name` in the environment a process was executed with; empty if unset or not readable."""
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             if entry.startswith(os.fsencode(name) + b"="):
@@ -81,7 +81,7 @@ def environment_value(pid: int, name: str) -> str:
 
 
 def family() -> dict[int, set[int]]:
-    """All processes by parent: `{parent: {child, …}}`."""
+    """Return all processes by parent: `{parent: {child, …}}`."""
     result: dict[int, set[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit() and (fields := _stat(int(name))):
@@ -90,13 +90,13 @@ def family() -> dict[int, set[int]]:
 
 
 def children(pid: int) -> set[int]:
-    """The children of a process, zombies included; by a walk over /proc on kernels without CONFIG_PROC_CHILDREN."""
+    """Return the children of a process, zombies too; by a walk over /proc on kernels without CONFIG_PROC_CHILDREN."""
     lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return set(map(int, " ".join(lists).split())) if lists else family().get(pid, set())
 
 
 def descendants(*pids: int) -> set[int]:
-    """The children of these processes, their children, and so on."""
+    """Return the children of these processes, their children, and so on."""
     by_parent, found, front = family(), set[int](), set(pids)
     while front:
         front = {child for parent in front for child in by_parent.get(parent, ())} - found
@@ -105,12 +105,12 @@ def descendants(*pids: int) -> set[int]:
 
 
 def newest_pid() -> int:
-    """The process id that was given out last."""
+    """Return the process id that was given out last."""
     return int(Path("/proc/loadavg").read_text().rsplit(maxsplit=1)[1])
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """Resident memory of a process that no file backs, in bytes; 0 when there is no such process."""
+    """Return the resident memory of a process that no file backs, in bytes; 0 when there is no such process."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/statm").read_bytes().split()
         return (int(fields[1]) - int(fields[2])) * _PAGE_BYTES
@@ -118,7 +118,7 @@ def anonymous_bytes(pid: int | str = "self") -> int:
 
 
 def machine_memory_bytes(root: Path = Path("/")) -> int:
-    """What this machine or the control group we run in (v1 or v2, the tightest of its ancestors) may use."""
+    """Return what this machine, or our control group (v1 or v2, the tightest of its ancestors), may use."""
     limits = [int((root / "proc/meminfo").read_text().split(maxsplit=2)[1]) * 1024]
     try:
         groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
@@ -137,12 +137,12 @@ def machine_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def budget_bytes(total_bytes: int | None, servers: int) -> int:
-    """The memory of one of `servers` cluster servers that share `total_bytes`; None: MEMORY_SHARE of this machine."""
+    """Return the share of one of `servers` cluster servers in `total_bytes`; None: MEMORY_SHARE of this machine."""
     return (total_bytes or int(machine_memory_bytes() * MEMORY_SHARE)) // servers
 
 
 def too_little_memory(total_bytes: int | None, servers: int) -> str | None:
-    """Say what is wrong when each of `servers` would get less than MIN_SERVER_BYTES, and the least that is useful."""
+    """Return what is wrong if each of `servers` would get less than MIN_SERVER_BYTES, and the least that is of use."""
     each, least = budget_bytes(total_bytes, servers), MIN_SERVER_BYTES * servers
     if each >= MIN_SERVER_BYTES:
         return None
@@ -153,7 +153,7 @@ def too_little_memory(total_bytes: int | None, servers: int) -> str | None:
 
 
 def announce_ready() -> None:
-    """Tell the launcher, on the descriptor that MRCORE_READY_FD names, that this daemon answers; close it."""
+    """Write to the launcher, on the descriptor that MRCORE_READY_FD names, that this daemon answers; close it."""
     if number := os.environ.pop("MRCORE_READY_FD", ""):
         with contextlib.suppress(OSError), open(int(number), "w") as launcher:
             launcher.write("ready\n")

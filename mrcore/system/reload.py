@@ -1,7 +1,7 @@
 """Files that may change while a daemon runs: the list of members, certificates.
 
-Nodes join and leave, certificates are renewed; neither may need a restart, which would end a running task. So whoever
-needs such a file asks again each time, which costs a `stat`, and the file is read anew when it is another one.
+Nodes join and leave, certificates are renewed; neither may need a restart, which would end a running task. So the
+file is looked at each time, which costs a `stat`, and read again when it is another one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Watched(Generic[T]):
-    """What `load` makes of some files, made anew at a call after one of them changed. For any thread.
+    """What `load` makes of some files, made again at a call after one of them changed. For any thread.
 
     While a file is missing or `load` raises UsageError, the last good value stays, and the log says so once for each
     state of the files. Raises what `load` does when the first value cannot be made.
@@ -33,7 +33,7 @@ class Watched(Generic[T]):
         self._value = load()
 
     def __call__(self) -> T:
-        """Give the value that belongs to the files as they are now, or to their last good state."""
+        """Return the value that belongs to the files as they are now, or to their last good state."""
         if self._look() != self._seen:
             with self._lock:
                 if (now := self._look()) != self._seen:
@@ -50,7 +50,7 @@ class Watched(Generic[T]):
 
 def _identity(file: Path) -> tuple[int, ...] | None:
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size

@@ -33,7 +33,7 @@ class _Stream:
         return int(self._do(self.stream.write, content))
 
     def flush(self) -> None:
-        """Have what was written taken by whoever reads."""
+        """Have what was written taken by the reader."""
         self._do(self.stream.flush)
 
     def _do(self, operation: Callable[..., Any], *arguments: Any) -> Any:
@@ -79,7 +79,7 @@ class JsonOutput:
 def run(command: Callable[[], int | None]) -> int:
     """Call a command and return its exit status: what it returns, 1 (it failed), 2 (asked wrongly), 130 (Ctrl-C).
 
-    Whatever it raises is told in one line on standard error, if that can be written; nothing is raised here.
+    Whatever it raises becomes one line on standard error, if that can be written; nothing is raised here.
     """
     _open_closed_streams()
     for name in ("COLUMNS", "LINES"):
@@ -96,42 +96,41 @@ def run(command: Callable[[], int | None]) -> int:
         status = _status(command)
     finally:
         for number, stream in enumerate(before, 1):
-            let_go(stream, number, only_if_broken=True)
+            discard_output(stream, number, only_if_broken=True)
         sys.stdout, sys.stderr = before
     return status
 
 
 def _status(command: Callable[[], int | None]) -> int:
+    status = 1
     try:
-        status = command() or 0
+        answer = command() or 0
         sys.stdout.flush()
+        return answer
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except MrcoreError as error:
-        complain(error.message)
-        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `mrcore cat JOB | head`: nobody reads on: quiet, as click is about it
         return 1
+    except MrcoreError as error:
+        message, status = error.message, 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        complain(_told(error))
-        return 1
+        message = _os_error_text(error)
     except UnicodeEncodeError as error:
-        complain(f"{error.object[:200]!r} {text.unfit(error.object) or f'cannot be said in {error.encoding}'}")
-        return 1
+        message = f"{error.object[:200]!r} {text.unfit(error.object) or f'cannot be said in {error.encoding}'}"
     except Exception as error:  # noqa: BLE001  a fault of ours: one line, and where to look
         if os.environ.get("MRCORE_TRACEBACK"):
             traceback.print_exc()
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}, line {last.lineno}"
         what = f"internal error: {text.type_name(error)}: {text.one_line(error, 300)} ({place})"
-        complain(f"{what}: a fault of mrcore; MRCORE_TRACEBACK=1 shows the way there")
-        return 1
+        message = f"{what}: a fault of mrcore; MRCORE_TRACEBACK=1 shows the way there"
+    print_error(message)
     return status
 
 
-def _told(error: OSError) -> str:
+def _os_error_text(error: OSError) -> str:
     what = error.strerror or text.one_line(error)
     if error.filename is not None:
         return f"{text.one_line(error.filename, 500)}: {what}"
@@ -142,15 +141,15 @@ def _told(error: OSError) -> str:
     return what
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Write one message to standard error, if anybody can be reached there."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"mrcore: {text.message(message)}\n")
         sys.stderr.flush()
 
 
-def let_go(stream: Any, number: int, only_if_broken: bool = False) -> None:
-    """Let what is, or will be, written to a stream (1: standard output, 2: error) go nowhere: nobody takes it."""
+def discard_output(stream: Any, number: int, only_if_broken: bool = False) -> None:
+    """Have what is, or will be, written to a stream (1: standard output, 2: error) go nowhere: nobody takes it."""
     with contextlib.suppress(OSError, ValueError):
         try:
             stream.flush()
@@ -177,7 +176,7 @@ def _open_closed_streams() -> None:
 
 
 class LineFormatter(logging.Formatter):
-    """Log lines in which nothing of what they tell can pass for a line or a control sequence."""
+    """Log lines in which no argument can pass for a line or a control sequence."""
 
     def __init__(self, form: str = "%(asctime)s %(name)s %(levelname)s %(message)s") -> None:
         super().__init__(form)
@@ -185,10 +184,10 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a line, with a traceback as indented lines behind it."""
         try:
-            said = record.getMessage()
+            message = record.getMessage()
         except Exception as error:  # noqa: BLE001  an argument that cannot be shown
-            said = f"{record.msg} ({text.type_name(error)})"
-        record.message, record.asctime = text.one_line(said), self.formatTime(record)
+            message = f"{record.msg} ({text.type_name(error)})"
+        record.message, record.asctime = text.one_line(message), self.formatTime(record)
         line = self.formatMessage(record)
         if record.exc_info:
             line += "\n" + text.clean(self.formatException(record.exc_info))

@@ -1,6 +1,6 @@
 """The client's side of `mr-rpc/1`, and how both protocols connect.
 
-Nothing is ever sent twice: a call whose connection breaks raises Unreachable, and whoever called decides. The next
+Nothing is ever sent twice: a call whose connection breaks raises Unreachable, and its caller decides. The next
 call connects afresh. A connection that died while idle is noticed before a call is sent on it.
 """
 
@@ -14,7 +14,6 @@ from time import monotonic
 from typing import Any, TypeVar, overload
 
 import msgspec
-from rpyc import VoidService
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import Malformed, MrcoreError, Refused, Unreachable, UsageError
@@ -22,8 +21,9 @@ from mrcore.messages.kinds import decode
 from mrcore.messages.methods import METHODS, Method, decode_error
 from mrcore.text import one_line
 from mrcore.wire import tls
-from mrcore.wire.channel import Connection, Stream, check_values
+from mrcore.wire.channel import Connection
 from mrcore.wire.members import watch_membership
+from mrcore.wire.stream import Stream, check_values
 from mrcore.wire.tls import LIMITS, RPC_PROTOCOL, Limits, Pki
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Caller:
         self._lock = threading.Lock()
 
     def certificate_ends(self) -> float | None:
-        """When the certificate ends that the server showed on this connection, seconds since 1970; None: not asked."""
+        """Return when the certificate of this connection's server ends, in seconds since 1970; None: not connected."""
         shown = self._stream.sock.getpeercert() if self._stream is not None else None
         return ssl.cert_time_to_seconds(str(shown["notAfter"])) if shown else None
 
@@ -62,11 +62,11 @@ class Caller:
         return who.objection(server.role, server.name, server.serial, server.cluster) if who else None
 
     def _is_good(self, stream: Stream) -> bool:
-        """Whether a kept stream may be used still: nothing unasked for (its end), both certificates as they are now."""
+        """Return whether a kept stream may be used: nothing unasked for came, both certificates count still."""
         return not stream.readable() and self._context() is self._made_with and not self._objection(stream)
 
     def _connect(self) -> Stream:
-        """Give a stream that the server has welcomed, all within the time to connect. Raises Unreachable, Refused."""
+        """Return a stream that the server has welcomed, all within the time to connect. Raises Unreachable, Refused."""
         peer, deadline = f"{self.address}:{self.port}", monotonic() + self._connect_seconds
         doing = f"connect within {self._connect_seconds:g} s"
         try:
@@ -172,7 +172,7 @@ class Client(Caller):
         if self._stream is None or self._connection is None or not self._is_good(self._stream):
             self._drop()
             self._stream = self._connect()
-            self._connection = Connection(VoidService(), self._stream)
+            self._connection = Connection(self._stream)
         return self._stream, self._connection
 
     def _drop(self) -> None:

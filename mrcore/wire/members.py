@@ -87,5 +87,5 @@ def _serials(file: Path, plain: Any) -> frozenset[str]:
 
 
 def watch_membership(file: Path) -> Watched[Membership]:
-    """The cluster's members as this file tells them from now on. Raises UsageError when it cannot be read at first."""
+    """Return the members as this file has them from now on. Raises UsageError if it cannot be read at first."""
     return Watched([file], lambda: read_membership(file))

@@ -44,7 +44,7 @@ def issue(
     """Write STEM.crt, STEM.key (mode 0600) and a copy of ca.crt into `target_folder`.
 
     `addresses`: the IP addresses and host names under which the holder serves; `cluster`: its O (None: the
-    authority's). Gives the certificate's serial as the members file wants it (upper-case hexadecimal). Raises
+    authority's). Return the certificate's serial as the members file wants it (upper-case hexadecimal). Raises
     UsageError for a bad name or role, or without an authority.
     """
     if role not in ("master", "node"):
@@ -69,7 +69,7 @@ def issue(
 
 
 def make_backup_key(folder: Path) -> None:
-    """Write `backup.key` (mode 0600), which signs backups, and `backup.pub`, which tells them; not when there are."""
+    """Write `backup.key` (mode 0600), which signs backups, and `backup.pub`, which verifies them; once."""
     private, public, pem = folder / "backup.key", folder / "backup.pub", serialization.Encoding.PEM
     if not private.exists():
         made = ed25519.Ed25519PrivateKey.generate()
@@ -88,7 +88,7 @@ def sign(key_file: Path, message: bytes) -> bytes:
 
 
 def is_signed(public_file: Path, message: bytes, signature: bytes) -> bool:
-    """Whether a signature is of this message and this key. Raises UsageError as `sign`."""
+    """Return whether a signature is of this message and this key. Raises UsageError as `sign`."""
     key = _loaded(public_file, serialization.load_pem_public_key)
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise UsageError(f"{public_file} holds no Ed25519 key")
@@ -114,7 +114,7 @@ def _loaded(file: Path, load: Callable[[bytes], object]) -> object:
 
 
 def ends(certificate: Path) -> float:
-    """When a certificate in a PEM file ends, in seconds since 1970. Raises UsageError if it cannot be read."""
+    """Return when a certificate in a PEM file ends, in seconds since 1970. Raises UsageError if it cannot be read."""
     return _read(certificate).not_valid_after_utc.timestamp()
 
 

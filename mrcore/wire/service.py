@@ -10,6 +10,7 @@ Membership and the deny list are looked up at every call, so who is struck off l
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -21,7 +22,6 @@ from time import monotonic
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 import msgspec
-from rpyc import VoidService
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, InternalError, MrcoreError, Refused, Unreachable, unforeseen
@@ -29,9 +29,10 @@ from mrcore.messages.kinds import decode
 from mrcore.system.limited_log import INTERVAL_SECONDS, LimitedLog
 from mrcore.text import one_line
 from mrcore.wire import tls
-from mrcore.wire.channel import Connection, Stream, check_values
+from mrcore.wire.channel import Connection
 from mrcore.wire.data import DataHandler
 from mrcore.wire.members import Membership
+from mrcore.wire.stream import Stream, check_values
 from mrcore.wire.tls import DATA_PROTOCOL, LIMITS, RPC_PROTOCOL, Identity, Limits, Pki
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Method(NamedTuple):
     """One callable of a daemon: `function(identity, **arguments)` returns a message, or what JSON can say.
 
     The arguments are decoded as the function's signature annotates them, strictly and with the bounds of `messages`;
-    without annotations they come as JSON says.
+    without annotations they are plain JSON.
     `role` "master": only the master's certificate may call it; "member": the nodes' as well. `request_bytes` bounds
     the arguments.
     """
@@ -59,23 +60,13 @@ def _arguments_of(function: Callable[..., object]) -> Any:
     """Return the type that the arguments of a method have: a struct with a field for each parameter but the caller."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     hints = get_type_hints(function, include_extras=True)
-    if not all(each.name in hints and each.kind is not each.VAR_KEYWORD for each in parameters):
+    if not all(item.name in hints and item.kind is not item.VAR_KEYWORD for item in parameters):
         return dict[str, Any]
     fields = [
-        (each.name, hints[each.name]) if each.default is each.empty else (each.name, hints[each.name], each.default)
-        for each in parameters
+        (item.name, hints[item.name]) if item.default is item.empty else (item.name, hints[item.name], item.default)
+        for item in parameters
     ]
     return msgspec.defstruct("arguments", fields, forbid_unknown_fields=True)
-
-
-class _Root(VoidService):  # type: ignore[misc]
-    """What a peer's calls reach: one method, bound to the peer's identity."""
-
-    def __init__(self, answer: Callable[[Identity, str, str], str], identity: Identity) -> None:
-        self._answer, self._identity = answer, identity
-
-    def exposed_call(self, method: str, arguments: str) -> str:
-        return self._answer(self._identity, method, arguments)
 
 
 class Server:
@@ -109,7 +100,7 @@ class Server:
         self._acceptor = threading.Thread(target=self._accept, name=f"accept:{self.port}", daemon=True)
 
     def start(self) -> None:
-        """Serve from threads of its own; gives back at once."""
+        """Serve from threads of its own; return at once."""
         self._acceptor.start()
 
     def close(self) -> None:
@@ -203,7 +194,7 @@ class Server:
             return data.serve(stream, identity, self.authorise)
         limits = self._limits
         most = limits.frame_bytes if identity.role == "master" else limits.member_frame_bytes
-        with Connection(_Root(self._answer, identity), stream, most) as connection:
+        with Connection(stream, functools.partial(self._answer, identity), most) as connection:
             while True:
                 connection.serve(None)
 

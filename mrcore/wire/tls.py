@@ -1,6 +1,6 @@
 """Mutual TLS 1.3 with the cluster's own CA and nothing else, the peer's identity, and every limit of the wire.
 
-RPyC's own TLS is not used: it takes servers of any name unless told otherwise, and loads the system's CAs as well.
+RPyC's own TLS is not used: it takes servers of any name by default, and loads the system's CAs as well.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LIMITS = Limits()
 class Pki:
     """Where one holder's certificate lies: `folder`/ca.crt, STEM.crt and STEM.key; and the allow list of its cluster.
 
-    Without `members` a client trusts every node of the authority: for tests, and whoever has no list.
+    Without `members` a client trusts every node of the authority: for tests, and programs without a list.
     """
 
     folder: Path
@@ -63,12 +63,12 @@ class Pki:
 
 
 def master_pki(settings: Settings) -> Pki:
-    """What a program of the master shows and asks when it connects."""
+    """Return what a program of the master shows and checks when it connects."""
     return Pki(settings.pki_dir, "master", settings.members_file)
 
 
 class Identity(NamedTuple):
-    """Who a certificate says its holder is, of which cluster. `serial`: upper-case hexadecimal without leading zeros.
+    """The holder that a certificate names, and its cluster. `serial`: upper-case hexadecimal without leading zeros.
 
     `trusted`: fingerprints of the authorities that counted when the connection was made.
     """
@@ -81,7 +81,7 @@ class Identity(NamedTuple):
 
 
 def watch_files(pki: Pki, make: Callable[[], ssl.SSLContext]) -> Watched[ssl.SSLContext]:
-    """The context that `make` gives, made anew when one of the holder's files changes: a renewed certificate or CA.
+    """Return what `make` returns, made again when one of the holder's files changes: a renewed certificate or CA.
 
     A file that is half replaced keeps the context as it was. Raises UsageError when the first cannot be made.
     """
@@ -90,7 +90,7 @@ def watch_files(pki: Pki, make: Callable[[], ssl.SSLContext]) -> Watched[ssl.SSL
 
 
 def watch_authorities(pki: Pki) -> Watched[frozenset[str]]:
-    """Fingerprints of the certificates in ca.crt. Raises UsageError when the first look finds none."""
+    """Return the fingerprints of the certificates in ca.crt. Raises UsageError when the first look finds none."""
     file = Path(pki.folder) / "ca.crt"
 
     def read() -> frozenset[str]:
@@ -148,7 +148,7 @@ def peer_identity(sock: ssl.SSLSocket) -> Identity:
 
 
 def tune(sock: socket.socket) -> None:
-    """Send small frames at once, and notice a peer whose machine vanished even while nothing is said."""
+    """Send small frames at once, and notice a peer whose machine vanished even while nothing is sent."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 5)):

@@ -101,7 +101,7 @@ class Words:
 
     def holder(self) -> str:
         """A node that has part of the output."""
-        return str(next(iter(manifest.parts(self.settings.state_dir, self.name)))["node"])
+        return str(next(iter(manifest.parts(self.settings.state_dir, self.name))).node)
 
     def bytes(self) -> bytes:
         path = self.cluster.folder / "output"

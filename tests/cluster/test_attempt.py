@@ -8,13 +8,31 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from mrcore.cluster.attempt import Attempt, EndServer, Give, Start, default_partitions, range_cuts
+from mrcore.cluster.attempt import Attempt, EndServer, Give, Start
+from mrcore.cluster.partitions import Partitioning, default_partitions, range_cuts
 from mrcore.engine.output import part_name
 from mrcore.engine.records import order_key
 from mrcore.errors import ClusterFault, InternalError, JobFault, MrcoreError, TaskDied, Unreachable, UsageError
+from mrcore.messages import tasks
+from mrcore.messages.kinds import convert
+from mrcore.messages.tasks import Bundle, Part, PlacedPart, RunIdentity, Spill, TaskIdentity, TaskResult
 
-IDENTITY = {"job": "wc", "run": 3, "attempt": 1}
+RUN = RunIdentity(job="wc", run=3)
+
+
+RESULT = TaskResult(peak_bytes=1, counters={}, seconds={})
+PART: dict[str, Any] = dict.fromkeys(("records", "bytes", "text_bytes", "batch_bytes", "max_decoded"), 1)
+PART |= {"crc32": 0, "partition": 0}
+
+
+def name(task: dict[str, Any]) -> str:
+    return part_name(3, task["partition"], 0, False)
+
+
+def plain(error: MrcoreError) -> tasks.PlainError:
+    return convert(tasks.PlainError, error.to_dict())
 
 
 def make(
@@ -24,6 +42,7 @@ def make(
     partitions: int = 3,
     max_attempts: int = 3,
     map_only: bool = False,
+    by_range: bool = False,
     **more: Any,
 ) -> Attempt:
     servers, number = {}, 0
@@ -32,14 +51,13 @@ def make(
             servers[f"S_{number}"] = node
             number += 1
     numbers = iter(range(10_000))
-    dealt = {node: [{"id": next(numbers), "pieces": []} for _ in range(count)] for node, count in bundles.items()}
+    dealt = {node: [Bundle(next(numbers), []) for _ in range(count)] for node, count in bundles.items()}
     return Attempt(
-        IDENTITY,
+        RUN,
         servers,
         dealt,
-        partitions=partitions,
+        Partitioning(partitions, by_range, **more),
         map_only=map_only,
-        **{"by_range": False} | more,
         max_attempts=max_attempts,
         node_timeout_seconds=10,
         now=0.0,
@@ -52,7 +70,7 @@ class Cluster:
     def __init__(self, attempt: Attempt, rng: random.Random) -> None:
         self.attempt, self.rng = attempt, rng
         self.tasks: dict[str, dict[str, Any]] = {}  # by server
-        self.stale: list[tuple[str, dict[str, Any]]] = []
+        self.stale: list[tuple[str, tasks.Done]] = []
         self.reduced: list[int] = []
         self.mapped: dict[str, list[int]] = {}  # by run: the bundles that it is of
         self.now = 0.0
@@ -61,14 +79,14 @@ class Cluster:
         for instruction in self.attempt.instructions():
             if isinstance(instruction, Start):
                 assert instruction.server not in self.tasks, "a second task for a busy server"
-                extra = instruction.extra
+                partition = instruction.partition
                 self.tasks[instruction.server] = {
                     "identity": instruction.identity,
-                    "todo": list(extra.get("bundles", ())),
+                    "todo": list(instruction.bundles),
                     "mapped": [],
-                    "no_more": extra.get("no_more", True),
+                    "no_more": instruction.no_more,
                     "asked": False,
-                    "partition": extra.get("partition"),
+                    "partition": partition and partition.number,
                 }
             elif isinstance(instruction, Give):
                 task = self.tasks.get(instruction.server)
@@ -80,41 +98,37 @@ class Cluster:
                 self.tasks.pop(instruction.server, None)
         self.attempt.check()
 
-    def tell(self, server: str, **event: Any) -> None:
-        self.attempt.task_event(server, event | {"identity": self.tasks[server]["identity"]})
+    def report(self, server: str, kind: type[Any], **event: Any) -> None:
+        self.attempt.task_event(server, kind(identity=self.tasks[server]["identity"], **event))
 
     def work(self, server: str) -> None:
         """One step of the task that a server has."""
         task = self.tasks[server]
-        self.stale.append((server, {"event": "done", "identity": task["identity"], "result": None}))
-        if task["identity"]["phase"] == "MAP":
+        identity: TaskIdentity = task["identity"]
+        self.stale.append((server, tasks.Done(identity=identity, result=RESULT)))
+        if identity.phase == "MAP":
             if not task["no_more"] and not task["asked"] and len(task["todo"]) < 2:
                 task["asked"] = True
-                self.tell(server, event="want")
+                self.report(server, tasks.Want)
             elif task["todo"]:
                 bundle = task["todo"].pop(0)
-                task["mapped"].append(bundle["id"])
-                self.tell(server, event="bundle_done", id=bundle["id"])
+                task["mapped"].append(bundle.id)
+                self.report(server, tasks.BundleDone, id=bundle.id)
             elif task["no_more"]:
-                run = {"id": f"map-{task['identity']['task']}-{task['identity']['try']}-0", "bytes": 30}
-                run |= {"partitions": {"0": 10, "1": 10, "2": 10}, "samples": [], "max_decoded": 1}
-                run |= {"groups": 1, "values": 1}
-                self.mapped[run["id"]] = task["mapped"]
-                self._done(server, {"runs": [run], "counters": {"lines": len(task["mapped"])}})
+                spill = Spill(
+                    id=f"map-{identity.task}-{identity.try_}-0", bytes=30, groups=1, values=1, max_decoded=1,
+                    partitions={"0": 10, "1": 10, "2": 10}, samples=[],
+                )  # fmt: skip
+                self.mapped[spill.id] = task["mapped"]
+                self._done(server, runs=[spill], counters={"lines": len(task["mapped"])})
         else:
-            self.tell(server, event="phase", phase="REDUCE")
+            self.report(server, tasks.PhaseBegun, phase="REDUCE")
             self.reduced.append(task["partition"])
-            part = {"name": part_name(3, task["partition"], 0, False), "partition": task["partition"], "crc32": 0}
-            part |= dict.fromkeys(("records", "bytes", "text_bytes", "batch_bytes", "max_decoded"), 1)
-            self._done(server, {"parts": [part], "counters": {}, "fetched": {}, "keys_kept": True})
+            self._done(server, parts=[convert(Part, PART | {"partition": task["partition"], "name": name(task)})])
 
-    def _done(self, server: str, result: dict[str, Any]) -> None:
-        task = self.tasks[server]
-        del self.tasks[server]
-        self.attempt.task_event(
-            server,
-            {"event": "done", "identity": task["identity"], "result": {"peak_bytes": 1, "seconds": {}} | result},
-        )
+    def _done(self, server: str, **result: Any) -> None:
+        done = tasks.Done(identity=self.tasks.pop(server)["identity"], result=replace(RESULT, **result))
+        self.attempt.task_event(server, done)
 
     def lose(self, server: str) -> None:
         """Some loss of a server or its task."""
@@ -123,9 +137,9 @@ class Cluster:
         if how in ("died", "refused", "failed") and task is None:
             return
         if how == "died":
-            self.tell(server, event="died", message="killed")
+            self.report(server, tasks.Died, message="killed")
         elif how == "failed":
-            self.tell(server, event="failed", error=Unreachable("no answer").to_dict())
+            self.report(server, tasks.Failed, error=plain(Unreachable("no answer")))
         elif how == "refused":
             assert task is not None
             self.attempt.refused(server, task["identity"], ClusterFault("busy"))
@@ -148,7 +162,7 @@ def test_any_losses_leave_every_bundle_mapped_once_and_every_partition_reduced_o
     rng = random.Random(seed)
     shape = {f"n{i}": servers for i, (servers, _) in enumerate(nodes)}
     attempt = make(shape, {f"n{i}": count for i, (_, count) in enumerate(nodes)}, max_attempts=1000)
-    everything = {bundle["id"] for waiting in attempt.waiting.values() for bundle in waiting}
+    everything = {bundle.id for waiting in attempt.waiting.values() for bundle in waiting}
     cluster = Cluster(attempt, rng)
     for server in attempt.servers:
         attempt.server_up(server)
@@ -164,7 +178,7 @@ def test_any_losses_leave_every_bundle_mapped_once_and_every_partition_reduced_o
         if cluster.stale and rng.random() < 0.2:
             server, event = rng.choice(cluster.stale[:-1] or cluster.stale)
             held = cluster.tasks.get(server)
-            if held is None or held["identity"] != event["identity"]:
+            if held is None or held["identity"] != event.identity:
                 attempt.task_event(server, event)  # a dead task still speaks: ignored
         down = [name for name, server in attempt.servers.items() if not server.up]
         if down and rng.random() < 0.5:
@@ -173,10 +187,10 @@ def test_any_losses_leave_every_bundle_mapped_once_and_every_partition_reduced_o
         if busy:
             cluster.work(rng.choice(busy))
     assert attempt.finished and attempt.fault is None, (attempt.fault, attempt.phase)
-    mapped = [bundle for runs in attempt.runs.values() for run in runs for bundle in cluster.mapped[run["id"]]]
+    mapped = [bundle for spill in attempt.results.all_spills() for bundle in cluster.mapped[spill.id]]
     assert sorted(mapped) == sorted(everything)
-    assert attempt.counters.get("lines", 0) == len(everything)
-    assert sorted(part["partition"] for part in attempt.parts) == ([0, 1, 2] if everything else [])
+    assert attempt.results.counters["lines"] == len(everything)
+    assert sorted(part.partition for part in attempt.results.parts) == ([0, 1, 2] if everything else [])
 
 
 def test_bundles_go_only_to_servers_of_their_node() -> None:
@@ -192,7 +206,7 @@ def test_a_server_that_comes_late_takes_part() -> None:
     assert [type(i) for i in attempt.instructions()] == [Start]
     attempt.server_up("S_1")
     (start,) = attempt.instructions()
-    assert isinstance(start, Start) and start.server == "S_1" and len(start.extra["bundles"]) == 2
+    assert isinstance(start, Start) and start.server == "S_1" and len(start.bundles) == 2
 
 
 @pytest.mark.parametrize(
@@ -218,7 +232,7 @@ def test_only_what_is_the_clusters_ends_an_attempt_as_the_clusters_fault(
         if refused:
             attempt.refused("S_0", start.identity, error)
         else:
-            attempt.task_event("S_0", {"event": "failed", "identity": start.identity, "error": error.to_dict()})
+            attempt.task_event("S_0", tasks.Failed(identity=start.identity, error=plain(error)))
         attempt.check()
     assert type(attempt.fault) is kind and error.message in str(attempt.fault)
     if not refused:
@@ -232,8 +246,8 @@ def test_a_task_that_always_dies_fails_the_job_after_max_attempts() -> None:
     while not attempt.fault:
         (start,) = attempt.instructions()
         assert isinstance(start, Start)
-        tries.append(start.identity["try"])
-        attempt.task_event("S_0", {"event": "died", "identity": start.identity, "message": "was killed by SIGSEGV"})
+        tries.append(start.identity.try_)
+        attempt.task_event("S_0", tasks.Died(identity=start.identity, message="was killed by SIGSEGV"))
     assert tries == [1, 2, 3]
     assert isinstance(attempt.fault, JobFault) and "SIGSEGV" in attempt.fault.message
     assert attempt.instructions() == []
@@ -242,13 +256,13 @@ def test_a_task_that_always_dies_fails_the_job_after_max_attempts() -> None:
 @pytest.mark.parametrize(
     ("error", "blamed"), [(Unreachable("no route"), ClusterFault), (TaskDied("damaged frame"), JobFault)]
 )
-def test_who_is_blamed_for_a_task_that_gives_up(error: Exception, blamed: type[Exception]) -> None:
+def test_who_is_blamed_for_a_task_that_gives_up(error: MrcoreError, blamed: type[Exception]) -> None:
     attempt = make({"a": 1}, {"a": 1})
     attempt.server_up("S_0")
     while not attempt.fault:
         (start,) = attempt.instructions()
         assert isinstance(start, Start)
-        event = {"event": "failed", "identity": start.identity, "error": error.to_dict()}  # type: ignore[attr-defined]
+        event = tasks.Failed(identity=start.identity, error=plain(error))
         attempt.task_event("S_0", event)
     assert isinstance(attempt.fault, blamed)
 
@@ -259,7 +273,7 @@ def test_the_jobs_own_fault_and_a_full_disk_end_the_attempt_at_once() -> None:
         attempt.server_up("S_0")
         (start,) = attempt.instructions()
         assert isinstance(start, Start)
-        attempt.task_event("S_0", {"event": "failed", "identity": start.identity, "error": error.to_dict()})
+        attempt.task_event("S_0", tasks.Failed(identity=start.identity, error=plain(error)))
         assert attempt.fault is not None and attempt.fault.message == error.message
 
 
@@ -286,7 +300,7 @@ def test_an_impossible_change_raises_with_the_story() -> None:
 def test_no_input_finishes_without_a_task() -> None:
     attempt = make({"a": 1}, {})
     attempt.server_up("S_0")
-    assert attempt.instructions() == [] and attempt.finished and attempt.parts == []
+    assert attempt.instructions() == [] and attempt.finished and attempt.results.parts == []
 
 
 KEYS = st.one_of(st.none(), st.integers(-50, 50), st.text(max_size=3), st.tuples(st.integers(0, 3)))
@@ -317,18 +331,23 @@ def test_default_partitions_follow_data_and_servers() -> None:
 @pytest.mark.parametrize("cuts", [None, [["b", 1], "m"], []])
 def test_earlier_output_is_reduced_where_it_lies_also_without_anything_new(cuts: list[Any] | None) -> None:
     places = {0: "n0", 2: "n1"} if cuts is None else {0: "n1"}
-    earlier = {number: [{"node": node, "bytes": 10 - number}] for number, node in places.items()}
+    earlier = {
+        number: [convert(PlacedPart, PART | {"name": "part-1-0-0.data", "node": node, "bytes": 10 - number})]
+        for number, node in places.items()
+    }
     attempt = make({"n0": 1, "n1": 1}, {}, by_range=cuts is not None, earlier=earlier, cuts=cuts)
     for server in attempt.servers:
         attempt.server_up(server)
     started = attempt.instructions()
     assert all(isinstance(each, Start) for each in started)
     assert {task.number for task in attempt.reduces} == (set(places) if cuts is None else set(range(len(cuts) + 1)))
-    on = {each.extra["partition"]: each.extra["node"] for each in started if isinstance(each, Start)}
+    on = {start.partition.number: attempt.servers[start.server].node for start in started if start.partition}  # type: ignore[union-attr]
     if cuts is None:
         assert on == places
     elif not cuts:
         assert len(started) == 1
     else:
-        assert attempt.cuts == cuts and [task.extra["low"] for task in attempt.reduces] == [None, [["b", 1]], ["m"]]
+        partitions = [task.partition for task in attempt.reduces]
+        assert attempt.partitioning.cuts == cuts
+        assert [each.low for each in partitions if each] == [None, '["b", 1]', '"m"']
     attempt.check()

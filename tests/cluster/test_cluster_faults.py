@@ -17,6 +17,7 @@ from conditions import wait_until
 
 from mrcore.errors import JobFault, MrcoreError
 from mrcore.launchers import local
+from mrcore.messages.methods import HEALTH
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.system import procfs
@@ -196,7 +197,7 @@ def test_kill_ends_an_endless_map_that_ignores_sigterm_and_has_forked_children(c
 def test_what_is_served_on_the_data_channel_is_what_the_manifest_says(cluster: TestCluster) -> None:
     def served() -> int:
         nodes = cluster.settings.nodes
-        return sum(cluster.manager._agent(node).call("health")["served_bytes"].get("run", 0) for node in nodes)
+        return sum(cluster.manager._agents.client(node).call(HEALTH).served_bytes.get("run", 0) for node in nodes)
 
     before = served()
     manifest = cluster.run(cluster.job(number_of_partitions=5))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from clusters import TestCluster
 from hypothesis import given, settings
@@ -23,11 +24,14 @@ from oracle import bag, grouped
 
 from mrcore.engine.disk_sort import DiskSort
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.output import PartWriter
-from mrcore.engine.spills import Parts, RunWriter, Segment
+from mrcore.engine.output import Parts, PartWriter
+from mrcore.engine.shuffler import Shuffle
+from mrcore.engine.spills import Segment, SpillWriter
 from mrcore.errors import ClusterFault, JobFault, UsageError
 from mrcore.launchers import local
-from mrcore.node import tails
+from mrcore.messages.nodes import InputFile, ReadFile
+from mrcore.messages.tasks import PlacedPart
+from mrcore.node import inputs
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import ledger, manifest
 
@@ -401,10 +405,10 @@ def test_a_commit_without_its_ledger_is_completed_and_as_often_as_one_likes(
     with pytest.raises(JobFault, match="went into run"):  # not read twice, even if nobody completed it
         job.run()
     newest = manifest.newest(cluster.settings.state_dir, job.name)
-    assert newest is not None and newest["run"] > older["run"]
+    assert newest is not None and newest.run > older.run
     state = job.state()
     for _ in range(2):
-        cluster.manager.finish(cluster.job(**job.keys), newest["run"])
+        cluster.manager.finish(cluster.job(**job.keys), newest.run)
         assert job.state() == state
     rows = job.scheduler().ledger(job.name)
     assert [row["bytes"] for row in rows] == [4, 2] or [row["bytes"] for row in rows] == [2, 4]
@@ -552,7 +556,7 @@ class History:
         before = path.read_bytes() if path.exists() else None
         known = self.read.get(name)
         if what == "wait":
-            self.now += ledger.SETTLE_SECONDS + 1
+            self.now += inputs.SETTLE_SECONDS + 1
             return
         if what == "grow" or before is None:
             with path.open("ab") as stream:
@@ -574,7 +578,7 @@ class History:
                 size = min(len(known or before), len(before))
                 if not size:
                     return
-                where = size - 1 - len(content) % min(size, ledger.BLOCK_BYTES)
+                where = size - 1 - len(content) % min(size, inputs.BLOCK_BYTES)
                 stream.seek(where)
                 stream.write(bytes([(before[where] + 1) % 256 or 1]))
         self.touch(path)
@@ -588,10 +592,10 @@ class History:
         listed = []
         for path in sorted(self.folder.glob("[a-z]*")):
             status = path.stat()
-            listed.append([str(path), status.st_size, status.st_mtime_ns, status.st_ino])
+            listed.append(InputFile(str(path), status.st_size, status.st_mtime_ns, status.st_ino))
 
         def look(node: str, asked: list[list[Any]]) -> list[list[Any]]:
-            return [tails.look_into(p, size, inode, mtime, read, self.now) for p, size, mtime, inode, read in asked]
+            return [list(inputs.check_tail(ReadFile(*file), self.now)) for file in asked]
 
         news = ledger.compare({"n": listed}, self.entries, look, {"n": ""})
         changed = {Path(text.split(" ")[0]).name for text in news.changed}
@@ -605,11 +609,11 @@ class History:
             assert known.endswith(b"\n") or not known or content[begin : begin + 1] == b"\n"
             self.read[name] = content[:end]
             self.touched.discard(name)
-        self.entries |= {(holder, path): tuple(entry) for holder, path, *entry in news.entries}  # type: ignore[misc]
+        self.entries |= {(holder, path): ledger.Entry(*entry) for holder, path, *entry in news.entries}
         for path in self.folder.glob("[a-z]*"):
             if path.name not in spoilt:
                 content = path.read_bytes()
-                fresh = self.now - path.stat().st_mtime < ledger.SETTLE_SECONDS
+                fresh = self.now - path.stat().st_mtime < inputs.SETTLE_SECONDS
                 whole = content[: content.rfind(b"\n") + 1] if fresh else content
                 assert self.read.get(path.name, b"") == max(whole, self.read.get(path.name, b""), key=len)
         assert not ledger.compare({"n": listed}, self.entries, look, {"n": ""}).files["n"], "read twice"
@@ -630,7 +634,7 @@ def test_whatever_happens_to_files_each_line_is_read_once_or_the_file_told(
     steps: list[tuple[str, str, bytes]], block_bytes: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "BLOCK_BYTES", block_bytes)
+        patch.setattr(inputs, "BLOCK_BYTES", block_bytes)
         history = History(Path(folder))
         for what, name, content in [*steps, ("run", "f", b"")]:
             if what in ("run", "anew"):
@@ -663,12 +667,15 @@ def test_parts_merge_as_runs_do(
         ordered = [(key, value) for key, values in grouped(old) for value in values]
         for start in range(0, len(ordered), batch):
             writer.write(ordered[start : start + batch])
-        told = [part | {"node": "n"} for part in writer.close()]
-        assert sum(part["records"] for part in told) == len(old)
+        told = [PlacedPart(**msgspec.structs.asdict(part), node="n") for part in writer.close()]
+        assert sum(part.records for part in told) == len(old)
         sorter = DiskSort(folder, watch)
-        sorter.add_run(Parts([folder / part["name"] for part in told], told))
-        for item in new:
-            sorter.append(item)
+        sorter.add_spill(Parts([folder / part.name for part in told], told))
+        sink = Shuffle(folder, "new", watch, partitions=1)
+        for key, value in new:
+            sink.append(key, value)
+        for spill in sink.shuffle():
+            sorter.add_spill(Segment(folder / f"{spill.id}.data", 0, spill.bytes, spill.max_decoded))
         found = [(key, value) for key, values in sorter.groups() for value in values]
         expected = grouped(old + new)
         assert [key for key, _ in grouped(found)] == [key for key, _ in expected]
@@ -679,15 +686,15 @@ def test_a_large_earlier_output_needs_little_memory(tmp_path: Path) -> None:
     writer = PartWriter(tmp_path, run=1, partition=0, attempt_try=1, max_items=None, compress=False)
     for start in range(0, 300_000, 1000):
         writer.write([(f"{number:08}", 1) for number in range(start, start + 1000)])
-    told = [part | {"node": "n"} for part in writer.close()]
-    run = RunWriter(tmp_path, "new", 64 * 1024)
+    told = [PlacedPart(**msgspec.structs.asdict(part), node="n") for part in writer.close()]
+    run = SpillWriter(tmp_path, "new", 64 * 1024)
     run.write(0, ["00000007", "x"], {"00000007": [1], "x": [1]}, False)
     new = run.close()
     with MemoryWatch(1 << 30) as watch:
         floor = watch.anonymous_bytes()
         sorter = DiskSort(tmp_path, watch)
-        sorter.add_run(Parts([tmp_path / part["name"] for part in told], told))
-        sorter.add_run(Segment(tmp_path / "new.data", 0, new["bytes"], new["max_decoded"]))
+        sorter.add_spill(Parts([tmp_path / part.name for part in told], told))
+        sorter.add_spill(Segment(tmp_path / "new.data", 0, new.bytes, new.max_decoded))
         count = total = 0
         for _, values in sorter.groups():
             count, total = count + 1, total + len(values)

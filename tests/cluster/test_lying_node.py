@@ -15,19 +15,25 @@ import pytest
 from checkout import SUPPORT
 from clusters import TestCluster
 from conditions import wait_until
-from run_task import Failed, Task
 
+from mrcore.errors import UsageError
 from mrcore.launchers import local
+from mrcore.launchers.launcher import daemons
+from mrcore.messages.kinds import convert
+from mrcore.messages.tasks import Order
 from mrcore.queue.scheduler import Scheduler
+from mrcore.state import manifest
 from mrcore.system import procfs
 
 NODE = "node-1"
 RSS_BYTES = 300 << 20  # of the master, whatever it is told
+TIMEOUT_SECONDS = 8.0  # node_timeout_seconds
+SECONDS = 4 * TIMEOUT_SECONDS  # of an attempt, on a machine that does a lot beside
 ATTEMPT = """
-import json, sys
+import json, sys, time
 from mrcore.settings.config import load_settings
-from mrcore.manage_cluster import ManageCluster
-job = json.loads(sys.argv[2])
+from mrcore.cluster.manage_cluster import ManageCluster
+job, begun = json.loads(sys.argv[2]), time.monotonic()
 try:
     ManageCluster(load_settings(sys.argv[1])).run(job, run=int(sys.argv[3]))
     made = {"class": None, "message": "", "kinds": []}
@@ -36,7 +42,7 @@ except BaseException as error:
     made = {"class": type(error).__name__, "message": str(error), "kinds": kinds}
 # Not ru_maxrss, which a process has from whoever started it: from a test process of any size.
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-print(json.dumps(made | {"rss": int(peak.split()[1]) * 1024}))
+print(json.dumps(made | {"rss": int(peak.split()[1]) * 1024, "seconds": time.monotonic() - begun}))
 """
 RUNNER = """
 import sys
@@ -50,7 +56,9 @@ class LyingCluster(TestCluster):
     """Two nodes, of which the second has other daemons than the first."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, nodes=2, servers=1, node_timeout_seconds=8.0, hold_backoff_first_seconds=0.2)
+        super().__init__(
+            folder, nodes=2, servers=1, node_timeout_seconds=TIMEOUT_SECONDS, hold_backoff_first_seconds=0.2
+        )
         self.config = folder / "config.json"
         self.config.write_text(self.settings.model_dump_json())
         self.number = 100
@@ -63,14 +71,14 @@ class LyingCluster(TestCluster):
         self.write_inputs({"a": "one two\n", "b": "two\n"})
 
     def _replace(self) -> None:
-        theirs = [daemon for daemon in local._daemons(self.settings) if daemon.node.name == NODE]
+        theirs = [daemon for daemon in daemons(self.settings) if daemon.node.name == NODE]
         running = local._running(self.settings.home)
         for daemon in theirs:
-            known = running[daemon.record]
-            procfs.send_signal(known["pid"], known["start_ticks"], signal.SIGTERM)
-        wait_until(lambda: not any(procfs.state(running[each.record]["pid"]) for each in theirs), 20, "their end")
-        lying = [local._Daemon(each.name, "lying_node", each.node, each.port, each.owner) for each in theirs]
-        local._await_ready({local._launch(self.settings, each): each for each in lying})
+            procfs.send_signal(*running[local._record(daemon)], signal.SIGTERM)
+        wait_until(
+            lambda: not any(procfs.state(running[local._record(daemon)].pid) for daemon in theirs), 20, "their end"
+        )
+        local._await_ready({local._launch(self.settings, daemon, "lying_node"): daemon for daemon in theirs})
 
     def lie(self, **lie: Any) -> None:
         partial = self.lies.with_suffix(".partial")
@@ -156,10 +164,12 @@ RAW: dict[str, dict[str, list[Any]]] = {  # before, text, times, after
 }
 
 
-def check(ended: dict[str, Any], named: str = NODE) -> None:
+def check(ended: dict[str, Any], named: str = NODE, seconds: float = SECONDS) -> None:
+    """The attempt ended soon, by a fault of the cluster that names the node, and the master stayed small."""
     assert "ClusterFault" in ended["kinds"], ended
     assert named in ended["message"] and len(ended["message"]) < 2_000, ended
     assert ended["rss"] < RSS_BYTES, f"{ended['rss'] >> 20} MiB"
+    assert ended["seconds"] < seconds, ended
 
 
 @pytest.mark.slow
@@ -183,7 +193,7 @@ def test_what_is_no_message_is_a_fault_of_the_cluster(cluster: LyingCluster, wha
 @pytest.mark.parametrize("kind", ["endless", "same cursor", "empty"])
 def test_listings_without_an_end_are_ended(cluster: LyingCluster, kind: str) -> None:
     cluster.lie(pages=kind)
-    check(cluster.attempt())
+    check(cluster.attempt(), seconds=10 * SECONDS)  # half a million files are taken before it is too much
 
 
 @pytest.mark.slow
@@ -204,23 +214,60 @@ def manifests(cluster: LyingCluster) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["{evil}", "../../../../evil", "part-000001-00000-00000.data", "", 5])
-def test_no_part_gets_a_name_that_a_node_chooses(cluster: LyingCluster, tmp_path: Path, name: Any) -> None:
+@pytest.mark.parametrize("name", ["/tmp/mrcore-evil", "../../../../evil", "a/b", "part-000001-00000-00000.data", "", 5])
+def test_no_part_gets_a_name_that_a_node_chooses(cluster: LyingCluster, name: Any) -> None:
     """The hole that wrote files: a part's path went by the manifest to the next run, which fetched it there."""
-    evil, before = tmp_path / "evil", manifests(cluster)
-    cluster.lie(rename=str(evil) if name == "{evil}" else name)
+    before, files = manifests(cluster), cluster.files()
+    cluster.lie(results={"parts": {"name": name}})
     check(cluster.attempt(map_function_name="count_words", reduce_function_name=None))
-    assert not evil.exists() and manifests(cluster) == before
+    assert manifests(cluster) == before and not Path("/tmp/mrcore-evil").exists()
+    assert cluster.files() - files <= {path for path in cluster.files() if "/projects/" in path}
+
+
+RESULTS: dict[str, Any] = {  # of a map task
+    "null": None,
+    "a list": [],
+    "without counters": {"counters": None},
+    "counters below nothing": {"counters": {"lines": -1}},
+    "counters of 2^63": {"counters": {"lines": 1 << 63}},
+    "seconds in words": {"seconds": {"map": "long"}},
+    "spills are a table": {"runs": 7},
+    "a spill is a number": {"runs": [7]},
+    "a spill outside": {"runs": {"id": "../../evil"}},
+    "a spill of another task": {"runs": {"id": "map-99-1-0"}},
+    "a spill below nothing": {"runs": {"bytes": -1}},
+    "a partition that there is not": {"runs": {"partitions": {"999": 1}}},
+    "samples that are no keys": {"runs": {"samples": [["{", 1]]}},
+    "a part of 2^70 bytes": {"parts": [{"name": "part-000001-00000-00000.data", "bytes": 1 << 70}]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", RESULTS)
+def test_what_is_no_result_is_a_fault_of_the_cluster_that_names_the_node(cluster: LyingCluster, what: str) -> None:
+    before, files = manifests(cluster), cluster.files()
+    cluster.lie(results=RESULTS[what])
+    check(cluster.attempt(number_of_partitions=2))
+    assert manifests(cluster) == before
+    assert cluster.files() - files <= {path for path in cluster.files() if "/projects/" in path}
 
 
 @pytest.mark.parametrize("name", ["/tmp/evil", "../evil", "part-000001-00000-00000.data/../../evil", ""])
 def test_a_manifest_is_looked_at_again_before_a_name_of_it_becomes_a_path(tmp_path: Path, name: str) -> None:
-    work = Task(tmp_path, "def m(l, a):\n    return []\n", "def r(g, a):\n    return g\n")
-    part = {"name": name, "node": "other", "records": 1, "bytes": 1, "crc32": 0, "batch_bytes": 1, "max_decoded": 1}
-    with pytest.raises(Failed, match=r"names a part .* which is none") as fault:
-        work.reduce(0, sources=[], earlier={"parts": [part], "sources": [{"node": "other", "folder": str(tmp_path)}]})
-    assert fault.value.error["class"] == "JobFault"
-    assert not (tmp_path / "evil").exists() and not Path("/tmp/evil").exists()
+    """On the master, which says what to do, and once more by the server that gets the order."""
+    part: dict[str, Any] = {"name": name, "node": "other", "partition": 0, "crc32": 0}
+    part |= dict.fromkeys(("records", "bytes", "text_bytes", "batch_bytes", "max_decoded"), 1)
+    path = manifest.path_of(tmp_path, "j", 1)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"job": "j", "run": 1, "parts": [part]}))
+    with pytest.raises(UsageError, match=r"the manifest .* is damaged: .*name"):
+        manifest.read(tmp_path, "j", 1)
+    identity = {"job": "j", "run": 2, "phase": "REDUCE", "task": 0, "try": 1}
+    order = {"identity": identity, "node": "n", "job": {}, "project": "a" * 32, "partitions": 1}
+    good = [part | {"name": "part-000001-00000-00000.data"}]
+    assert convert(Order, order | {"earlier": {"parts": good, "sources": []}}).earlier
+    with pytest.raises(ValueError, match="earlier"):
+        convert(Order, order | {"earlier": {"parts": [part], "sources": []}})
 
 
 @pytest.mark.slow

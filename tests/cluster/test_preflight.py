@@ -26,11 +26,8 @@ from mrcore.project.snapshot import pack_project, project_hash
 from mrcore.queue.scheduler import Scheduler
 from mrcore.system import procfs
 
-RUNNER = (
-    "from mrcore.settings.config import load_settings; from mrcore.queue.runner import Runner; "
-    "Runner(load_settings()).run(once=True)"
-)
-MRCORE = "import sys; from mrcore.cli.main import main; main(sys.argv[1:])"
+RUNNER = "from mrcore import Runner, load_settings; Runner(load_settings()).run(once=True)"
+MRCORE = "import sys; from mrcore.cli import main; main(sys.argv[1:])"
 LONG = 120  # seconds until a test gives up
 
 

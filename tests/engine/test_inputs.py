@@ -21,6 +21,7 @@ from task_parts import piece
 
 from mrcore.engine.inputs import SAMPLE_BLOCK_BYTES, Reader, Sample, cut_lines, plan_bundles
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Split
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -34,7 +35,7 @@ def reader(block_bytes: int = 1 << 16, max_line_bytes: int = 1 << 26, sample: Sa
     return Reader(max_line_bytes=max_line_bytes, block_bytes=block_bytes, sample=sample)
 
 
-def lines(pieces: Sequence[Sequence[Any]], **more: Any) -> list[tuple[int, bytes]]:
+def lines(pieces: Sequence[Split], **more: Any) -> list[tuple[int, bytes]]:
     """Every line that the pieces give, with its offset; checks that blocks are whole lines."""
     got: list[tuple[int, bytes]] = []
     for each in pieces:
@@ -185,15 +186,15 @@ def test_a_file_that_shrinks_or_is_replaced_fails(tmp_path: Path) -> None:
 def test_bundles_cover_every_byte_once(files: list[tuple[int, bool]], servers: int, first: int) -> None:
     inputs = [(f"f{n}" + (".gz" if packed else ""), size, 1, n) for n, (size, packed) in enumerate(files)]
     bundles = plan_bundles(inputs, servers, first)
-    assert [bundle["id"] for bundle in bundles] == list(range(first, first + len(bundles)))
-    assert all(bundle["pieces"] for bundle in bundles)
+    assert [bundle.id for bundle in bundles] == list(range(first, first + len(bundles)))
+    assert all(bundle.pieces for bundle in bundles)
     for path, size, mtime, inode in inputs:
-        pieces = [each for bundle in bundles for each in bundle["pieces"] if each[0] == path]
-        assert all(each[3:] == [size, mtime, inode] for each in pieces)
+        pieces = [each for bundle in bundles for each in bundle.pieces if each.path == path]
+        assert all((each.size, each.mtime_ns, each.inode) == (size, mtime, inode) for each in pieces)
         if path.endswith(".gz"):
-            assert [each[1:3] for each in pieces] == [[0, None]]
+            assert [(each.start, each.end) for each in pieces] == [(0, None)]
         else:
-            borders = [border for each in pieces for border in each[1:3]]
+            borders = [border for each in pieces for border in (each.start, each.end)]
             assert borders[::2] == [0, *borders[1:-1:2]][: len(pieces)] and (borders[-1:] or [0]) == [size]
             assert all(border % SAMPLE_BLOCK_BYTES == 0 for border in borders[:-1])
 

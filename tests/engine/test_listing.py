@@ -14,21 +14,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from mrcore.engine import listing as listings
 from mrcore.engine.globbing import expand
 from mrcore.engine.listing import Listing, gather, list_inputs, rendezvous
 from mrcore.errors import Malformed
+from mrcore.messages.nodes import InputPage
 from mrcore.system.paths import Layout
 
 
-def listed(folder: Path, *entries: str, **job: Any) -> dict[str, Any]:
+def listed(folder: Path, *entries: str, **job: Any) -> InputPage:
     return list_inputs({"input_dirs": list(entries), **job}, Layout(folder), ["n0", "n1", "n2"], "n0")
 
 
-def names(listing: dict[str, Any]) -> list[str]:
-    return [os.path.basename(path) for path, *_ in listing["files"]]
+def names(listing: InputPage) -> list[str]:
+    return [os.path.basename(file.path) for file in listing.files]
 
 
 # --- Entries ---------------------------------------------------------------------------------------------------------
@@ -44,8 +46,8 @@ def test_a_folder_is_one_level_and_skips_are_counted(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         listing = listed(tmp_path, str(folder))
     assert names(listing) == ["a", "b.gz", "name with\nnewline"]
-    assert listing["skipped"] == {"dotfile": 1, "partial": 1, "locked by its writer": 1, "fifo": 1}
-    assert listing["matched"] == {str(folder): 3} and not listing["faults"]
+    assert listing.skipped == {"dotfile": 1, "partial": 1, "locked by its writer": 1, "fifo": 1}
+    assert listing.matched == {str(folder): 3} and not listing.faults
     assert "locked" in names(listed(tmp_path, str(folder)))
 
 
@@ -57,7 +59,7 @@ def test_entries_that_overlap_list_a_file_once(tmp_path: Path) -> None:
         tmp_path, str(folder), f"{folder}/", f"{tmp_path}//in", f"{folder}/a", f"{folder}/./a", f"{folder}/*"
     )
     assert names(twice) == ["a"]
-    assert set(twice["matched"].values()) == {1}
+    assert set(twice.matched.values()) == {1}
 
 
 def test_globs_files_and_relative_entries(tmp_path: Path) -> None:
@@ -69,16 +71,16 @@ def test_globs_files_and_relative_entries(tmp_path: Path) -> None:
     assert names(listed(tmp_path, "logs/*.txt")) == ["[odd].txt", "a.txt"]
     assert names(listed(tmp_path, "logs/[odd].txt")) == ["[odd].txt"]
     assert names(listed(tmp_path, "logs/x/b.txt", "logs/x/y")) == ["b.txt", "c.txt", "d.csv"]
-    assert listed(tmp_path, "logs/none*", "nowhere")["matched"] == {"logs/none*": 0, "nowhere": 0}
+    assert listed(tmp_path, "logs/none*", "nowhere").matched == {"logs/none*": 0, "nowhere": 0}
 
 
 def test_what_cannot_be_read_or_named_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     listing = listed(tmp_path, str(tmp_path))
-    assert [fault for fault in listing["faults"] if "dangling cannot be read" in fault]
+    assert [fault for fault in listing.faults if "dangling cannot be read" in fault]
     (tmp_path / "dangling").unlink()
     (tmp_path / os.fsdecode(b"caf\xe9")).write_text("x")
-    faults = listed(tmp_path, str(tmp_path))["faults"]
+    faults = listed(tmp_path, str(tmp_path)).faults
     assert len(faults) == 1 and "is not UTF-8: rename the file" in faults[0] and "caf\\xe9" in faults[0]
 
 
@@ -200,9 +202,9 @@ def test_a_file_is_read_once_whatever_names_lead_to_it(tmp_path: Path) -> None:
     ]
     for order in itertools.permutations(entries):
         listing = listed(tmp_path, *order)
-        assert [path for path, *_ in listing["files"]] == [f"{tmp_path}/in/real/m.txt"]  # no link, the first name
-        assert listing["skipped"] == {"same file under another name": 5} and not listing["faults"]
-        assert all(listing["matched"].values())
+        assert [file.path for file in listing.files] == [f"{tmp_path}/in/real/m.txt"]  # no link, the first name
+        assert listing.skipped == {"same file under another name": 5} and not listing.faults
+        assert all(listing.matched.values())
 
 
 def test_equal_files_are_not_one_file(tmp_path: Path) -> None:
@@ -240,9 +242,9 @@ def test_what_is_no_plain_file_is_skipped_by_its_kind_and_not_touched(tmp_path: 
         listener.bind(str(tmp_path / "socket"))
         for entry in (str(tmp_path), f"{tmp_path}/*", f"{tmp_path}/**/*"):
             listing = listed(tmp_path, entry)
-            assert names(listing) == ["file"] and not listing["faults"]
-            assert listing["skipped"] == {"fifo": 2, "device": 1, "socket": 1}
-    assert listed(tmp_path, f"{tmp_path}/fifo")["matched"] == {f"{tmp_path}/fifo": 0}
+            assert names(listing) == ["file"] and not listing.faults
+            assert listing.skipped == {"fifo": 2, "device": 1, "socket": 1}
+    assert listed(tmp_path, f"{tmp_path}/fifo").matched == {f"{tmp_path}/fifo": 0}
     assert writer.poll() is None  # it still waits for its reader, who now comes
     assert (tmp_path / "fifo").read_text() == "one\ntwo\n"
     assert writer.wait(30) == 0
@@ -262,14 +264,14 @@ def test_an_unreadable_folder_is_no_empty_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "scandir", refusing)
     for entry in ("**/*.txt", "*/f.txt", "closed/*", "closed"):
         listing = listed(tmp_path, f"{tmp_path}/{entry}")
-        assert listing["faults"] == [f"input {tmp_path}/closed cannot be read: Permission denied"] or entry == "*/f.txt"
+        assert listing.faults == [f"input {tmp_path}/closed cannot be read: Permission denied"] or entry == "*/f.txt"
     assert names(listed(tmp_path, f"{tmp_path}/**/*.txt")) == ["f.txt"]
 
 
 def test_thousands_of_faults_are_told_in_a_few_lines(tmp_path: Path) -> None:
     for number in range(3000):
         (tmp_path / f"l{number}").symlink_to("nowhere")
-    faults = listed(tmp_path, str(tmp_path))["faults"]
+    faults = listed(tmp_path, str(tmp_path)).faults
     assert len(faults) == 10 and faults[-1] == "and 2,991 more inputs cannot be read" and sum(map(len, faults)) < 5000
 
 
@@ -285,7 +287,7 @@ def test_a_walk_goes_on_in_slices_and_finds_the_same(tmp_path: Path) -> None:
     while not walk.advance(0.0):
         slices += 1
     assert slices > 200  # one step each
-    assert walk.result() == list_inputs(job, Layout(tmp_path), ["n0"], "n0") and len(walk.result()["files"]) == 200
+    assert walk.result() == list_inputs(job, Layout(tmp_path), ["n0"], "n0") and len(walk.result().files) == 200
 
 
 def test_a_walk_that_finds_nothing_comes_back_in_time(tmp_path: Path) -> None:
@@ -301,7 +303,20 @@ def test_a_listing_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(listings, "MAX_FILES", 10)
     for number in range(30):
         (tmp_path / f"f{number}").write_text("x")
-    assert "match more than 10 files on one node" in listed(tmp_path, str(tmp_path))["faults"][0]
-    endless = {"files": [], "next": "more"}
+    assert "match more than 10 files on one node" in listed(tmp_path, str(tmp_path)).faults[0]
+    endless = InputPage(files=[], matched={}, skipped={}, fingerprint="", faults=[], next="more")
     with pytest.raises(Malformed, match=r"node n0 .* pages without an end"):
         gather(lambda *_, **__: endless, {"input_dirs": []}, ["n0"], "n0")
+
+
+def test_gather_goes_on_until_the_last_page(tmp_path: Path) -> None:
+    for number in range(7):
+        (tmp_path / f"f{number}").write_text("x\n")
+    whole = listed(tmp_path, str(tmp_path))
+    empty = InputPage(files=[], matched={}, skipped={}, fingerprint="", faults=[], next="0")
+    pages: dict[str | None, InputPage] = {None: empty}
+    for start in range(0, 7, 3):
+        following = str(start + 3) if start + 3 < 7 else None
+        pages[str(start)] = msgspec.structs.replace(whole, files=whole.files[start : start + 3], next=following)
+    job = {"input_dirs": [str(tmp_path)]}
+    assert gather(lambda *, cursor, **_: pages[cursor], job, ["n0"], "n0") == whole

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import bag, grouped, lines_of, one_form, rank
-from run_task import Failed, Task
+from run_task import PROJECT, Failed, Task
 from strategies import keys, texts
 from task_parts import StubWatch, piece
 
@@ -26,12 +26,13 @@ from mrcore.engine.disk_sort import DiskSort
 from mrcore.engine.functions import make_combiner
 from mrcore.engine.inputs import Reader, plan_bundles
 from mrcore.engine.mapper import Map
-from mrcore.engine.output import PartWriter
+from mrcore.engine.output import DirectOutput, PartWriter
 from mrcore.engine.reducer import Reduce
-from mrcore.engine.shuffler import DirectOutput, Shuffle
+from mrcore.engine.shuffler import Shuffle
 from mrcore.engine.spills import Segment, select
 from mrcore.engine.trial import try_job
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Bundle, Spill
 
 Function = Callable[..., Any]
 
@@ -68,7 +69,7 @@ def mapped(
     partitions: int = 1,
     block_bytes: int = 1 << 16,
     **more: Any,
-) -> tuple[list[dict[str, Any]], Map]:
+) -> tuple[Any, Map]:
     """Run Map over a file of `content`, spilling at every `period`th item, and give the runs."""
     path = folder / "input.txt"
     path.write_bytes(content)
@@ -81,17 +82,17 @@ def mapped(
     return mapper.finish(), mapper
 
 
-def reduced(folder: Path, told: list[dict[str, Any]], function: Function, partition: int = 0, **more: Any) -> Any:
+def reduced(folder: Path, told: list[Spill], function: Function, partition: int = 0, **more: Any) -> Any:
     """Run Reduce over one partition of the runs and give its items and itself."""
     watch: Any = StubWatch(3)
     sorter = DiskSort(folder, watch, ascending_values=more.pop("sort_values", False), combine=more.pop("combine", None))
     for run in told:
-        for offset, length in select(folder, run["id"], {"partition": partition}):
-            sorter.add_run(Segment(folder / f"{run['id']}.data", offset, length, run["max_decoded"]))
+        for offset, length in select(folder, run.id, {"partition": partition}):
+            sorter.add_spill(Segment(folder / f"{run.id}.data", offset, length, run.max_decoded))
     parts = PartWriter(folder, run=1, partition=partition, attempt_try=1, max_items=None, compress=False)
     reducer = Reduce(function, "my_reduce", None, sorter, parts, watch, folder, **more)
     reducer.sort()
-    written = [folder / part["name"] for part in reducer.reduce()]
+    written = [folder / part.name for part in reducer.reduce()]
     items = [json.loads(line) for path in written for line in path.read_text().split("\n")[:-1]]
     for path in written:
         path.unlink()
@@ -227,7 +228,7 @@ def test_a_full_disk_is_not_the_fault_of_the_job(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     told, _ = mapped(tmp_path, b"a b c\n", words)
-    monkeypatch.setattr("mrcore.engine.spills.RunWriter.write", full)
+    monkeypatch.setattr("mrcore.engine.spills.SpillWriter.write", full)
     monkeypatch.setattr("mrcore.engine.output.PartWriter.write", full)
     with pytest.raises(OSError, match="No space"):
         mapped(tmp_path, b"a b c\n", words, max_items=1)
@@ -248,7 +249,7 @@ def test_a_map_only_task_gives_back_memory_and_batches_by_size(tmp_path: Path) -
         sink.add(("k" * 20_000, ["x"] * 20_000))
         assert sum(len(key) + len(value) for key, value in sink._batch) < 1 << 16
     assert watch.released >= 9
-    assert sink.close()[0]["records"] == 10
+    assert sink.close()[0].records == 10
 
 
 @pytest.mark.parametrize(
@@ -535,7 +536,7 @@ def bundles(work: Task, folder: Path, *contents: bytes) -> list[Any]:
     for number, content in enumerate(contents):
         paths.append(folder / f"in-{number}.txt")
         paths[-1].write_bytes(content)
-    return [dict(bundle, id=n) for n, path in enumerate(paths) for bundle in plan_bundles(work.files([path]), 1)]
+    return [Bundle(n, bundle.pieces) for n, path in enumerate(paths) for bundle in plan_bundles(work.files([path]), 1)]
 
 
 def test_process_counts_words_in_partitions_with_spills(tmp_path: Path) -> None:
@@ -555,7 +556,7 @@ def test_process_counts_words_in_partitions_with_spills(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert results[0]["fetched"]["n"] == sum(run["partitions"].get("0", 0) for run in work.runs)
     assert results[0]["keys_kept"] and results[0]["peak_bytes"] > 1 << 20
-    left = sorted(path.name for path in work.layout.attempt_dir("j", 1, 1).iterdir())
+    left = sorted(path.name for path in work.layout.run_dir("j", 1).iterdir())
     assert left == ["parts", "runs"]  # a task's own folder goes with the task
 
 
@@ -573,8 +574,7 @@ def test_process_by_range_gives_the_total_order_of_mixed_keys(tmp_path: Path) ->
     wanted = [(key, v) for key, values in grouped((kinds[n % 5](n), n) for n in numbers) for v in values]
     cuts = [None, [500], ["3"], [[3, "3"]], None]  # as JSON brings them
     got: list[Any] = []
-    told = [run | {"most_bytes": run["bytes"]} for run in work.runs]
-    remote = [{"node": "other", "folder": str(work.layout.runs_dir("j", 1, 1)), "runs": told}]
+    remote = [{"node": "other", "folder": str(work.layout.runs_dir("j", 1)), "runs": work.runs}]
     for number, (low, high) in enumerate(itertools.pairwise(cuts)):
         got += work.items(work.reduce(number, low, high, sources=remote))
     assert [key for key, _ in got] == [key for key, _ in wanted]
@@ -588,7 +588,7 @@ def test_process_map_only_compressed_in_parts(tmp_path: Path) -> None:
     assert [part["name"] for part in result["parts"]] == [f"part-000001-00000-0000{n}.data.gz" for n in range(3)]
     assert list(work.items(result)) == [("b", 1), ("a", 1)] * 2000
     for part in result["parts"]:
-        path = work.layout.parts_dir("j", 1, 1) / part["name"]
+        path = work.layout.parts_dir("j", 1) / part["name"]
         assert part["text_bytes"] == len(gzip.decompress(path.read_bytes())) and part["bytes"] == path.stat().st_size
 
 
@@ -600,7 +600,7 @@ def test_process_tells_surroundings_and_imports_helpers(tmp_path: Path) -> None:
         "    yield shout(line), where + [auxiliary, helper_a.X]\n"
     )
     work = Task(tmp_path, code, auxiliary_data_name_mapper="facts")
-    project = work.layout.projects_dir / "hash"
+    project = work.layout.projects_dir / PROJECT
     (project / "helper_a.py").write_text("X = 5\n")
     (project / "helper_b").mkdir()
     (project / "helper_b" / "inner.py").write_text("def shout(line):\n    return line.strip().upper()\n")
@@ -621,7 +621,7 @@ def test_process_tells_surroundings_and_imports_helpers(tmp_path: Path) -> None:
 def test_process_reports_a_damaged_run_as_retryable(tmp_path: Path) -> None:
     work = Task(tmp_path, MAP, COUNT)
     work.map(bundles(work, tmp_path, b"b a\n"))
-    run = work.layout.runs_dir("j", 1, 1) / f"{work.runs[0]['id']}.data"
+    run = work.layout.runs_dir("j", 1) / f"{work.runs[0]['id']}.data"
     content = bytearray(run.read_bytes())
     content[-1] ^= 1
     run.write_bytes(content)
@@ -632,6 +632,18 @@ def test_process_reports_a_damaged_run_as_retryable(tmp_path: Path) -> None:
     with pytest.raises(Failed) as caught:
         work.reduce()
     assert caught.value.error["class"] == "TaskDied"
+    run.with_suffix(".index").write_bytes(b"")
+    with pytest.raises(Failed, match=r"index is damaged") as caught:
+        work.reduce()
+    assert caught.value.error["class"] == "TaskDied"
+
+
+def test_process_does_not_take_a_mistake_of_ours_for_a_damaged_file(tmp_path: Path) -> None:
+    work = Task(tmp_path, MAP, COUNT)
+    work.map(bundles(work, tmp_path, b"b a\n"))
+    with pytest.raises(Failed, match="ValueError: embedded null byte") as caught:
+        work.reduce(sources=[{"node": "n", "runs": [work.runs[0] | {"id": "no\0name"}]}])
+    assert caught.value.error["class"] == "InternalError"
 
 
 def test_process_fails_by_name_for_a_group_that_does_not_fit(tmp_path: Path) -> None:

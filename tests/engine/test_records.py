@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict, UserDict, defaultdict, deque, name
 from enum import Enum, IntEnum, IntFlag, StrEnum
 from http import HTTPStatus
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import pytest
 from hypothesis import given, settings
@@ -21,23 +22,21 @@ from hypothesis import strategies as st
 from oracle import one_form, rank, tuples
 from strategies import keys, values
 
+from mrcore.engine.output import encode_items
 from mrcore.engine.records import (
-    FRAME_HEADER,
     MAX_DEPTH,
     BadItem,
     Snapshot,
     canonical_key,
     check_item,
-    decode_payload,
     describe,
-    encode_frame,
-    encode_items,
     key_hash,
     order_key,
     partition_keys,
     sort_keys,
     sort_values,
 )
+from mrcore.engine.spills import FRAME_HEADER, DamagedFrame, decode_payload, encode_frame
 
 
 class Text(str):
@@ -395,12 +394,18 @@ def test_a_frame_round_trips(some: list[tuple[Any, list[Any]]]) -> None:
 @given(groups, st.data())
 def test_a_flipped_byte_in_a_frame_is_found(some: list[tuple[Any, list[Any]]], data: st.DataObject) -> None:
     frame, _ = encode_frame([key for key, _ in some], [held for _, held in some])
-    place = data.draw(st.integers(4, len(frame) - 1))  # the length itself: see test_runs_and_sort
+    place = data.draw(st.integers(4, len(frame) - 1))  # the length itself: see test_spills_and_sort
     wrong = bytearray(frame)
     wrong[place] ^= data.draw(st.integers(1, 255))
     _, count, checksum = FRAME_HEADER.unpack(wrong[: FRAME_HEADER.size])
-    with pytest.raises(ValueError):
+    with pytest.raises(DamagedFrame):
         decode_payload(bytes(wrong[FRAME_HEADER.size :]), count, checksum)
+
+
+@pytest.mark.parametrize("payload", [b"", b"[", b"[[1]]", b"7", b"[[1],[2],[3]]", b"[1,2]", b"[[1],{}]", b"\xff"])
+def test_a_frame_whose_checksum_was_made_for_nonsense_is_damaged_too(payload: bytes) -> None:
+    with pytest.raises(DamagedFrame):
+        decode_payload(payload, 1, crc32(payload))
 
 
 @given(st.lists(st.tuples(keys.map(one_form), values.map(Snapshot().take)), max_size=8))

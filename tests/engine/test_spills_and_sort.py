@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,11 +24,11 @@ from mrcore.engine import disk_sort, spills
 from mrcore.engine.disk_list import DiskGroup
 from mrcore.engine.disk_sort import DiskSort, merge
 from mrcore.engine.memory import MIN_SPILL_BYTES, MemoryWatch
-from mrcore.engine.records import BadItem, encode_frame, loads, sort_keys
+from mrcore.engine.records import BadItem, canonical_key, loads, sort_keys
 from mrcore.engine.shuffler import Shuffle
-from mrcore.engine.sorter import SpillSorter
-from mrcore.engine.spills import RunWriter, Segment, read_frames, select
+from mrcore.engine.spills import DamagedFrame, Segment, SpillWriter, encode_frame, select
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import read_key
 
 Item = tuple[Any, Any]
 # All examples of one test write over the same folder.
@@ -41,12 +42,12 @@ items_of_any_kind = st.lists(st.tuples(few_keys, st.integers(0, 9) | st.sampled_
 def write(folder: Path, name: str, items: Sequence[Item], frame_bytes: int = 1 << 16) -> Segment:
     """Write items as one run of one partition."""
     groups = dict(grouped(items))
-    writer = RunWriter(folder, name, frame_bytes, keep_first_keys=True)
+    writer = SpillWriter(folder, name, frame_bytes, keep_first_keys=True)
     writer.write(0, sort_keys(groups), groups, True)
     told = writer.close()
-    json.dumps(told)
-    assert told["bytes"] == (folder / f"{name}.data").stat().st_size
-    return Segment(folder / f"{name}.data", 0, told["bytes"], told["max_decoded"])
+    assert msgspec.json.encode(told)
+    assert told.bytes == (folder / f"{name}.data").stat().st_size
+    return Segment(folder / f"{name}.data", 0, told.bytes, told.max_decoded)
 
 
 def merged(segments: Sequence[Segment], low: Any = None, high: Any = None) -> list[tuple[Any, list[Any]]]:
@@ -78,7 +79,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @shared_folder
 def test_a_run_round_trips(small_frames: None, folders: Path, items: list[Item], frame_bytes: int) -> None:
     segment = write(folders, "run", items, frame_bytes)
-    frames = list(read_frames(segment))
+    frames = list(segment.blocks())
     assert all(len(held) == len(lists) for held, lists in frames)
     assert as_items([pair for held, lists in frames for pair in zip(held, lists, strict=True)]) == as_items(
         grouped(items)
@@ -100,7 +101,7 @@ def test_ranges_of_keys_hold_every_key_once(
         segments = [Segment(whole.path, offset, length, whole.max_decoded) for offset, length in ranges]
         sorter = DiskSort(folders, StubWatch(1), low=selector["low"], high=selector["high"])  # type: ignore[arg-type]
         for segment in segments:
-            sorter.add_run(segment)
+            sorter.add_spill(segment)
         part = as_items(list(sorter.groups()))  # type: ignore[arg-type]
         wanted = [item for item in as_items(grouped(items)) if (low is None or rank(item[0]) >= rank(low[0]))]
         assert part == [item for item in wanted if high is None or rank(item[0]) < rank(high[0])]
@@ -108,20 +109,39 @@ def test_ranges_of_keys_hold_every_key_once(
     assert got == as_items(grouped(items))
 
 
+def test_first_keys_reach_the_master_whatever_they_are(tmp_path: Path) -> None:
+    infinite = float("inf")
+    held: list[Any] = [-infinite, 7, infinite, (infinite, ["x"]), ("a", (-infinite,)), 10**4299, -(10**400)]
+    held = sort_keys(map(canonical_key, held))
+    writer = SpillWriter(tmp_path, "run", 1, keep_first_keys=True)
+    writer.write(0, held, {key: [1] for key in held}, True)
+    plain = json.dumps({"event": "done", "runs": [msgspec.to_builtins(writer.close())]})
+    sent = msgspec.json.decode(plain)["runs"][0]["samples"]
+    cuts = [read_key(key) for key, _ in sent]
+    assert cuts == held
+    got: list[Any] = []
+    for low, high in itertools.pairwise([None, *([cut] for cut in cuts), None]):
+        sorter = DiskSort(tmp_path, StubWatch(1), low=low, high=high)  # type: ignore[arg-type]
+        for offset, length in select(tmp_path, "run", {"low": low, "high": high}):
+            sorter.add_spill(Segment(tmp_path / "run.data", offset, length, 1))
+        got += [key for key, _ in sorter.groups()]
+    assert got == held, "each key is in one range, in the order of all"
+
+
 def test_partitions_of_a_run(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path, "run", 1 << 16)
+    writer = SpillWriter(tmp_path, "run", 1 << 16)
     for partition in (0, 2, 3):
         writer.write(partition, [f"k{partition}"], {f"k{partition}": list(range(9000))}, False)
     told = writer.close()
-    assert set(told["partitions"]) == {"0", "2", "3"} and told["groups"] >= 3 and told["values"] == 27_000
+    assert set(told.partitions) == {"0", "2", "3"} and told.groups >= 3 and told.values == 27_000
     position = 0
     for partition in range(4):
         ranges = select(tmp_path, "run", {"partition": partition})
-        assert sum(length for _, length in ranges) == told["partitions"].get(str(partition), 0)
+        assert sum(length for _, length in ranges) == told.partitions.get(str(partition), 0)
         for offset, length in ranges:
             assert offset == position
             position += length
-            for held, lists in read_frames(Segment(tmp_path / "run.data", offset, length, 1)):
+            for held, lists in Segment(tmp_path / "run.data", offset, length, 1).blocks():
                 assert held == [f"k{partition}"] and len(lists[0]) <= spills.MAX_FRAME_VALUES
     with pytest.raises(FileNotFoundError):
         select(tmp_path, "other", {"partition": 0})
@@ -131,18 +151,18 @@ def test_partitions_of_a_run(tmp_path: Path) -> None:
 def test_every_flipped_byte_of_a_run_is_found(tmp_path: Path) -> None:
     segment = write(tmp_path, "run", [("a", 1), (("b", 2), [1, {"x": "é"}]), ("c", 2)], 30)
     whole = segment.path.read_bytes()
-    assert len(list(read_frames(segment))) > 1
+    assert len(list(segment.blocks())) > 1
     for place in range(len(whole)):
         for flip in (1, 128):
             wrong = bytearray(whole)
             wrong[place] ^= flip
             segment.path.write_bytes(wrong)
-            with pytest.raises(ValueError, match=r"run\.data"):
-                list(read_frames(segment))
+            with pytest.raises(DamagedFrame, match=r"run\.data"):
+                list(segment.blocks())
     for kept in range(len(whole)):
         segment.path.write_bytes(whole[:kept])
-        with pytest.raises(ValueError, match=r"run\.data"):
-            list(read_frames(segment))
+        with pytest.raises(DamagedFrame, match=r"run\.data"):
+            list(segment.blocks())
 
 
 @pytest.mark.parametrize(
@@ -203,7 +223,7 @@ def test_many_merge_passes(
     combine = (lambda key, values: [sum(values)]) if combining else None
     sorter = DiskSort(tmp_path, StubWatch(1), combine=combine)  # type: ignore[arg-type]
     for number, items in enumerate(several):
-        sorter.add_run(write(tmp_path, f"run-{number}", items, 60))
+        sorter.add_spill(write(tmp_path, f"run-{number}", items, 60))
     got = [(key, sum(values)) for key, values in sorter.groups()]  # type: ignore[arg-type]
     assert got == [(key, sum(values)) for key, values in grouped(itertools.chain(*several))]
     assert bool(sorter.merge_passes) == (fan_in < 25)
@@ -233,22 +253,25 @@ def test_any_number_of_spills_and_partitions_gives_the_same_items(
     got: list[Item] = []
     for partition in range(1 if by_range else partitions):
         segments = [
-            Segment(folders / f"{run['id']}.data", offset, length, run["max_decoded"])
+            Segment(folders / f"{run.id}.data", offset, length, run.max_decoded)
             for run in told
-            for offset, length in select(folders, run["id"], {"partition": partition})
+            for offset, length in select(folders, run.id, {"partition": partition})
         ]
         got += as_items(merged(segments))
     assert bag(got) == bag(as_items(grouped(items)))
 
 
-def test_a_disk_sort_of_appended_items(tmp_path: Path) -> None:
-    sorter = DiskSort(tmp_path, StubWatch(50), ascending_values=True)  # type: ignore[arg-type]
+def test_next_group_returns_the_groups_of_all_spills(tmp_path: Path) -> None:
     draw = random.Random(1)
     items = [(draw.randrange(30), draw.randrange(1000)) for _ in range(5000)]
-    for item in items:
-        sorter.append(item)
+    sink = Shuffle(tmp_path, "s", StubWatch(50), partitions=1)  # type: ignore[arg-type]
+    for key, value in items:
+        sink.append(key, value)
     with pytest.raises(BadItem):
-        sorter.append(("k", b""))
+        sink.append("k", b"")
+    sorter = DiskSort(tmp_path, StubWatch(50), ascending_values=True)  # type: ignore[arg-type]
+    for spill in sink.shuffle():
+        sorter.add_spill(Segment(tmp_path / f"{spill.id}.data", 0, spill.bytes, spill.max_decoded))
     got = []
     while (group := sorter.next_group()) is not None:
         got.append(group)
@@ -261,8 +284,8 @@ def test_groups_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     items = [(("k", n % 2), (n * 7919) % 20_011) for n in range(20_000)]
     for ascending in (False, True):
         sorter = DiskSort(tmp_path, StubWatch(10**9), ascending_values=ascending)  # type: ignore[arg-type]
-        for item in items:
-            sorter.append(item)
+        for start in range(0, len(items), 5000):
+            sorter.add_spill(write(tmp_path, f"run-{start}", items[start : start + 5000]))
         for (key, group), (wanted_key, wanted) in zip(sorter.groups(True), grouped(items), strict=True):
             assert isinstance(group, DiskGroup) and key == wanted_key
             values = [value for _, value in group]
@@ -273,7 +296,7 @@ def test_groups_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_group_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = StubWatch(10**9)
     sorter = DiskSort(tmp_path, watch)  # type: ignore[arg-type]
-    sorter.add_run(write(tmp_path, "run", [("small", 1), *(("the key", n) for n in range(20_000))]))
+    sorter.add_spill(write(tmp_path, "run", [("small", 1), *(("the key", n) for n in range(20_000))]))
     monkeypatch.setattr(watch, "fits", lambda more, share=1.0: False)
     with pytest.raises(JobFault, match=r"group of key 'the key' does not fit.*disk_based_input: true.*memory_bytes"):
         list(sorter.groups())
@@ -290,7 +313,7 @@ def test_a_group_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.
 )
 @pytest.mark.parametrize("partitions", [1, 3])
 def test_what_got_in_unchecked_is_found_at_the_spill(tmp_path: Path, bad: Any, place: str, partitions: int) -> None:
-    sorter = SpillSorter(tmp_path, "s", StubWatch(1), partitions=partitions)  # type: ignore[arg-type]
+    sorter = Shuffle(tmp_path, "s", StubWatch(1), partitions=partitions)  # type: ignore[arg-type]
     sorter.groups["fine"].append(1)
     sorter.groups[bad if place == "key" else "k"].append(1 if place == "key" else bad)
     with pytest.raises(BadItem, match=f"the {place}"):

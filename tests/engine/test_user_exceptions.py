@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conditions import wait_until
-from run_task import Task
+from run_task import PROJECT, Task, source
 
 from mrcore.engine.inputs import plan_bundles
 
@@ -69,13 +69,12 @@ def failed(
     (folder / "in.txt").write_text("first\nsecond line\n")
     made = Task(folder, PREAMBLE + map_code, PREAMBLE + reduce_code if reduce_code else "", **job)
     bundles = plan_bundles(made.files([folder / "in.txt"]), 1)
-    order = {"identity": {"job": "j", "run": 1, "attempt": 1, "phase": "MAP", "task": 0, "try": 1}, "job": made.job}
-    order |= {"project": "hash", "partitions": 1, "node": "n", "memory_bytes": 256 << 20}
+    order = {"identity": {"job": "j", "run": 1, "phase": "MAP", "task": 0, "try": 1}, "job": made.job}
+    order |= {"project": PROJECT, "partitions": 1, "node": "n", "memory_bytes": 256 << 20}
     end = made.obey(order | {"bundles": bundles, "no_more": True, "sample_by_lines": True})
     if end["event"] == "done":
         identity = order["identity"] | {"phase": "REDUCE"}
-        sources = [{"node": "n", "runs": end["result"]["runs"]}]
-        reducing = {"partition": 0, "low": None, "high": None, "sources": sources, "identity": identity}
+        reducing = {"partition": 0, "sources": [source("n", end["result"]["runs"])], "identity": identity}
         end = made.obey(order | reducing)
     assert end.get("event") == "failed", made.messages
     json.dumps(end, ensure_ascii=False).encode()

@@ -20,6 +20,7 @@ from daemons import living, own_address
 
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable, UsageError
 from mrcore.launchers import local
+from mrcore.messages.tasks import Died, Failed
 from mrcore.queue.job import template as job_template
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
@@ -111,14 +112,14 @@ def test_start_answers_and_the_end_leaves_nothing_and_both_can_be_repeated(setti
 def test_a_committed_run_keeps_its_working_files_until_it_is_published(settings: Settings, end: Ender) -> None:
     """A node may have been away when the others gave their parts their places; the next Runner sees to it."""
     local.start_cluster(settings)
-    manifest.write(settings.state_dir, {"job": "wc", "run": 3})
+    manifest.write(settings.state_dir, manifest.Manifest("wc", 3))
     for node in settings.nodes:
         for job, run in (("wc", 2), ("wc", 3), ("other", 3)):
-            node.layout.parts_dir(job, run, 1).mkdir(parents=True)
+            node.layout.parts_dir(job, run).mkdir(parents=True)
     end(settings)
     for node in settings.nodes:
         left = {str(path.relative_to(node.layout.working_dir)) for path in node.layout.working_dir.rglob("*")}
-        assert left == {"wc", "wc/3", "wc/3/1", "wc/3/1/parts"}
+        assert left == {"wc", "wc/3", "wc/3/parts"}
 
 
 def test_every_node_has_its_own_certificate_and_folder_and_a_minimal_environment(settings: Settings) -> None:
@@ -245,9 +246,9 @@ def start_stubborn(settings: Settings, file: Path) -> list[int]:
     found = data.stat()
     template = job_template("mapreduce")
     template |= {"job_name": "endless", "project_name": "p", "map_function_name": "endless", "input_dirs": ["input"]}
-    identity = {"job": "endless", "run": 1, "attempt": 1, "phase": "MAP", "task": 0, "try": 1}
+    identity = {"job": "endless", "run": 1, "phase": "MAP", "task": 0, "try": 1}
     piece = [str(data), 0, found.st_size, found.st_size, found.st_mtime_ns, found.st_ino]
-    order = {"identity": identity, "job": template, "project": "a" * 32, "partitions": 2, "cuts": None}
+    order = {"identity": identity, "job": template, "project": "a" * 32, "partitions": 2, "node": "node-0"}
     order |= {"bundles": [{"id": 0, "pieces": [piece]}], "sources": [], "sample_by_lines": False}
     server = settings.servers()[0]
     with master_client(settings, server.node, server.port) as client:
@@ -255,8 +256,8 @@ def start_stubborn(settings: Settings, file: Path) -> list[int]:
         incarnation = client.call("hello")["incarnation"]
 
         def started() -> bool:
-            for _, event in client.call("poll", incarnation=incarnation, after=0, wait_seconds=0.05)["events"]:
-                assert event["event"] not in ("failed", "died"), event
+            for _, event in client.call("poll", incarnation=incarnation, after=0, wait_seconds=0.05).events:
+                assert not isinstance(event, Failed | Died), event
             return len(file.read_text().split()) == 3
 
         wait_until(started, 15, "the stubborn task")

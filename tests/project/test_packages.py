@@ -16,7 +16,8 @@ from clusters import TestCluster
 from wheels import make_wheel
 
 from mrcore.errors import ClusterFault, JobFault, UsageError
-from mrcore.node import node_agent
+from mrcore.node.node_agent import NodeAgent
+from mrcore.node.snapshots import KEPT_VENVS
 from mrcore.project import packages
 from mrcore.queue import job as jobs
 from mrcore.wire.tls import Identity
@@ -195,11 +196,11 @@ def test_the_hash_is_of_requirements_and_wheels(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def agent(tmp_path: Path) -> node_agent.NodeAgent:
-    return node_agent.NodeAgent({"node": "n1", "compute_dir": str(tmp_path / "node")})
+def agent(tmp_path: Path) -> NodeAgent:
+    return NodeAgent({"node": "n1", "compute_dir": str(tmp_path / "node")})
 
 
-def deliver(agent: node_agent.NodeAgent, project: Path, name: str) -> None:
+def deliver(agent: NodeAgent, project: Path, name: str) -> None:
     upload = agent.receive(MASTER, {"environment": name})
     with packages.Shipment(project, project) as shipment:
         fd, length = shipment._packed()
@@ -207,33 +208,35 @@ def deliver(agent: node_agent.NodeAgent, project: Path, name: str) -> None:
     upload.finish()
 
 
-def test_wheels_that_arrive_otherwise_are_refused(agent: node_agent.NodeAgent, tmp_path: Path) -> None:
+def test_wheels_that_arrive_otherwise_are_refused(agent: NodeAgent, tmp_path: Path) -> None:
     project = make_project(tmp_path / "project")
     shouting(project / "wheels")
     with pytest.raises(ClusterFault, match="arrived as"):
         deliver(agent, project, "0" * 32)
     with pytest.raises(ClusterFault, match="never came"):
-        agent.install_environment(MASTER, "0" * 32, "project")
+        agent._snapshots.install_environment(MASTER, "0" * 32, "project")
 
 
-def test_old_environments_are_swept_but_for_the_newest(agent: node_agent.NodeAgent, tmp_path: Path) -> None:
+def test_old_environments_are_swept_but_for_the_newest(agent: NodeAgent, tmp_path: Path) -> None:
     names = []
     for number in range(3):
         project = make_project(tmp_path / f"p{number}", f"shouting\n# {number}\n")
         shouting(project / "wheels")
         names.append(str(packages.environment_hash(project)))
         deliver(agent, project, names[-1])
-        assert agent.install_environment(MASTER, names[-1], "project")
-        assert not agent.install_environment(MASTER, names[-1], "project")
+        assert agent._snapshots.install_environment(MASTER, names[-1], "project")
+        assert not agent._snapshots.install_environment(MASTER, names[-1], "project")
     venvs = tmp_path / "node" / "venvs"
-    for number in range(node_agent.KEPT_VENVS + 2):
+    for number in range(KEPT_VENVS + 2):
         (folder := venvs / f"{number:032x}").mkdir()
         os.utime(folder, (number, number))
     os.utime(venvs / names[0], (1000, 1000))
-    assert agent.environment_state(MASTER, names[0]) and not agent.environment_state(MASTER, "f" * 32)
+    assert agent._snapshots.environment_state(MASTER, names[0]) and not agent._snapshots.environment_state(
+        MASTER, "f" * 32
+    )
     assert agent.sweep(MASTER, [])["venvs"] == 5
     left = sorted(path.name for path in venvs.iterdir() if path.name != ".partial")
-    assert len(left) == node_agent.KEPT_VENVS and set(names) <= set(left)
+    assert len(left) == KEPT_VENVS and set(names) <= set(left)
 
 
 def test_try_uses_them(home: Path, projects_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

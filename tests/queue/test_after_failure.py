@@ -119,7 +119,7 @@ def test_retries_wait_twice_as_long_each_time_and_then_it_is_final(scheduler: Sc
     scheduler.submit_jobs([job("a", "fail", retries=3, retry_delay="10s"), job("b")])
     assert runner.until_idle() == ["a failed", "b succeeded"]
     for number, seconds in enumerate((10, 20, 40), 1):
-        assert (runner.store.job("a") or {})["tries"] == number
+        assert runner.store.job("a").tries == number  # type: ignore[union-attr]
         assert why(scheduler, "a")["code"] == "retry"
         assert why(scheduler, "a")["text"].startswith(f"retry {number} of 3 in ")
         assert runner.after(seconds - 0.5) == []
@@ -335,7 +335,7 @@ def test_without_nodes_the_queue_holds_before_a_run_begins_and_scripts_run(
     for tries in (2, 3, 4):
         assert runner.after(60) == []
         assert scheduler.state()["hold"]["tries"] == tries
-    assert scheduler.history("a") == [] and (runner.store.job("a") or {})["last_run"] == 0
+    assert scheduler.history("a") == [] and runner.store.job("a").last_run == 0  # type: ignore[union-attr]
     assert [event["text"] for event in scheduler.show("a")["events"]] == ["queued"]
     assert ran(settings) == []
     missing.unlink()
@@ -373,7 +373,7 @@ def test_a_nodes_answer_that_makes_no_sense_holds_the_queue(
     def nonsense() -> None:
         raise KeyError("version\x1b[31m\n")
 
-    monkeypatch.setattr(runner._manager, "check_nodes", nonsense)
+    monkeypatch.setattr(runner._kinds.cluster(), "check_nodes", nonsense)
     scheduler.submit_job(job("a"))
     assert runner.until_idle() == []
     assert scheduler.state()["hold"]["reason"].startswith("the nodes' answers cannot be used: KeyError: 'version")

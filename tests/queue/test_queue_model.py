@@ -55,7 +55,7 @@ class Cluster:
         self.meanwhile: Callable[[], None] = lambda: None
         self.begun: list[tuple[str, int]] = []
 
-    def run(self, job: dict[str, Any], *, run: int, attempt: int, progress: Any, stop: threading.Event) -> Any:
+    def run(self, job: dict[str, Any], *, run: int, progress: Any, stop: threading.Event) -> Any:
         name = job["job_name"]
         assert not manifest.path_of(self.state_dir, name, run).exists(), "a committed run is repeated"
         self.begun.append((name, run))
@@ -69,10 +69,11 @@ class Cluster:
             assert stop.wait(20)
             raise MrcoreError("stopped")
         if self.ends == "dies before commit":
-            return {}
+            return {"counts": {}}
         path = manifest.path_of(self.state_dir, name, run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, b'{"counts": {"items": 1}, "delete_job_data": false, "run": 0}')
+        content = {"job": name, "run": run, "counts": {"items": 1}, "delete_job_data": False}
+        write_atomic(path, json.dumps(content).encode())
         if self.ends == "down after commit":
             raise Unreachable("a node went away")
         return {"counts": {"items": 1}}
@@ -94,7 +95,7 @@ class MortalRunner(Runner):
 
     def _watch(self, execution: Execution, deadline: float) -> None:
         super()._watch(execution, deadline)
-        if self._manager.ends.startswith("dies"):
+        if self._kinds.cluster().ends.startswith("dies"):  # type: ignore[attr-defined]
             raise Killed
 
 
@@ -343,7 +344,7 @@ class QueueMachine(RuleBasedStateMachine):
     def failed(self, name: str, spec: dict[str, Any], before: dict[str, Any] | None, mates: list[str]) -> None:
         now, keeps = self.jobs[name], spec["on_failure"] == "keep" or (not spec["on_failure"] and not spec["run_once"])
         if before and before["tries"] < spec["retries"]:
-            retry = (self.scheduler.store.job(name) or {})["retry_at"]
+            retry = self.scheduler.store.job(name).retry_at  # type: ignore[union-attr]
             assert retry == pytest.approx(time.time() + RETRY_SECONDS * 2 ** before["tries"], abs=2.0)
             now |= {"tries": before["tries"] + 1, "retry": retry, "cause": "failed"}
             return

@@ -32,7 +32,7 @@ from mrcore.system import failpoints, procfs
 AGENTS = ("part flushed", "part renamed", "parts published", "old part removed", "working folder removed")
 DRAIN = tuple(each for each in failpoints.POINTS if each.startswith("moved ") or each.endswith(" drain"))  # test_drain
 ELSEWHERE = ("restore ready", "restore manifests", "restore queue", *DRAIN)  # test_backup
-CODE = "import sys; from mrcore.settings.config import load_settings; from mrcore.queue.runner import Runner; Runner(load_settings(sys.argv[1])).run(once='--once' in sys.argv)"  # noqa: E501
+CODE = "import sys; from mrcore import Runner, load_settings; Runner(load_settings(sys.argv[1])).run(once='--once' in sys.argv)"  # noqa: E501
 _names = itertools.count()
 
 
@@ -86,7 +86,7 @@ class Master:
         found["manifests"] = len(list(self.settings.state_dir.glob("manifests/*/*")))
         parts = {node.layout.reduce_dir(self.name) for node in self.settings.nodes}
         lying = {path.name for folder in parts if folder.is_dir() for path in folder.iterdir()}
-        found["parts as committed"] = lying == {part["name"] for part in newest["parts"]}
+        found["parts as committed"] = lying == {part.name for part in newest.parts}
         found["partial"] = [str(path) for path in self.settings.state_dir.rglob("*.partial")]
         found["items"] = sorted(self.items())
         scheduler.store.close()

@@ -19,11 +19,12 @@ from fake_cluster import FakeCluster, ran
 from queues import job, once, states
 
 from mrcore.errors import JobFault, UsageError
+from mrcore.queue.cycle import ready
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
-from mrcore.queue.turns import pick
 from mrcore.settings.config import Settings, watch_settings
 from mrcore.state.doorbell import Doorbell
+from mrcore.state.store import JobRow
 from mrcore.system.paths import write_atomic
 
 
@@ -72,17 +73,19 @@ def test_each_once_is_a_cycle_of_its_own(scheduler: Scheduler, settings: Setting
 
 
 def test_every_and_not_before_bound_recurrence() -> None:
-    row = {"cycle": 0, "force_run": 0, "job_priority": 0.0, "number": 1, "every": 100.0, "last_start": 50.0}
-    row |= {"not_before": None, "retry_at": None, "group_name": None}
-    assert pick([row], 1, 149.0) is None
-    assert pick([row], 1, 150.0) is row
-    row["not_before"] = "1970-01-01T00:10:00+00:00"
-    assert pick([row], 1, 599.0) is None
-    assert pick([row], 1, 600.0) is row
-    row["force_run"] = 1
-    assert pick([row], 1, 60.0) is row
-    row["cycle"] = 1
-    assert pick([row], 1, 700.0) is None
+    row = JobRow(
+        job_name="a", state="queued", reason=None, job_type="mapreduce", group_name=None, job_priority=0.0,
+        force_run=False, every=100.0, not_before=None, submitted=1.0, cycle=0, last_run=1, last_start=50.0, number=1,
+        cause=None, tries=0, retry_at=None, retries=0, left_at=None, spec_json="{}",
+    )  # fmt: skip
+    assert not ready([row], 1, 149.0)
+    assert ready([row], 1, 150.0) == [row]
+    row = row._replace(not_before="1970-01-01T00:10:00+00:00")
+    assert not ready([row], 1, 599.0)
+    assert ready([row], 1, 600.0) == [row]
+    row = row._replace(force_run=True)
+    assert ready([row], 1, 60.0) == [row]
+    assert not ready([row._replace(cycle=1)], 1, 700.0)
 
 
 def test_failure_takes_the_group_and_requeue_brings_it_back(scheduler: Scheduler, settings: Settings) -> None:
@@ -169,14 +172,6 @@ def test_whatever_an_error_says_the_failure_is_recorded_and_the_queue_goes_on(
     told.encode()
     assert len(told) < 1_000_000
     assert "\n" not in scheduler.show("bad")["reason"] and len(scheduler.show("bad")["reason"]) < 3_000
-
-
-def test_unknown_kinds_of_job_are_refused_by_the_runner(scheduler: Scheduler, settings: Settings) -> None:
-    scheduler.submit_job({"job_type": "script", "job_name": "s", "script_location": __file__, "run_once": True})
-    runner = Runner(settings, FakeCluster(settings))
-    del runner.executors["script"]
-    assert runner.run(once=True) == {"failed": 1}
-    assert "cannot run script jobs yet" in scheduler.show("s")["reason"]
 
 
 def test_cluster_fault_holds_the_queue_and_goes_on(scheduler: Scheduler, settings: Settings) -> None:
@@ -456,7 +451,7 @@ def test_the_runner_takes_up_changed_settings_between_runs(
             "compute_dir": "/c"} for name, port in (("a", 1000), ("b", 2000))]  # fmt: skip
     joined = step(json.dumps(keys | {"home": str(settings.home), "nodes": two, "on_failure": ["/tell"]}))
     assert [node.name for node in joined.nodes] == ["a", "b"]
-    assert runner._manage_cluster().settings is joined
+    assert runner._kinds.cluster().settings is joined
     assert step("{ half a fi") is joined
     assert step(json.dumps(keys | {"home": str(settings.home), "state_dir": "/elsewhere", "nodes": two})) is joined
     runner.step(time.time())

@@ -92,7 +92,7 @@ def test_no_number_of_a_run_is_used_again(
     assert [row["run"] for row in scheduler.history("a")] == [2, 1]
     once(settings)
     assert scheduler.history("a")[0]["run"] == 8
-    assert [each["counts"] for each in manifest.committed(settings.state_dir, "a")] == [{"items": 7}] * 3
+    assert [each.counts for each in manifest.committed(settings.state_dir, "a")] == [{"items": 7}] * 3
 
 
 def test_restore_refuses_a_running_runner_and_a_state_in_use(

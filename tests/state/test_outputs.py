@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from clusters import TestCluster
 from commands import mrcore, on_terminal
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from mrcore.admin import doctor, drain
 from mrcore.errors import JobFault, UsageError
+from mrcore.messages.tasks import PlacedPart
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import manifest, outputs
 from mrcore.transfer.file_transfer import FileTransfer
@@ -301,7 +303,7 @@ def test_output_on_a_node_that_left_is_missing(cluster: TestCluster) -> None:
     made = counted(cluster, "left")
     found = manifest.read(cluster.settings.state_dir, "left", made["run"])
     assert found
-    found["parts"][0]["node"] = "w9"
+    found.parts[0] = msgspec.structs.replace(found.parts[0], node="w9")
     manifest.write(cluster.settings.state_dir, found)
     assert any(each["where"] == "node w9" and "left" in each["what"] for each in findings())
 
@@ -320,7 +322,9 @@ def test_a_comparison_names_each_file_once_and_rightly(
     known: outputs.Parts = {}
     for path, (node, size) in wanted.items():
         job, _, name = path.split("/")
-        known.setdefault(node, {})[path] = {"job": job, "name": name, "bytes": size}
+        counts = {"partition": 0, "records": 0, "text_bytes": 0, "batch_bytes": 0, "max_decoded": 0, "crc32": 0}
+        part = PlacedPart(name=name, node=node, bytes=size, **counts)
+        known.setdefault(node, {})[path] = outputs.JobPart(job, part)
     files: dict[str, dict[str, int]] = {"n1": {}, "n2": {}}
     for (node, path), size in there.items():
         files[node][path] = size
@@ -346,6 +350,6 @@ def test_a_drain_asks_on_a_terminal_and_wants_yes_elsewhere(cluster: TestCluster
     assert code == 1 and "output of moves" in shown and f"Move all of this from {node}" in shown
     assert {path: path.read_bytes() for path in _paths(cluster, "moves/reduce/*")} == before
     code, shown = on_terminal("y", "drain", node)
-    assert code == 0 and {
-        part["node"] for part in (manifest.newest(cluster.settings.state_dir, "moves") or {})["parts"]
-    } == {each.name for each in cluster.settings.nodes if each.name != node}
+    assert code == 0 and {part.node for part in manifest.output(cluster.settings.state_dir, "moves")[-1].parts} == {
+        each.name for each in cluster.settings.nodes if each.name != node
+    }

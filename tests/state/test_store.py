@@ -30,7 +30,7 @@ def test_a_jobs_way_through_the_queue(store: Store) -> None:
     run = store.start_run("a", 2.0)
     store.enter_phase("a", run, "MAP", 2.5)
     store.enter_phase("a", run, "SORT", 3.5)
-    assert store.running()["job_name"] == "a"  # type: ignore[index]
+    assert store.running().job_name == "a"  # type: ignore[union-attr]
     store.end_run("a", run, "succeeded", 4.0, counts={"items": 1})
     assert store.running() is None
     (row,) = store.rows("SELECT * FROM runs")
@@ -55,7 +55,7 @@ def test_jobs_move_only_along_the_table(store: Store, before: str, after: str) -
     else:
         with pytest.raises(MrcoreError, match=f"no way from {before} to {after}; its history: queued"):
             store.move_job("a", after, None, 3.0)
-        assert store.job("a")["state"] == before  # type: ignore[index]
+        assert store.job("a").state == before  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -188,11 +188,11 @@ def test_many_processes_that_open_an_older_queue_upgrade_it_once(tmp_path: Path)
 def test_an_upgrade_that_is_cut_off_changes_nothing(tmp_path: Path) -> None:
     make_v2(tmp_path / "queue.sqlite")
     code = (
-        "import os, sys, sqlite3; from mrcore.state import store\n"
+        "import os, sys, sqlite3; from mrcore.state import database\n"
         "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
         "db.create_function('die', 0, lambda: os.kill(os.getpid(), 9))\n"
-        "store._TO_3 += 'SELECT die();'\n"
-        "store.upgrade(db)\n"
+        "database._TO_3 += 'SELECT die();'\n"
+        "database.upgrade(db)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "queue.sqlite")], check=False)
     assert done.returncode == -9
@@ -200,5 +200,5 @@ def test_an_upgrade_that_is_cut_off_changes_nothing(tmp_path: Path) -> None:
         assert [row[1] for row in db.execute("PRAGMA table_info(jobs)")][-1] == "last_start"
         assert db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("2",)
     store = Store(tmp_path)
-    assert store.job("bad")["cause"] == "failed"  # type: ignore[index]
+    assert store.job("bad").cause == "failed"  # type: ignore[union-attr]
     store.close()

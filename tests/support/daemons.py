@@ -16,6 +16,7 @@ from typing import Any
 from by_name import ByName
 from conditions import wait_until
 
+from mrcore.messages.methods import LARGE_BYTES, Method
 from mrcore.system import procfs
 from mrcore.wire import pki
 from mrcore.wire.client import Client
@@ -24,6 +25,7 @@ from mrcore.wire.members import Membership, members_content
 from mrcore.wire.tls import Pki
 
 _hosts = itertools.count(1)
+ANY_POLL = Method[dict[str, Any]]("poll", dict[str, Any], LARGE_BYTES)  # with events that only tests have
 CLUSTER = f"test{os.getpid()}"
 
 
@@ -145,7 +147,7 @@ class Listener:
         def poll() -> dict[str, Any] | None:
             if event := heard():
                 return event
-            answer = self.client.call("poll", incarnation=self.incarnation, after=self.after, wait_seconds=0.5)
+            answer = self.client.call(ANY_POLL, incarnation=self.incarnation, after=self.after, wait_seconds=0.5)
             assert answer["incarnation"] == self.incarnation
             for number, event in answer["events"]:
                 assert number > self.after

@@ -30,12 +30,17 @@ class FakeCluster:
     def manifest(self, job: dict[str, Any], run: int) -> dict[str, Any]:
         path = self.state_dir / "manifests" / job["job_name"] / f"{run}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"counts": {"items": 7}, "run": run, "delete_job_data": job["delete_job_data"]}
+        content = {
+            "job": job["job_name"],
+            "counts": {"items": 7},
+            "run": run,
+            "delete_job_data": job["delete_job_data"],
+        }
         write_atomic(path, json.dumps(content).encode())
         return content
 
     def run(
-        self, job: dict[str, Any], *, run: int, attempt: int, progress: Callable[..., None], stop: threading.Event
+        self, job: dict[str, Any], *, run: int, progress: Callable[..., None], stop: threading.Event
     ) -> dict[str, Any]:
         name, what = job["job_name"], job["map_function_name"]
         self._log(f"start {name} {run}")

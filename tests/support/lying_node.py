@@ -5,11 +5,14 @@ What it lies about stands in lie.json of the node's folder, read anew at each ca
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from mrcore.node import cluster_server, node_agent
 from mrcore.wire import service
@@ -27,9 +30,13 @@ def lie() -> dict[str, Any]:
 
 
 def lying(methods: dict[str, Method]) -> dict[str, Method]:
-    """Answers: {method: what it answers}; `rename`: what a result calls its parts; others by name."""
+    """`answers`: {method: what it answers}; `results`: what stands in a task's result instead; others by name.
+
+    Of `results`, "parts" and "runs" hold what stands in each of these instead.
+    """
 
     def wrap(name: str, method: Method) -> Method:
+        @functools.wraps(method.function)  # the arguments come as its signature says
         def function(caller: Any, **given: Any) -> Any:
             told = lie()
             if name in told.get("answers", {}):
@@ -39,15 +46,25 @@ def lying(methods: dict[str, Method]) -> dict[str, Method]:
             if name == "poll" and told.get("events"):
                 return events(told["events"], given)
             answer = method.function(caller, **given)
-            if name == "poll" and "rename" in told:
+            if name == "poll" and "results" in told:
+                answer = msgspec.to_builtins(answer)
                 for _, event in answer["events"]:
-                    for part in event.get("result", {}).get("parts", ()):
-                        part["name"] = told["rename"]
+                    if event["event"] == "done":
+                        event["result"] = changed(event["result"], told["results"])
             return answer
 
         return method._replace(function=function)
 
     return {name: wrap(name, method) for name, method in methods.items()}
+
+
+def changed(result: dict[str, Any], lies: Any) -> Any:
+    if not isinstance(lies, dict):
+        return lies
+    made = result | lies
+    for key in lies.keys() & {"parts", "runs"}:
+        made[key] = [each | lies[key] for each in result[key]] if isinstance(lies[key], dict) else lies[key]
+    return made
 
 
 def page(kind: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +82,9 @@ def events(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     if kind == "silence":
         return {"incarnation": given["incarnation"], "events": []}
     first = given["after"] + 1
-    flood = [[first + at, {"event": "progress", "identity": None, "more": "x" * 1000}] for at in range(1_000)]
+    flood = [
+        [first + at, {"event": "phase", "phase": "REDUCE", "identity": None, "more": "x" * 1000}] for at in range(1_000)
+    ]
     return {"incarnation": given["incarnation"], "events": flood}
 
 

@@ -17,11 +17,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from mrcore.messages.tasks import Bundle
 from mrcore.queue.job import template
 from mrcore.system.paths import Layout
 
 SAMPLE_SECONDS = 0.002
+PROJECT = "a" * 32  # the hash that names its snapshot
 Json = dict[str, Any]
+
+
+def source(node: str, runs: Sequence[Json] = (), folder: str = "") -> Json:
+    """A source as orders name them; its address is the folder from which the child reads."""
+    shares = [{"most_bytes": run["bytes"]} | run for run in runs]
+    return {"node": node, "address": folder, "port": 0, "runs": shares}
 
 
 class Task:
@@ -30,7 +40,7 @@ class Task:
     def __init__(self, folder: Path, map_code: str, reduce_code: str = "", **job: Any) -> None:
         self.layout = Layout(folder / "node")
         self.layout.make()
-        project = self.layout.projects_dir / "hash"
+        project = self.layout.projects_dir / PROJECT
         project.mkdir(exist_ok=True)
         (project / "map_functions.py").write_text(map_code)
         (project / "reduce_functions.py").write_text(reduce_code)
@@ -48,31 +58,35 @@ class Task:
         states = [(str(path), path.stat()) for path in paths]
         return [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states]
 
-    def map(self, bundles: Sequence[Json], **more: Any) -> Json:
+    def map(self, bundles: Sequence[Bundle], **more: Any) -> Json:
         """Carry out one MAP order over the bundles and give its result."""
-        result = self._order("MAP", bundles=list(bundles), no_more=True, sample_by_lines=True, **more)
+        result = self._order("MAP", bundles=msgspec.to_builtins(bundles), no_more=True, sample_by_lines=True, **more)
         self.runs += result.get("runs", ())
         return result
 
     def reduce(self, partition: int = 0, low: Any = None, high: Any = None, **more: Any) -> Json:
-        """Carry out one REDUCE order over all runs so far and give its result."""
-        sources = more.pop("sources", [{"node": "n", "runs": self.runs}])
-        return self._order("REDUCE", partition=partition, low=low, high=high, sources=sources, **more)
+        """Carry out one REDUCE order over all spills so far, for the keys from `low` up to `high` ([key] or None).
+
+        `sources` may name the `folder` that holds the spills of another node.
+        """
+        given = [source(**each) for each in more.pop("sources", [{"node": "n", "runs": self.runs}])]
+        ends = {"low": low and json.dumps(low[0]), "high": high and json.dumps(high[0])}
+        return self._order("REDUCE", partition=partition, sources=given, **ends, **more)
 
     def items(self, result: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         """The items of a result's parts."""
         from oracle import read_part
 
         for part in result["parts"]:
-            yield from read_part(self.layout.parts_dir("j", 1, 1) / part["name"])
+            yield from read_part(self.layout.parts_dir("j", 1) / part["name"])
 
     def _order(self, phase: str, **more: Any) -> Json:
-        identity = {"job": "j", "run": 1, "attempt": 1, "phase": phase, "task": self.tasks, "try": 1}
+        identity = {"job": "j", "run": 1, "phase": phase, "task": self.tasks, "try": 1}
         self.tasks += 1
         order = {
             "identity": identity,
             "job": self.job,
-            "project": "hash",
+            "project": PROJECT,
             "partitions": self.partitions,
             "node": "n",
             "memory_bytes": self.memory_bytes,
@@ -80,7 +94,7 @@ class Task:
         end = self.obey(order | more)
         if end["event"] == "failed":
             raise Failed(end["error"])
-        return end["result"]
+        return {"parts": [], "runs": [], "keys_kept": True, "fetched": {}} | end["result"]  # what JSON leaves out
 
     def obey(self, order: Json) -> Json:
         """Carry out any order in a child and give its last message."""
@@ -136,15 +150,17 @@ def main(descriptor: int, compute_dir: str) -> None:
     """The child's life."""
     from mrcore.engine.process import Process
     from mrcore.errors import interrupt
+    from mrcore.messages.kinds import decode
+    from mrcore.messages.tasks import Order, Source
 
     signal.signal(signal.SIGINT, interrupt)  # as the supervisor does
     connection = socket.socket(fileno=descriptor)
-    order = json.loads(_line(connection))
+    order = decode(Order, _line(connection))
 
-    def fetch(source: Json, requests: list[Json], sink: Any) -> None:
+    def fetch(source: Source, requests: list[Json], sink: Any) -> None:
         from mrcore.engine.spills import select
 
-        folder = Path(source["folder"])
+        folder = Path(source.address)
         for number, request in enumerate(requests):
             wanted = request["run"]
             for offset, length in select(folder, wanted["id"], wanted):

@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mrcore.errors import interrupt
-from mrcore.node.cluster_server import main
+from mrcore.node import cluster_server
 
 STUBBORN = """
 import os, signal, sys, time
@@ -30,11 +32,11 @@ def leave_daemon(pids: str) -> None:
     subprocess.run([sys.executable, "-c", start], check=True)
 
 
-def act(spec: dict[str, Any], order: dict[str, Any], connection: socket.socket) -> None:
-    lines = connection.makefile("rb")
+def act(spec: dict[str, Any], content: bytes, connection: socket.socket) -> None:
+    order, lines = json.loads(content), connection.makefile("rb")
 
     def say(event: str, **more: Any) -> None:
-        connection.sendall(json.dumps({"event": event} | more).encode() + b"\n")
+        connection.sendall(json.dumps({"event": event, "act": True} | more).encode() + b"\n")
 
     what = order["job"]
     say(
@@ -42,7 +44,7 @@ def act(spec: dict[str, Any], order: dict[str, Any], connection: socket.socket) 
         pid=os.getpid(),
         group=os.getpgrp(),
         memory_bytes=order["memory_bytes"],
-        length=len(json.dumps(order)),
+        length=len(content),
     )
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "leave" in what:
@@ -94,8 +96,8 @@ def act(spec: dict[str, Any], order: dict[str, Any], connection: socket.socket) 
         case "hang up":
             connection.shutdown(socket.SHUT_RDWR)
             time.sleep(600)
-        case "garbage":
-            connection.sendall(b"no json\n")
+        case "garbage" | "no event":
+            connection.sendall(b"no json\n" if what["act"] == "garbage" else b'{"event": "done", "result": 5}\n')
             time.sleep(600)
         case "breakpoint":
             try:
@@ -128,9 +130,25 @@ def act(spec: dict[str, Any], order: dict[str, Any], connection: socket.socket) 
             say("done", result={})
         case "flood":
             for number in range(what["count"]):
-                say("progress" if what.get("progress") else "count", number=number)
+                say("count", number=number)
             say("done", result={})
 
 
+class StandinServer(cluster_server.ClusterServer):
+    """Passes on the events of `act` too; writes how many thousand events it holds into `held` of its node's folder."""
+
+    def _read(self, task: Any, line: bytes) -> tuple[object, bool]:
+        event = json.loads(line)
+        if "act" not in event:
+            return super()._read(task, line)
+        return event | {"identity": msgspec.to_builtins(task.identity)}, event["event"] in ("done", "failed")
+
+    def _add(self, *event: Any, **more: Any) -> None:
+        super()._add(*event, **more)
+        if len(self._events) % 1_000 == 0:
+            Path(self._spec["compute_dir"], "held").write_text(str(len(self._events)))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], act))
+    cluster_server.ClusterServer = StandinServer  # type: ignore[misc]
+    sys.exit(cluster_server.main(sys.argv[1], act))

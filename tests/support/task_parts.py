@@ -6,10 +6,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from mrcore.messages.tasks import Split
 
-def piece(path: Path, start: int = 0, end: int | None = -1) -> list[Any]:
+
+def piece(path: Path, start: int = 0, end: int | None = -1) -> Split:
     state = path.stat()
-    return [str(path), start, state.st_size if end == -1 else end, state.st_size, state.st_mtime_ns, state.st_ino]
+    return Split(str(path), start, state.st_size if end == -1 else end, state.st_size, state.st_mtime_ns, state.st_ino)
 
 
 class StubWatch:

@@ -15,6 +15,7 @@ from conditions import wait_until
 from daemons import members
 
 from mrcore.errors import Refused
+from mrcore.system.deadline import Deadline
 from mrcore.system.limited_log import MAX_KEYS, LimitedLog
 from mrcore.wire import pki
 from mrcore.wire.service import Method, Server
@@ -58,7 +59,7 @@ def test_the_count_comes_by_itself_when_the_flood_is_over(
     for _ in range(20):
         scan(server)
     assert "more in the last" not in caplog.text
-    limited._end = 0.0  # an hour later, nobody comes
+    limited._end = Deadline(0)  # an hour later, nobody comes
     wait_until(lambda: "more in the last 3600 s from 127.0.0.1: dropped" in caplog.text)
 
 

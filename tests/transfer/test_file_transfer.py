@@ -25,6 +25,7 @@ from mrcore.engine.listing import rendezvous
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.launchers import local
 from mrcore.messages.methods import ANNOUNCE, BEGIN_UPLOAD, COMMIT_UPLOAD, DELETE_FILES, LIST_FILES
+from mrcore.messages.tasks import PlacedPart
 from mrcore.node import files
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.settings.config import Settings
@@ -34,8 +35,9 @@ from mrcore.transfer import batches
 from mrcore.transfer.download import GATHERING
 from mrcore.transfer.file_transfer import FileTransfer
 from mrcore.transfer.session import Session
-from mrcore.wire.channel import Connection, Stream
+from mrcore.wire.channel import Connection
 from mrcore.wire.client import Client
+from mrcore.wire.stream import Stream
 from mrcore.wire.tls import Pki
 
 LARGE_BYTES = 24 << 20
@@ -194,18 +196,19 @@ def test_equal_names_land_in_a_folder_per_node(cluster: TestCluster, transfer: F
 
 
 def test_a_jobs_output_comes_as_it_was_committed(cluster: TestCluster, transfer: FileTransfer, tmp_path: Path) -> None:
+    counts = {"partition": 0, "records": 1, "bytes": 2, "text_bytes": 2, "batch_bytes": 2, "max_decoded": 2, "crc32": 0}
     parts = [
-        {"name": f"part-000001-{number:05}-00000.data", "node": f"node-{number % 3}", "crc32": 0} for number in range(7)
+        PlacedPart(name=f"part-000001-{number:05}-00000.data", node=f"node-{number % 3}", **counts)
+        for number in range(7)
     ]
     for number, part in enumerate(parts):
-        cluster.write_inputs({part["name"]: f"{number}\n"}, node=number % 3, entry="committed/reduce")
+        cluster.write_inputs({part.name: f"{number}\n"}, node=number % 3, entry="committed/reduce")
     cluster.write_inputs({"part-000002-00000-00000.data": "of a run to come"}, node=0, entry="committed/reduce")
-    committed = {"job": "committed", "run": 1, "parts": parts, "delete_job_data": True}
-    manifest.write(cluster.settings.state_dir, committed)
+    manifest.write(cluster.settings.state_dir, manifest.Manifest("committed", 1, parts=parts, delete_job_data=True))
     transfer.download("committed/reduce", str(tmp_path / "out"))
     texts = [path.read_text() for path in sorted((tmp_path / "out").iterdir())]
     assert "".join(texts) == "0\n1\n2\n3\n4\n5\n6\n"
-    (cluster.settings.nodes[1].layout.base_dir / f"committed/reduce/{parts[4]['name']}").unlink()
+    (cluster.settings.nodes[1].layout.base_dir / f"committed/reduce/{parts[4].name}").unlink()
     with pytest.raises(ClusterFault, match=r"part-000001-00004-00000\.data of committed is not on node-1"):
         transfer.download("committed/reduce", str(tmp_path / "out"))
     assert len(read(tmp_path / "out")) == 7

@@ -25,6 +25,7 @@ from by_name import ByName
 from checkout import PROJECT, commands, text_of
 from clusters import TestCluster
 from daemons import own_address
+from msgspec.structs import replace
 from peers import make_certificates
 from task_servers import TaskServer
 
@@ -32,9 +33,11 @@ from mrcore.cli.main import cli, main
 from mrcore.cluster.manage_cluster import ManageCluster
 from mrcore.cluster.preflight import Preflight
 from mrcore.engine.process import Process
-from mrcore.engine.spills import RunWriter, select
+from mrcore.engine.spills import SpillWriter, select
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused
 from mrcore.launchers import local
+from mrcore.messages.nodes import InputPage
+from mrcore.messages.tasks import Order, Source, SpillShare, TaskIdentity
 from mrcore.project.snapshot import project_files, project_hash
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import backup
@@ -172,15 +175,16 @@ def test_no_more_ranges_are_asked_for_at_a_time_than_the_job_says(tmp_path: Path
             sink(number, memoryview(request["run"].encode()))
 
     ours, theirs = socket.socketpair()
-    identity = {"job": "j", "run": 1, "attempt": 1, "phase": "REDUCE", "task": 0, "try": 1}
+    identity = TaskIdentity(job="j", run=1, phase="REDUCE", task=0, try_=1)
     for wanted, counts in ((3, [3, 3, 3, 1]), (512, [10]), (1, [1] * 10)):
         asked.clear()
-        order = {"identity": identity, "job": {"simultaneous_files_in_redis": wanted}}
+        keys = {"simultaneous_files_in_redis": wanted}
+        order = Order(identity=identity, node="m", job=keys, project="a" * 32, partitions=1)
         process = Process(order, ours, Layout(tmp_path), fetch, "S_0")
-        process._folder = tmp_path
-        lengths = process._fetch_from({"node": "n"}, [{"run": "x" * number} for number in range(10)], [10] * 10)
+        source = Source(node="n", address="", port=0, runs=[SpillShare(id="x", max_decoded=1, most_bytes=10)] * 10)
+        lengths = process._fetch_into(tmp_path / "fetched", source, [{"run": "x" * number} for number in range(10)])
         assert asked == counts and lengths == list(range(10))
-        assert (tmp_path / "fetched-n").read_bytes() == b"x" * sum(range(10))
+        assert (tmp_path / "fetched").read_bytes() == b"x" * sum(range(10))
     ours.close()
     theirs.close()
 
@@ -258,13 +262,13 @@ def test_a_sample_without_a_line_names_the_smallest_useful_value(cluster: TestCl
 def test_the_same_files_on_every_machine_are_refused_until_it_is_said_what_they_are(
     shared: bool | None, refused: bool
 ) -> None:
-    preflight = cast(Preflight, SimpleNamespace(_settings=SimpleNamespace(local=False)))
-    listing = {"faults": [], "matched": {"/data": 2}, "fingerprint": "same"}
     job = {"input_dirs": ["/data"], "shared_input": shared}
+    preflight = cast(Preflight, SimpleNamespace(_settings=SimpleNamespace(local=False), _job=job))
+    listing = InputPage(files=[], matched={"/data": 2}, skipped={}, fingerprint="same", faults=[], next=None)
     expected = pytest.raises(JobFault, match="set shared_input: true") if refused else contextlib.nullcontext()
     with expected:
-        Preflight._check_inputs(preflight, job, [listing, listing])
-    Preflight._check_inputs(preflight, job, [listing, listing | {"fingerprint": "other"}])
+        Preflight._check_inputs(preflight, [listing, listing])
+    Preflight._check_inputs(preflight, [listing, replace(listing, fingerprint="other")])
 
 
 def test_output_that_a_restored_history_does_not_know_is_said_and_the_next_run_mends_it(
@@ -289,7 +293,7 @@ def test_output_that_a_restored_history_does_not_know_is_said_and_the_next_run_m
 
 
 def test_a_run_exists_when_its_index_does(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path, "run", 1000)
+    writer = SpillWriter(tmp_path, "run", 1000)
     writer.write(0, ["a", "b"], {"a": [1], "b": [2]}, False)
     assert not list(tmp_path.glob("*.index*"))
     with pytest.raises(FileNotFoundError):

@@ -112,12 +112,12 @@ def test_three_cycles(settings: Settings) -> None:
     assert second["workflow_upload"]["files"] == 1
     assert second["page_visits"]["input_bytes"] == sum(written().values()) - before
 
-    newest = next(manifest.committed(settings.state_dir, "page_visits"))["run"]
+    newest = next(manifest.committed(settings.state_dir, "page_visits")).run
     output = items(settings, "page_visits"), items(settings, "section_shares")
     third = cycle()
     assert third["workflow_upload"]["files"] == 0
     assert third["page_visits"]["input_bytes"] == 0
-    assert next(manifest.committed(settings.state_dir, "page_visits"))["run"] == newest
+    assert next(manifest.committed(settings.state_dir, "page_visits")).run == newest
     assert (items(settings, "page_visits"), items(settings, "section_shares")) == output
 
     # From scratch, by the same code: all at once under another name.

@@ -23,10 +23,10 @@ from peers import FAST, Certificates, descriptors, drain, fake_server, make_cert
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, Refused, Unreachable
-from mrcore.wire import data
-from mrcore.wire.channel import Stream
-from mrcore.wire.data import FAULT, LAST, MORE, PIECE, DataClient, DataHandler, Range, Relay, Upload
+from mrcore.wire.data import DataClient, DataHandler, Range, Relay, Upload, pieces
+from mrcore.wire.data.pieces import FAULT, LAST, MORE, PIECE
 from mrcore.wire.service import Server
+from mrcore.wire.stream import Stream
 from mrcore.wire.tls import DATA_PROTOCOL, LIMITS, Identity
 
 LIMITS_HERE = replace(FAST, piece_bytes=64 << 10, stall_seconds=1, idle_data_seconds=1.2)
@@ -189,16 +189,16 @@ def test_a_flipped_bit_is_refused_before_it_is_delivered(
 ) -> None:
     """The piece is corrupted after its crc32 was taken: as by bad memory, where TLS protects nothing."""
     content = store.write("r", 200_000)
-    good = data._Outbox.flush
+    good = pieces.Outbox.flush
     seen: list[int] = []
 
-    def flip(outbox: data._Outbox) -> None:
+    def flip(outbox: pieces.Outbox) -> None:
         seen.append(outbox._used)
         if len(seen) == 2:
             outbox._view[5000] ^= 1
         good(outbox)
 
-    monkeypatch.setattr(data._Outbox, "flush", flip)
+    monkeypatch.setattr(pieces.Outbox, "flush", flip)
     got = bytearray()
     with pytest.raises(Refused, match="arrived corrupt: crc32"):
         client.get([["r", 0, 200_000]], lambda index, chunk: got.extend(chunk))
@@ -301,14 +301,14 @@ def test_an_upload_resumes_at_what_the_server_has(store: Store, client: DataClie
     content = store.write("source", 1_000_000)
     (store.uploads / "x.partial").write_bytes((content * 2)[:present])
     sent: list[int] = []
-    copy = data._Outbox.copy
+    copy = pieces.Outbox.copy
 
-    def spy(outbox: data._Outbox, source: Path, at: int, *more: Any) -> int:
+    def spy(outbox: pieces.Outbox, source: Path, at: int, *more: Any) -> None:
         sent.append(at)
-        return copy(outbox, source, at, *more)
+        copy(outbox, source, at, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data._Outbox, "copy", spy)
+        patch.setattr(pieces.Outbox, "copy", spy)
         client.put({"name": "x", "resume": resume}, store.folder / "source")
     assert sent == [present if resume and present <= 1_000_000 else 0]
     assert (store.uploads / "x").read_bytes() == content

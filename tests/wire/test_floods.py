@@ -216,7 +216,7 @@ def test_one_bad_frame_is_one_line_of_the_log_and_one_error(target: Target) -> N
         for request in (
             requests,
             [0] * 4_000,
-            [{"run": {"job": "g", "run": 1, "attempt": 1, "id": "x", "low": 5, "high": 5}}],
+            [{"run": {"job": "g", "run": 1, "id": "x", "low": 5, "high": 5}}],
         ):
             for _ in range(20):
                 client = DataClient(target.node.address, target.node.agent_port, target.member, target.node.name, 30)
@@ -266,13 +266,13 @@ def test_a_large_frame_costs_no_multiple_of_itself(target: Target, what: str) ->
 
 
 RANGES: list[Any] = [
-    {"run": {"job": "gated", "run": 1, "attempt": 1, "id": "x", "partition": 1 << 70}},
-    {"run": {"job": "a", "run": -1, "attempt": 1, "id": "x", "partition": 0}},
-    {"run": {"job": "../..", "run": 1, "attempt": 1, "id": "x", "partition": 0}},
-    {"run": {"job": "a", "run": 1, "attempt": 1, "id": "../../x", "partition": 0}},
-    {"run": {"job": "a\n", "run": 1, "attempt": 1, "id": "x", "partition": 0}},
-    {"run": {"job": "a", "run": True, "attempt": 1, "id": "x", "partition": 0}},
-    {"run": {"job": "a", "run": 1.0, "attempt": 1, "id": "x", "partition": 0}},
+    {"run": {"job": "gated", "run": 1, "id": "x", "partition": 1 << 70}},
+    {"run": {"job": "a", "run": -1, "id": "x", "partition": 0}},
+    {"run": {"job": "../..", "run": 1, "id": "x", "partition": 0}},
+    {"run": {"job": "a", "run": 1, "id": "../../x", "partition": 0}},
+    {"run": {"job": "a\n", "run": 1, "id": "x", "partition": 0}},
+    {"run": {"job": "a", "run": True, "id": "x", "partition": 0}},
+    {"run": {"job": "a", "run": 1.0, "id": "x", "partition": 0}},
     {"part": {"job": "gated", "name": "../../../pki/node.key"}},
     {"part": {"job": "gated", "name": "/etc/passwd"}},
     {"part": {"job": "gated", "name": "part-000001-00000-00000.data\n"}},

@@ -28,7 +28,7 @@ from mrcore.wire.service import Method, Server
 from mrcore.wire.tls import Pki, master_pki
 
 GETS: list[dict[str, Any]] = [
-    {"run": {"job": "gated", "run": 1, "attempt": 1, "id": "x", "partition": 0}},
+    {"run": {"job": "gated", "run": 1, "id": "x", "partition": 0}},
     {"part": {"job": "gated", "name": "part-000001-00000-00000.data"}},
     {"file": ["x", 0, 0]},
 ]

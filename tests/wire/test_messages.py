@@ -14,19 +14,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrcore.cluster.attempt import Attempt
+from mrcore.cluster.attempt import Attempt, Start
+from mrcore.cluster.partitions import Partition, Partitioning
 from mrcore.engine.output import part_name
+from mrcore.engine.records import as_key
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, UsageError
-from mrcore.messages import legacy
 from mrcore.messages import pages as pages_of
-from mrcore.messages.methods import METHODS, decode_error
+from mrcore.messages.methods import METHODS, POLL, decode_error
 from mrcore.messages.nodes import InputPage
 from mrcore.messages.pages import InputPages
+from mrcore.messages.tasks import Bundle, Done, RunIdentity, TaskEvent, check_result, read_key
 from mrcore.node.cluster_server import ClusterServer
 from mrcore.node.node_agent import NodeAgent
 
 Json = dict[str, Any]
-MAP = {"job": "j", "run": 3, "attempt": 1, "phase": "MAP", "task": 7, "try": 2}
+MAP = {"job": "j", "run": 3, "phase": "MAP", "task": 7, "try": 2}
 REDUCE = MAP | {"phase": "REDUCE", "try": 1}
 WHO = {"name": "n1", "release": "1.0.0-ab", "version": "1.0.0", "wire_version": 1, "python": "3.11.2"}
 INPUTS: Json = {
@@ -61,9 +63,8 @@ HONEST: dict[str, Any] = {  # an answer of each method that is one
     "hello": WHO | {"incarnation": "ab", "pid": 3, "anonymous_bytes": 3},
     "order": {"accepted": True},
     "give": {"given": 1},
-    "poll": {"incarnation": "ab", "events": [[1, {"event": "want"}]]},
+    "poll": {"incarnation": "ab", "events": [[1, {"event": "want", "identity": None}]]},
     "cancel": {"cancelled": False},
-    "status": {"incarnation": "ab", "identity": None, "pid": None, "events": 0},
 } | dict.fromkeys(("project_state", "environment_state", "install_environment", "auxiliary"), True) | dict.fromkeys(
     ("end_run", "end_server", "exists"), False
 )  # fmt: skip
@@ -205,6 +206,12 @@ BAD_NAMES = [
 ]  # fmt: skip
 
 
+NESTED = "[" * 200 + "]" * 200
+BAD_SAMPLES: list[Any] = [
+    [["{}", 1]], [["k", 1]], [["[1", 1]], [[NESTED, 1]], [[1, 1]], [["1"]], [["1", -1]], [None], {}, None,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "event",
     [
@@ -213,7 +220,7 @@ BAD_NAMES = [
         *(done(MAP, runs=[RUN | {key: -1}]) for key in ("bytes", "max_decoded", "groups", "values")),
         *(done(MAP, runs=[RUN | {"partitions": each}]) for each in ({"4": 1}, {"-1": 1}, {"x": 1}, {"0": -1}, [])),
         done(MAP, runs=[RUN | {"partitions": {"²": 1}}]),
-        *(done(MAP, runs=[RUN | {"samples": each}]) for each in ([[{}, 1]], [["k"]], [["k", -1]], [None], {}, None)),
+        *(done(MAP, runs=[RUN | {"samples": each}]) for each in BAD_SAMPLES),
         done(REDUCE, parts=[PART | {"partition": 8}]),
         done(REDUCE, parts=[PART, PART]),
         done(REDUCE, parts=[{key: value for key, value in PART.items() if key != "crc32"}]),
@@ -237,27 +244,48 @@ BAD_NAMES = [
     ],
 )  # fmt: skip
 def test_no_event_of_a_task_is_other_than_an_event(event: Json) -> None:
-    """And in the attempt it ends as the cluster's fault, with nothing of it taken."""
-    with pytest.raises(Malformed, match="node n1 gave no event of a task: "):
-        legacy.event(event, event["identity"], 4, "n1")
+    """What has not the form of an event is no answer to a poll; what no such task can have made ends the attempt."""
     attempt = Attempt(
-        {"job": "j", "run": 3, "attempt": 1}, {"S_0": "n1"}, {"n1": [{"id": 0, "pieces": []}]}, partitions=4,
-        by_range=False, map_only=False, max_attempts=3, node_timeout_seconds=5, now=0,
+        RunIdentity(job="j", run=3), {"S_0": "n1"}, {"n1": [Bundle(0, [])]}, Partitioning(4, by_range=False),
+        map_only=False, max_attempts=3, node_timeout_seconds=5, now=0,
     )  # fmt: skip
     attempt.server_up("S_0")
     (start,) = attempt.instructions()
-    attempt.task_event("S_0", event | {"identity": start.identity})  # type: ignore[union-attr]
-    assert isinstance(attempt.fault, Malformed) and "node n1" in attempt.fault.message
-    assert not attempt.parts and not attempt.runs and not attempt.instructions()
+    attempt.servers["S_0"].task.number, attempt.servers["S_0"].task.tries = 7, event["identity"]["try"]  # type: ignore[union-attr]
+    if event["identity"]["phase"] == "REDUCE":
+        attempt.servers["S_0"].task.partition = Partition(7)  # type: ignore[union-attr]
+    with pytest.raises(Malformed, match=r"node n1 gave no (answer to poll|event of a task): "):
+        attempt.task_event("S_0", polled(event))
+        assert attempt.fault is not None and "node n1" in attempt.fault.message
+        raise attempt.fault
+    results = attempt.results
+    assert isinstance(start, Start) and not results.parts and not results.spills and not attempt.instructions()
+
+
+def polled(event: Json) -> TaskEvent:
+    """The event as a poll's answer brings it."""
+    answer = json.dumps({"incarnation": "ab", "events": [[1, event]]}).encode()
+    return POLL.decode(msgspec.Raw(answer), {}, "n1").events[0][1]
 
 
 @pytest.mark.parametrize("identity", [MAP, REDUCE])
 def test_an_honest_result_passes_and_fields_that_nobody_knows_do_not(identity: Json) -> None:
-    event = done(identity)
-    assert legacy.event(event, identity, 4, "n1") == event
+    event = polled(done(identity))
+    assert isinstance(event, Done) and event.identity is not None
+    check_result(event.result, event.identity, 4, "n1")
+    plain = done(identity)
     key = "runs" if identity is MAP else "parts"
-    event["result"][key][0] = event["result"][key][0] | {"evil": "x"}
-    assert legacy.event(event | {"more": 1}, identity, 4, "n1")["result"] == done(identity)["result"]
+    plain["result"][key][0] = plain["result"][key][0] | {"evil": "x"}
+    assert polled(plain | {"more": 1}) == event
+
+
+@pytest.mark.parametrize("key", [None, True, 0, -1.5, math.inf, -math.inf, 1 << 80, "", "\u00e9", ["a", [1, None]], []])
+def test_a_key_travels_as_text_whatever_it_is(key: Any) -> None:
+    event = polled(done(MAP, runs=[RUN | {"samples": [[json.dumps(key), 3]]}]))
+    assert isinstance(event, Done) and event.identity is not None
+    check_result(event.result, event.identity, 4, "n1")
+    ((text, weight),) = event.result.runs[0].samples
+    assert weight == 3 and read_key(text) == as_key(key)
 
 
 def test_a_node_may_blame_the_job_only_where_the_job_can_be_at_fault() -> None:

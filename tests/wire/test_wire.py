@@ -25,17 +25,17 @@ from by_name import ByName
 from conditions import wait_until
 from daemons import members
 from peers import FAST, Certificates, descriptors, drain, fake_server, make_certificates, tls_socket
-from rpyc import VoidService
 from rpyc.core import brine, consts
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, InternalError, JobFault, Refused, Unreachable, UsageError
 from mrcore.wire import pki, tls
-from mrcore.wire.channel import HARDENED, Channel, Connection, Stream
+from mrcore.wire.channel import HARDENED, Channel, Connection
 from mrcore.wire.client import Client
 from mrcore.wire.data import DataHandler
 from mrcore.wire.members import Membership
 from mrcore.wire.service import Method, Server
+from mrcore.wire.stream import Stream
 from mrcore.wire.tls import DATA_PROTOCOL, RPC_PROTOCOL, Identity, Pki, client_context
 
 BOTH = pytest.mark.parametrize("alpn", [RPC_PROTOCOL, DATA_PROTOCOL])
@@ -117,6 +117,8 @@ def test_a_call_takes_and_gives_json(start: Starter, connect: Callable[..., Clie
     given: dict[str, Any] = {"text": "ä\x00", "number": 2**80, "nested": [{"a": None}, 1.5, True]}
     assert client.call("echo", **given) == ["b", given]
     assert client.call("echo") == ["b", {}]
+    with pytest.raises(Refused, match=r"echo: not arguments of this method: .*surrogate"):
+        client.call("echo", text="half a character: \udc80")
 
 
 def test_server_name_may_be_the_certificates_name(start: Starter, connect: Callable[..., Client]) -> None:
@@ -310,7 +312,7 @@ def raw_call(start: Starter, certificates: Certificates) -> Iterator[Callable[..
         sock = tls_socket(server.port, certificates.pki("b"), RPC_PROTOCOL)
         opened.append(stream := Stream(sock, FAST, "peer"))
         stream.receive_json(2, "")
-        connection = Connection(VoidService(), stream)
+        connection = Connection(stream)
         with stream.within(2, ""):
             if boxed is None:
                 return connection.sync_request(handler, *args)
