@@ -67,7 +67,12 @@ class Endings:
                 self.hold_for_output(name, run, error, now)
             return None
         fault = unforeseen(error) if error is not None else MrcoreError("it ended without a result")
-        if why := self._why_stopped(execution):
+        why = {
+            "failed": JobFault(f"timeout: ran longer than its timeout_seconds {execution.job['timeout_seconds']}"),
+            "cancelled": MrcoreError("cancelled by the user"),
+            "handed back": MrcoreError("the Runner was stopped; the job runs again when one is started"),
+        }.get(execution.why_stopped or "")
+        if why:
             why.details.update(fault.details)
             fault = why
         # SIGTERM to a whole service reaches what it runs as well, perhaps before us.
@@ -76,22 +81,13 @@ class Endings:
         hold = fault.message if isinstance(fault, ClusterFault) and ending == "handed back" else None
         return self.end(execution, ending, now, hold, exception=fault.to_dict())
 
-    def _why_stopped(self, execution: Execution) -> MrcoreError | None:
-        match execution.why_stopped:
-            case "failed":
-                return JobFault(f"timeout: ran longer than its timeout_seconds {execution.job['timeout_seconds']}")
-            case "cancelled":
-                return MrcoreError("cancelled by the user")
-            case "handed back":
-                return MrcoreError("the Runner was stopped; the job runs again when one is started")
-        return None
-
     def _worth_another_try(self, execution: Execution, fault: MrcoreError) -> bool:
         """Return whether a run that met what nobody foresaw runs again: unless the last `max_attempts` all did so."""
         if not isinstance(fault, InternalError):
             return False
-        count = self._settings.max_attempts - 1
-        classes = self._store.errors_before(execution.job["job_name"], execution.number, execution.run, count)
+        runs, count = self._store.runs(execution.job["job_name"]), self._settings.max_attempts - 1
+        before = [run for run in runs if run.number == execution.number and run.run < execution.run][:count]
+        classes = [run.exception["class"] if run.exception else None for run in before]
         return len(classes) < count or any(name != InternalError.__name__ for name in classes)
 
     def end(self, execution: Execution, ending: str, now: float, hold: str | None = None, **facts: Any) -> str:

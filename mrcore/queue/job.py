@@ -214,7 +214,7 @@ def validate(job: dict[str, Any], projects_dir: str | os.PathLike[str] | None = 
 
 
 def with_absolute_paths(job: dict[str, Any]) -> dict[str, Any]:
-    """Return a job, valid or not, with its paths on the master absolute, by the current folder and the user's home."""
+    """Return a job, valid or not, with absolute paths on the master, by the current folder and the caller's home."""
     return job | {key: _absolute(job[key]) for key in local_paths(job)}
 
 

@@ -287,12 +287,6 @@ class Store(Database):
         query = f"SELECT job_name, ended - started AS seconds FROM runs {where} ORDER BY id DESC"
         return ((row["job_name"], row["seconds"]) for row in self.rows(query, job_name or ""))
 
-    def errors_before(self, name: str, number: int, run: int, count: int) -> list[str | None]:
-        """Return the classes of the errors of the last `count` runs of a submitted job before this run."""
-        query = "SELECT json_extract(exception, '$.class') AS class FROM runs WHERE job_name = ? AND number = ?"
-        rows = self.rows(f"{query} AND run < ? ORDER BY run DESC LIMIT ?", name, number, run, count)
-        return [row["class"] for row in rows]
-
     # --- events ---
 
     def note(self, name: str, run: int | None, text: str, now: float) -> None:
