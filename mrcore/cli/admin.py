@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from mrcore.admin import copies
 from mrcore.cli.common import (
     ARGUMENTS,
     JSON,
@@ -66,6 +65,7 @@ def doctor(deep: bool, as_json: bool) -> int:
 def backup(file: Path, node: str | None, keep: int | None, signed: bool) -> None:
     """Copy queue, history, ledger and manifests into one file (-: standard output, not signed), also while a Runner
     runs, and sign it: on a deployed master that takes root, and the file is user mrcore's all the same."""
+    from mrcore.admin import copies
     from mrcore.state import backup as backups
 
     to_output = str(file) == "-"
