@@ -20,18 +20,18 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
 BUDGETS = {
     "": 500,
     "admin": 700,
-    "cli": 850,
+    "cli": 798,
     "cluster": 900,
     "engine": 2_600,
-    "launchers": 660,
+    "launchers": 710,
     "node": 1_200,
     "project": 250,
     "queue": 1_200,
     "settings": 450,
     "state": 950,
-    "system": 1_150,
+    "system": 1_116,
     "transfer": 500,
-    "wire": 1_200,
+    "wire": 1_188,
 }
 DAY = ("engine", "cluster")
 MAX_DAY_LINES = 3_500
