@@ -23,7 +23,7 @@ BUDGETS = {
     "cli": 850,
     "cluster": 900,
     "engine": 2_600,
-    "launchers": 660,
+    "launchers": 710,
     "node": 1_200,
     "project": 250,
     "queue": 1_260,

@@ -10,45 +10,33 @@ from pathlib import Path
 
 import click
 
-from mrcore.admin import copies
-from mrcore.cli.common import (
-    ARGUMENTS,
-    JSON,
-    YES,
-    chosen_settings,
-    print_json,
-    print_rows,
-    require_consent,
-    scheduler_in_force,
-    settings_in_force,
-    settings_of_caller,
-)
+from mrcore.cli import common
 from mrcore.text import one_line
 
 JOBS_SHOWN = 100
 
 
 @click.command()
-@JSON
+@common.JSON
 def settings(as_json: bool) -> None:
     """Print the settings in force, with all defaults, as YAML; exit status 2 names every fault of a file."""
     from mrcore.settings.validation import dump_yaml
 
-    values = settings_of_caller().model_dump(mode="json")
-    print_json(values) if as_json else click.echo(dump_yaml(values), nl=False)
+    values = common.settings_of_caller().model_dump(mode="json")
+    common.print_json(values) if as_json else click.echo(dump_yaml(values), nl=False)
 
 
 @click.command()
 @click.option("--deep", is_flag=True, help="Also read all output of all jobs, as `mrcore cat` does.")
-@JSON
+@common.JSON
 def doctor(deep: bool, as_json: bool) -> int:
     """Look for what is wrong or soon will be, and say what it means and what to do; exit status 1 if there is any."""
     from mrcore.admin import doctor as examine
 
-    facts = examine.gather(settings_in_force(), deep)
+    facts = examine.gather(common.settings_in_force(), deep)
     findings = examine.judge(facts)
     if as_json:
-        print_json({"findings": [finding._asdict() for finding in findings], "facts": facts})
+        common.print_json({"findings": [finding._asdict() for finding in findings], "facts": facts})
         return int(bool(findings))
     for finding in findings:
         click.echo(f"{finding.where}: {finding.what}\n  means: {finding.means}\n  do: {finding.do}")
@@ -65,12 +53,13 @@ def doctor(deep: bool, as_json: bool) -> int:
 def backup(file: Path, node: str | None, keep: int | None, signed: bool) -> None:
     """Copy queue, history, ledger and manifests into one file (-: standard output, not signed), also while a Runner
     runs, and sign it: on a deployed master that takes root, and the file is user mrcore's all the same."""
+    from mrcore.admin import copies
     from mrcore.state import backup as backups
 
     to_output = str(file) == "-"
     if not signed and not to_output:
         _signed_by_root()
-    settings = settings_in_force()
+    settings = common.settings_in_force()
     if node is not None:
         settings.node(node)  # before anything is done
     if to_output:
@@ -96,24 +85,24 @@ def _signed_by_root() -> None:
     from mrcore.settings import sudo
     from mrcore.state import backup as backups
 
-    settings = settings_of_caller()
+    settings = common.settings_of_caller()
     if not sudo.needs_sudo(settings) or not backups.may_sign(settings):
         return
     with tempfile.TemporaryFile() as content, tempfile.TemporaryFile() as signed:
-        sudo.call(settings, [*chosen_settings(), "backup", "-"], content)
+        sudo.call(settings, [*common.chosen_settings(), "backup", "-"], content)
         backups.sign(settings, content, signed)
         signed.flush()
         os.lseek(signed.fileno(), 0, os.SEEK_SET)
         os.dup2(signed.fileno(), 0)
-    arguments = click.get_current_context().meta[ARGUMENTS]
-    sudo.reexec_with_sudo(settings, [*chosen_settings(), *arguments, "--signed"])
+    arguments = click.get_current_context().meta[common.ARGUMENTS]
+    sudo.reexec_with_sudo(settings, [*common.chosen_settings(), *arguments, "--signed"])
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--force", is_flag=True, help="Replace the jobs and the history that there are.")
 @click.option("--unverified", is_flag=True, help="Also one whose signature is wrong or missing: see below.")
-@YES
+@common.YES
 def restore(file: Path, force: bool, unverified: bool, yes: bool) -> None:
     """Bring back queue, history, ledger and manifests from a backup. No Runner may run.
 
@@ -132,9 +121,9 @@ def restore(file: Path, force: bool, unverified: bool, yes: bool) -> None:
             click.echo(f"  {what}, submitted by {one_line(job['submitter'])}", err=True)
         if len(about["jobs"]) > JOBS_SHOWN:
             click.echo(f"  and {len(about['jobs']) - JOBS_SHOWN} more", err=True)
-        require_consent(yes, "Restore this? They run once a Runner does.")
+        common.require_consent(yes, "Restore this? They run once a Runner does.")
 
-    about = read(settings_in_force(), file, force, not unverified, agree)
+    about = read(common.settings_in_force(), file, force, not unverified, agree)
     click.echo(f"restored as of {datetime.fromtimestamp(about['time']).astimezone().isoformat(timespec='seconds')}")
 
 
@@ -145,18 +134,18 @@ def ledger() -> None:
 
 @ledger.command()
 @click.argument("job")
-@JSON
+@common.JSON
 def show(job: str, as_json: bool) -> None:
     """List the files that a job has read, and how far."""
     columns = {"path": "FILE", "holder": "NODE", "bytes": "READ", "modified": "MODIFIED"}
-    print_rows(scheduler_in_force().ledger(job), columns, as_json)
+    common.print_rows(common.scheduler_in_force().ledger(job), columns, as_json)
 
 
 @ledger.command()
 @click.argument("job")
 def forget(job: str) -> None:
     """Have a job's next run read all its inputs again and replace its whole output."""
-    count = scheduler_in_force().forget_ledger(job)
+    count = common.scheduler_in_force().forget_ledger(job)
     click.echo(f"{job}: {count} files forgotten; its next run reads all its inputs and replaces its output")
 
 

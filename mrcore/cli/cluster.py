@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mrcore.cli.common import (
-    JSON,
-    cluster_in_force,
-    launcher_in_force,
-    print_rows,
-    scheduler_in_force,
-    settings_in_force,
-)
+from mrcore.cli import common
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.system.logs import last_lines
 from mrcore.text import clean, one_line
@@ -39,12 +32,12 @@ def cluster() -> None:
 @click.option("--server-port", type=click.IntRange(1, 65535), help="Port of each node's first cluster server.")
 def start(**shape: Any) -> None:
     """Start all servers; what runs already is left alone."""
-    settings = settings_in_force()
+    settings = common.settings_in_force()
     if any(value is not None for value in shape.values()):
-        launcher_in_force(settings).configure(settings.home, **shape)
-        settings = settings_in_force()
-    cluster_in_force(settings).start_cluster()
-    scheduler_in_force(settings).end_hold()  # which may have waited for this
+        common.launcher_in_force(settings).configure(settings.home, **shape)
+        settings = common.settings_in_force()
+    common.cluster_in_force(settings).start_cluster()
+    common.scheduler_in_force(settings).end_hold()  # which may have waited for this
     servers = settings.servers()
     click.echo(f"cluster {settings.cluster_name} is up: {len(settings.nodes)} nodes, {len(servers)} cluster servers")
 
@@ -52,23 +45,23 @@ def start(**shape: Any) -> None:
 @cluster.command()
 def stop() -> None:
     """Stop all servers gracefully."""
-    cluster_in_force().stop_cluster()
+    common.cluster_in_force().stop_cluster()
     click.echo("the cluster is stopped")
 
 
 @cluster.command()
 def kill() -> None:
     """End all servers and whatever they started, for certain."""
-    cluster_in_force().kill_cluster()
+    common.cluster_in_force().kill_cluster()
     click.echo("the cluster is stopped")
 
 
 @cluster.command()
-@JSON
+@common.JSON
 def status(as_json: bool) -> None:
     """Show every node agent and cluster server; status 1 when a node gives no answer."""
-    answer = cluster_in_force().status()
-    print_rows(answer, {key: key.upper() for row in answer for key in row if key != "reason"}, as_json)
+    answer = common.cluster_in_force().status()
+    common.print_rows(answer, {key: key.upper() for row in answer for key in row if key != "reason"}, as_json)
     reasons = {row["node"]: row["reason"] for row in answer if "reason" in row}
     _require_answers(reasons, len({row["node"] for row in answer}))
 
@@ -81,7 +74,7 @@ def check(context: click.Context, nodes: tuple[str, ...], wait: float) -> None:
     """See whether all daemons (of these nodes) answer over TLS in the release of this command; else status 1."""
     from mrcore.launchers import health
 
-    settings = settings_in_force()
+    settings = common.settings_in_force()
     errors = health.check(settings, [settings.node(name) for name in nodes] or settings.nodes, wait)
     for node, of_node in errors.items():
         for error in of_node:
@@ -95,8 +88,8 @@ def check(context: click.Context, nodes: tuple[str, ...], wait: float) -> None:
 @click.argument("server")
 def attach(server: str) -> None:
     """Show the screen window of a cluster server, such as S_3; Ctrl-a d leaves it."""
-    settings = settings_in_force()
-    command = launcher_in_force(settings).attach_command(settings, server)
+    settings = common.settings_in_force()
+    command = common.launcher_in_force(settings).attach_command(settings, server)
     os.execvp(command[0], command)
 
 
@@ -109,8 +102,8 @@ def logs(name: str | None, lines: int, raw: bool) -> None:
 
     What a terminal would obey is shown as \\x1b and the like, since anybody's data may be in a log.
     """
-    settings = settings_in_force()
-    launcher = launcher_in_force(settings)
+    settings = common.settings_in_force()
+    launcher = common.launcher_in_force(settings)
     files = [file for folder in launcher.log_folders(settings) for file in sorted(folder.rglob("*")) if file.is_file()]
     if name is None:
         return _list_logs(settings, launcher, files)

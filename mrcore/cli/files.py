@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mrcore.cli.common import JSON, YES, print_json, require_consent, settings_in_force
+from mrcore.cli import common
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.system.permissions import blocked
 from mrcore.system.terminal import raw
@@ -51,7 +51,7 @@ def _transfer(
     from mrcore.state.store import Store
     from mrcore.transfer.file_transfer import FileTransfer
 
-    settings = settings_in_force()
+    settings = common.settings_in_force()
     if reason := blocked(local, write):
         raise UsageError(reason)
     with contextlib.closing(Store(settings.state_dir)) as store:
@@ -96,7 +96,7 @@ ONE_BY_ONE = click.option("--one-by-one", is_flag=True, help="Not several files 
 @click.option("--changed", is_flag=True, help="Send what is new or changed, instead of replacing FOLDER as a whole.")
 @click.option("--compress", is_flag=True, help="Let the files arrive as NAME.gz.")
 @ONE_BY_ONE
-@YES
+@common.YES
 @DRY_RUN
 def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: bool, yes: bool, dry_run: bool) -> None:
     """Spread a LOCAL folder's files over the nodes' FOLDER, such as inputs/logs.
@@ -110,7 +110,7 @@ def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: b
         if dry_run:
             raise click.exceptions.Exit(0)
         if answer["files"]:
-            require_consent(yes, "Replace the folder?")
+            common.require_consent(yes, "Replace the folder?")
 
     if one_by_one and compress:
         raise click.UsageError("--compress goes with several files at once only: leave --one-by-one out")
@@ -138,14 +138,14 @@ def download(folder: str, local: str, keep: bool, one_by_one: bool) -> None:
 @click.argument("file")
 @click.argument("name")
 def upload_auxiliary(file: str, name: str) -> None:
-    """Give every node a local JSON FILE as the auxiliary data NAME."""
+    """Give every node a local common.JSON FILE as the auxiliary data NAME."""
     with _transfer(file) as transfer:
         _print_counts("uploaded", transfer.upload_auxiliary(file, name))
 
 
 @click.command()
 @click.argument("path")
-@YES
+@common.YES
 @DRY_RUN
 def rm(path: str, yes: bool, dry_run: bool) -> None:
     """Remove a file or folder under the nodes' base_dir; wildcards count.
@@ -156,7 +156,7 @@ def rm(path: str, yes: bool, dry_run: bool) -> None:
     def agree(answer: dict[str, Any]) -> None:
         if answer["outputs"] or (answer["everywhere"] and answer["files"]):
             _print_going(answer, f"{path} would remove")
-            require_consent(yes, "Remove all of this?")
+            common.require_consent(yes, "Remove all of this?")
 
     with _transfer(agree=agree) as transfer:
         answer = transfer.delete_files(path, by=f"`mrcore rm {one_line(path, 200)}`", dry_run=dry_run)
@@ -173,8 +173,8 @@ def rm(path: str, yes: bool, dry_run: bool) -> None:
 @click.option(
     "--wait", type=click.FloatRange(0), default=3600, show_default=True, help="Seconds for the run under way to end."
 )
-@YES
-@JSON
+@common.YES
+@common.JSON
 def drain(node: str, only_list: bool, wait: float, yes: bool, as_json: bool) -> None:
     """Move all that a NODE holds, published output too, to the others; asks first, may be repeated.
 
@@ -182,14 +182,14 @@ def drain(node: str, only_list: bool, wait: float, yes: bool, as_json: bool) -> 
     """
     from mrcore.admin import drain as work
 
-    settings, shown = settings_in_force(), [""]
+    settings, shown = common.settings_in_force(), [""]
     if only_list:
         answer = work.look(settings, node)
     else:
         if not (yes or as_json) and sys.stdin.isatty():
             with contextlib.suppress(ClusterFault):  # it is gone: what was begun with it is ended all the same
                 _print_drained(work.look(settings, node))
-        require_consent(yes, f"Move all of this from {one_line(node, 100)} to the other nodes?")
+        common.require_consent(yes, f"Move all of this from {one_line(node, 100)} to the other nodes?")
         with _bar() as (report, _):
 
             def progress(phase: str, **facts: int) -> None:
@@ -200,7 +200,7 @@ def drain(node: str, only_list: bool, wait: float, yes: bool, as_json: bool) -> 
 
             answer = work.drain(settings, node, progress, wait)
     if as_json:
-        print_json(answer)
+        common.print_json(answer)
     else:
         _print_drained(answer)
     if not answer["empty"]:

@@ -21,19 +21,8 @@ import click
 from mrcore import __version__, text
 from mrcore.cli import admin as cli_admin
 from mrcore.cli import cluster as cli_cluster
+from mrcore.cli import common
 from mrcore.cli import files as cli_files
-from mrcore.cli.common import (
-    ARGUMENTS,
-    JSON,
-    cluster_in_force,
-    duration,
-    hand_over_jobs,
-    print_json,
-    print_table,
-    scheduler_in_force,
-    settings_in_force,
-    settings_of_caller,
-)
 from mrcore.errors import MrcoreError, UsageError
 from mrcore.system import terminal
 from mrcore.text import escaped, one_line
@@ -72,7 +61,7 @@ def cli(context: click.Context, config: str | None) -> None:
     given = list(context.obj)
     while given and given[0].startswith("--config"):
         del given[: 1 if "=" in given[0] else 2]
-    context.obj, context.meta[ARGUMENTS] = config, given
+    context.obj, context.meta[common.ARGUMENTS] = config, given
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------
@@ -90,9 +79,9 @@ def template(kind: str) -> None:
 @cli.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a key of every job; VALUE is YAML.")
-@JSON
+@common.JSON
 def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> None:
-    """Queue the jobs of YAML or JSON files (one job or a list each): all of them, or none if one has a fault.
+    """Queue the jobs of YAML or common.JSON files (one job or a list each): all of them, or none if one has a fault.
 
     `-` reads standard input.
     """
@@ -108,11 +97,11 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
             raise UsageError(f"--set {key} is given twice: leave one of them out")
         given[key] = parse_yaml(written, f"the value of --set {one_line(key)}")
     batch = [job | given for job in batch]
-    hand_over_jobs(batch, ["--json"] if as_json else [])
-    scheduler = scheduler_in_force()
+    common.hand_over_jobs(batch, ["--json"] if as_json else [])
+    scheduler = common.scheduler_in_force()
     answers = scheduler.submit_jobs(batch)
     if as_json:
-        return print_json(answers)
+        return common.print_json(answers)
     for answer in answers:
         click.echo(f"{answer['job_name']}: {answer['message']}")
     if not scheduler.state()["runner"]:
@@ -123,8 +112,8 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
 def _read_jobs(file: Path) -> list[Any]:
     from mrcore.settings.validation import parse_yaml
 
-    name, given = ("standard input", sys.stdin.buffer) if str(file) == "-" else (str(file), None)
-    with contextlib.nullcontext(given) if given else file.open("rb") as stream:
+    name = "standard input" if str(file) == "-" else str(file)
+    with click.open_file(str(file), "rb") as stream:
         content = stream.read(MAX_JOB_FILE_BYTES + 1)
     if len(content) > MAX_JOB_FILE_BYTES:
         raise UsageError(
@@ -147,7 +136,7 @@ def run(once: bool) -> None:
     from mrcore.queue.runner import Runner
     from mrcore.settings.config import watch_settings
 
-    settings, fresh = settings_in_force(), watch_settings(click.get_current_context().find_root().obj)
+    settings, fresh = common.settings_in_force(), watch_settings(click.get_current_context().find_root().obj)
     with _reporter() as report:
         runner = Runner(settings, report=report, fresh=fresh)
         ended = runner.run(once=once)
@@ -155,7 +144,7 @@ def run(once: bool) -> None:
         raise KeyboardInterrupt
     if once and runner.ended_by:  # without --once to be ended is how it ends
         click.get_current_context().exit(128 + runner.ended_by)
-    if once and scheduler_in_force().state()["paused"]:
+    if once and common.scheduler_in_force().state()["paused"]:
         raise MrcoreError("the queue is paused: `mrcore resume` goes on")
     if once and not ended:
         click.echo("nothing to run: `mrcore submit FILE` queues a job", err=True)
@@ -210,32 +199,36 @@ def _reporter() -> Iterator[Callable[..., None]]:
 def _then(facts: dict[str, Any]) -> str:
     """Return what becomes of a job after a run that failed; nothing for one that leaves."""
     if facts.get("retry_at"):
-        return f" (retry {facts['tries'] + 1} of {facts['retries']} in {duration(facts['retry_at'] - time.time())})"
+        return (
+            f" (retry {facts['tries'] + 1} of {facts['retries']} in {common.duration(facts['retry_at'] - time.time())})"
+        )
     return " (the job stays in the queue)" if facts.get("stays") else ""
 
 
 @cli.command()
-@JSON
+@common.JSON
 def queue(as_json: bool) -> None:
     """List the queue in the order in which it will run, why each job waits, and what left by a failure."""
-    scheduler = scheduler_in_force()
+    scheduler = common.scheduler_in_force()
     state, rows, fallen = scheduler.state(), scheduler.queue(), scheduler.fallen()
     estimates = scheduler.estimates()
     rows = [row | {"estimate": estimates.get(row["job_name"])} for row in rows]
     where = str(scheduler.settings.state_dir)
     if as_json:
-        return print_json(state | {"state_dir": where, "jobs": rows, "left_by_a_failure": fallen})
+        return common.print_json(state | {"state_dir": where, "jobs": rows, "left_by_a_failure": fallen})
     for row in rows:
         estimate = row["estimate"]
         row["state"] = f"running {row['phase'] or ''}".strip() if row["running"] else row["state"]
         priority = f"{row['job_priority']:g}" if row["job_priority"] else None
         row["job_priority"] = "force_run" if row["force_run"] else priority
-        row["estimate"] = duration(estimate["median_seconds"]) if estimate else None
+        row["estimate"] = common.duration(estimate["median_seconds"]) if estimate else None
         row["why"] = row["why"]["text"]
     columns = {"job_name": "JOB", "state": "STATE", "group_name": "GROUP", "job_priority": "PRIORITY"}
     columns |= {"last_run": "RUNS", "estimate": "USUALLY", "why": "WHY"}
     if rows:
-        print_table(rows, {key: title for key, title in columns.items() if any(row[key] is not None for row in rows)})
+        common.print_table(
+            rows, {key: title for key, title in columns.items() if any(row[key] is not None for row in rows)}
+        )
     else:
         click.echo(f"the queue of {one_line(where)} is empty: `mrcore submit FILE` queues a job")
     _print_fallen(fallen)
@@ -269,37 +262,37 @@ def _print_fallen(rows: list[dict[str, Any]]) -> None:
 @cli.command()
 @click.argument("job", required=False)
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Newest runs to list.")
-@JSON
+@common.JSON
 def history(job: str | None, limit: int, as_json: bool) -> None:
     """List the runs of all jobs or of one, newest first."""
-    rows = scheduler_in_force().history(job, limit)
+    rows = common.scheduler_in_force().history(job, limit)
     if as_json:
-        return print_json(rows)
+        return common.print_json(rows)
     for row in rows:
         row["start"] = row["start_time"][:19].replace("T", " ")
-        row["took"] = duration(row["seconds"])
+        row["took"] = common.duration(row["seconds"])
         row["error"] = (row["exception"] or {}).get("message")
     columns = {"job_name": "JOB", "run": "RUN", "state": "STATE", "start": "START", "took": "TOOK", "error": "WHY"}
-    print_table(rows, columns)
+    common.print_table(rows, columns)
     return None
 
 
 @cli.command()
 @click.argument("job")
-@JSON
+@common.JSON
 def show(job: str, as_json: bool) -> None:
     """Tell a job's whole story: its keys, its runs, their phases, counts and errors."""
-    story = scheduler_in_force().show(job)
+    story = common.scheduler_in_force().show(job)
     if as_json:
-        return print_json(story)
+        return common.print_json(story)
     click.echo(f"{job}: {story['state']}" + (f" ({story['reason']})" if story["reason"] else ""))
     for key, value in story["job"].items():
         if value is not None:
             click.echo(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
     for row in story["runs"][:10]:
-        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {duration(row['seconds'])}")
+        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {common.duration(row['seconds'])}")
         for phase, times in row["phases"].items():
-            click.echo(f"  {phase}: {duration(times['seconds'])}")
+            click.echo(f"  {phase}: {common.duration(times['seconds'])}")
         for name, count in row["counts"].items():
             by_reason = count.items() if isinstance(count, dict) else ()
             click.echo(f"  {name}: {', '.join(f'{number} {reason}' for reason, number in by_reason) or count}")
@@ -319,7 +312,7 @@ def show(job: str, as_json: bool) -> None:
 @click.argument("job")
 def delete(job: str) -> None:
     """Take a job out of the queue, or off the list of those that left by a failure; a run under way goes on."""
-    scheduler_in_force().delete_job(job)
+    common.scheduler_in_force().delete_job(job)
     click.echo(f"{job} is out of the queue; its output stays where it is")
 
 
@@ -327,27 +320,27 @@ def delete(job: str) -> None:
 @click.argument("group")
 def requeue(group: str) -> None:
     """Bring back the jobs of a group that left the queue by a failure, or one job by its name; a retry runs at once."""
-    click.echo(f"queued again: {', '.join(scheduler_in_force().requeue(group))}")
+    click.echo(f"queued again: {', '.join(common.scheduler_in_force().requeue(group))}")
 
 
 @cli.command()
 @click.argument("job")
 def cancel(job: str) -> None:
     """End the run of a job that is under way."""
-    click.echo(f"run {scheduler_in_force().cancel(job)} of {job} is told to end")
+    click.echo(f"run {common.scheduler_in_force().cancel(job)} of {job} is told to end")
 
 
 @cli.command()
 def pause() -> None:
     """Start no further run until `mrcore resume`."""
-    scheduler_in_force().pause()
+    common.scheduler_in_force().pause()
     click.echo("paused; a run under way goes on")
 
 
 @cli.command()
 def resume() -> None:
     """End a pause, or a hold's waiting."""
-    scheduler_in_force().resume()
+    common.scheduler_in_force().resume()
     click.echo("the queue goes on")
 
 
@@ -358,10 +351,10 @@ def resume() -> None:
 @click.argument("job")
 @click.option("--head", type=click.IntRange(1), metavar="N", help="Only the first N items.")
 def cat(job: str, head: int | None) -> None:
-    """Print a job's output, one JSON item per line, in the order of its parts."""
+    """Print a job's output, one common.JSON item per line, in the order of its parts."""
     sys.stdout.flush()
     out: Any = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
-    cluster_in_force().cat(job, out, head=head)
+    common.cluster_in_force().cat(job, out, head=head)
 
 
 @cli.command(name="try")
@@ -385,7 +378,7 @@ def try_project(
     from mrcore.engine import trial
     from mrcore.project.packages import install_for_trial
 
-    folder = settings_of_caller().projects_dir / project
+    folder = common.settings_of_caller().projects_dir / project
     if not folder.is_dir():
         folder = Path(project).absolute()
     if not folder.is_dir():

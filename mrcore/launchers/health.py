@@ -9,6 +9,8 @@ from typing import NamedTuple
 from mrcore import RELEASE, WIRE_VERSION
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable
 from mrcore.launchers.launcher import Daemon, daemons, launcher_of, on_nodes
+from mrcore.messages.methods import HEALTH, HELLO
+from mrcore.messages.nodes import Versions
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.system.deadline import Deadline
 from mrcore.wire.client import Client
@@ -68,11 +70,11 @@ def require_answers(settings: Settings, ask: Callable[[NodeSettings], object]) -
 
 def _objection(daemon: Daemon, pki: Pki, deadline: Deadline) -> str:
     """Return what is wrong with one daemon; empty if nothing is."""
-    node, method = daemon.node, "health" if daemon.is_agent else "hello"
+    node, method = daemon.node, HEALTH if daemon.is_agent else HELLO
     with contextlib.closing(Client(node.address, daemon.port, pki, node.name)) as client:
         for _ in deadline.tries(RETRY_SECONDS):
             try:
-                answer = client.call(method)
+                answer: Versions = client.call(method)
                 break
             except MrcoreError as error:
                 message = error.message
@@ -80,9 +82,9 @@ def _objection(daemon: Daemon, pki: Pki, deadline: Deadline) -> str:
                     return f"does not answer: {message}"
         else:
             return f"does not answer: {message}"
-    if answer["name"] != (node.name if daemon.is_agent else daemon.name):
-        return f"is another one, {answer['name']}: the settings here and there differ; deploy again"
-    theirs, ours = (answer.get("release"), answer["wire_version"]), (RELEASE, WIRE_VERSION)
-    if theirs != ours:
-        return f"runs mrcore {theirs[0]} (wire {theirs[1]}), not {ours[0]} (wire {ours[1]}) as here: bring both to one"
+    if answer.name != (node.name if daemon.is_agent else daemon.name):
+        return f"is another one, {answer.name}: the settings here and there differ; deploy again"
+    if (answer.release, answer.wire_version) != (RELEASE, WIRE_VERSION):
+        theirs = f"{answer.release or answer.version} (wire {answer.wire_version})"
+        return f"runs mrcore {theirs}, not {RELEASE} (wire {WIRE_VERSION}) as here: bring both to one"
     return ""

@@ -338,24 +338,24 @@ def _kill(home: Path, owners: set[str] | None = None) -> None:
     """SIGKILL what carries the mark of these owners (None: any of this home's) and all that descends from it.
 
     The topmost are stopped first and killed last: supervisors then start nothing again, and until their end they
-    adopt, as subreapers, every orphan below them, however it may have detached itself and wiped its environment.
+    adopt, as subreapers, every orphan below them, however it may have detached itself and wiped its environment. Ends
+    with a look that finds nothing.
     """
-    deadline, mark, tops = Deadline(KILL_SECONDS), cluster_id(home), dict[int, int]()
+    deadline, mark = Deadline(KILL_SECONDS), cluster_id(home)
     while True:
         by_parent = procfs.family()
         marked = _marked(set().union(*by_parent.values()), mark, owners)
-        for pid in marked - {child for parent in marked for child in by_parent.get(parent, ())} - tops.keys():
-            if ticks := procfs.start_ticks(pid):
-                tops[pid] = ticks
-                procfs.send_signal(pid, ticks, signal.SIGSTOP)
+        below = {child for parent in marked for child in by_parent.get(parent, ())}
+        tops = {pid: ticks for pid in marked - below if (ticks := procfs.start_ticks(pid))}
+        for pid, ticks in tops.items():
+            procfs.send_signal(pid, ticks, signal.SIGSTOP)
         _kill_below(tops, deadline)
-        below = (marked | procfs.descendants(*tops)) - tops.keys()
-        victims = {pid: ticks for pid in below if procfs.state(pid) and (ticks := procfs.start_ticks(pid))}
-        for pid, ticks in (victims or tops).items():
+        for pid, ticks in tops.items():
             procfs.send_signal(pid, ticks, signal.SIGKILL)
-        if left := _await_end(victims or tops, max(END_SECONDS, deadline.left_seconds)):
+        if left := _await_end(tops, max(END_SECONDS, deadline.left_seconds)):
             raise ClusterFault(f"processes do not end even by SIGKILL (stuck in the kernel?): {left}", pids=left)
-        if not victims and not _hunt(mark, owners, deadline):
+        killed = _hunt(mark, owners, deadline)
+        if not (tops or killed) or deadline.is_over:  # what was not there when we looked cannot be born any more
             return
 
 

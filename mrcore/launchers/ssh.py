@@ -15,7 +15,6 @@ import logging
 import shlex
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from textwrap import indent
@@ -30,6 +29,7 @@ from mrcore.launchers import health
 from mrcore.launchers.launcher import DaemonStatus, LogFile, daemons, on_nodes, removable
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.system import logs
+from mrcore.system.deadline import Deadline
 
 HELPER = ("sudo", "-n", "/opt/mrcore/bin/units")
 VERB_SECONDS = {"start": 60, "stop": 150, "kill": 60, "status": 30}
@@ -323,11 +323,12 @@ def _run(shell: Connection, command: str, seconds: float = COMMAND_SECONDS, ok: 
 
 
 def _try(shell: Connection, command: str, seconds: float) -> tuple[int, str, str]:
-    limit, began = int(seconds), time.monotonic()
+    limit = int(seconds)
+    deadline = Deadline(limit)
     try:
         result = shell.run(command, hide=True, warn=True, in_stream=False, timeout=limit)
         # On a busy machine the timer's thread has closed the channel and still runs: invoke takes that for no timeout.
-        late = result.exited < 0 and time.monotonic() - began >= limit
+        late = result.exited < 0 and deadline.is_over
     except CommandTimedOut:
         late = True
     if late:

@@ -27,7 +27,7 @@ class LimitedLog:
         self._more: dict[tuple[str, str], tuple[int, int]] = {}  # by peer and reason: level, how many were left out
         self._end = Deadline(0)  # of the interval
 
-    def say(self, level: int, peer: str, reason: object, exc_info: bool = False) -> None:
+    def log(self, level: int, peer: str, reason: object, exc_info: bool = False) -> None:
         """Log `reason` of `peer`, or count it when both were logged in this interval already."""
         key = one_line(peer, TEXT_LIMIT), one_line(reason, TEXT_LIMIT)
         self.tick()

@@ -1,6 +1,6 @@
 """How a command ends: standard streams that are closed, full or cannot write a letter, and one line for each error.
 
-All that a command prints goes through `_Clean`, so that no terminal obeys what a name or an error holds. Only `rich`,
+All that a command prints goes through `_Stream`, so that no terminal obeys what a name or an error holds. Only `rich`,
 which sends control sequences of its own, gets the stream underneath (`raw`), and cleaned texts.
 """
 
@@ -21,20 +21,27 @@ from mrcore.errors import MrcoreError, UsageError
 
 
 class _Stream:
-    """A text stream whose errors say which stream it is; else the stream itself."""
+    """A text stream whose errors say which stream it is; else the stream itself.
+
+    `clean`: texts from outside go to it, so what a terminal would obey is escaped.
+    """
 
     encoding = "utf-8"  # else click replaces the stream of an ASCII locale by one of its own
 
-    def __init__(self, stream: Any, name: str) -> None:
-        self.stream, self._name = stream, name
+    def __init__(self, stream: Any, name: str, clean: bool) -> None:
+        self.stream, self._name, self._clean = stream, name, clean
 
     def write(self, content: str) -> int:
         """Write what is fit to be written."""
-        return int(self._do(self.stream.write, content))
+        return int(self._do(self.stream.write, text.escaped(content) if self._clean else content))
 
     def flush(self) -> None:
         """Have what was written taken by the reader."""
         self._do(self.stream.flush)
+
+    def raw(self) -> _Stream:
+        """Return the same without cleaning."""
+        return _Stream(self.stream, self._name, clean=False)
 
     def _do(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -47,16 +54,9 @@ class _Stream:
         return getattr(self.stream, name)
 
 
-class _Clean(_Stream):
-    """The same for a stream to which texts from outside go: what a terminal would obey is escaped."""
-
-    def write(self, content: str) -> int:
-        return super().write(text.escaped(content))
-
-
 def raw(stream: Any) -> Any:
     """Return the stream underneath, for `rich`."""
-    return _Stream(stream.stream, stream._name) if isinstance(stream, _Clean) else stream
+    return stream.raw() if isinstance(stream, _Stream) else stream
 
 
 def speaks_unicode(stream: Any) -> bool:
@@ -91,7 +91,8 @@ def run(command: Callable[[], int | None]) -> int:
             stream.reconfigure(errors="backslashreplace")
     if logging.lastResort is not None:  # what logs where nothing was set up, as in a Runner
         logging.lastResort.setFormatter(LineFormatter("mrcore: %(message)s"))
-    sys.stdout, sys.stderr = _Clean(sys.stdout, "standard output"), _Clean(sys.stderr, "standard error")
+    sys.stdout = _Stream(sys.stdout, "standard output", clean=True)
+    sys.stderr = _Stream(sys.stderr, "standard error", clean=True)
     try:
         status = _status(command)
     finally:

@@ -10,7 +10,6 @@ import json
 import socket
 import ssl
 import threading
-from time import monotonic
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -19,6 +18,7 @@ from mrcore import WIRE_VERSION
 from mrcore.errors import Malformed, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.messages.kinds import decode
 from mrcore.messages.methods import METHODS, Method, decode_error
+from mrcore.system.deadline import Deadline
 from mrcore.text import one_line
 from mrcore.wire import tls
 from mrcore.wire.channel import Connection
@@ -67,7 +67,7 @@ class Caller:
 
     def _connect(self) -> Stream:
         """Return a stream that the server has welcomed, all within the time to connect. Raises Unreachable, Refused."""
-        peer, deadline = f"{self.address}:{self.port}", monotonic() + self._connect_seconds
+        peer, deadline = f"{self.address}:{self.port}", Deadline(self._connect_seconds)
         doing = f"connect within {self._connect_seconds:g} s"
         try:
             raw = socket.create_connection((self.address, self.port), self._connect_seconds)
@@ -82,7 +82,7 @@ class Caller:
             raise Unreachable(f"{peer} did not answer: {doing}: {error}") from error
         stream = Stream(sock, self.limits, peer)
         try:
-            with stream.within(deadline - monotonic(), doing):
+            with stream.within(deadline.left_seconds, doing):
                 stream.step(sock.do_handshake)
                 greeting = stream.receive_json(self._connect_seconds, doing)
             if why := self._objection(stream):

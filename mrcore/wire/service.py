@@ -18,7 +18,6 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from time import monotonic
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 import msgspec
@@ -26,6 +25,7 @@ import msgspec
 from mrcore import WIRE_VERSION
 from mrcore.errors import ClusterFault, InternalError, MrcoreError, Refused, Unreachable, unforeseen
 from mrcore.messages.kinds import decode
+from mrcore.system.deadline import Deadline
 from mrcore.system.limited_log import INTERVAL_SECONDS, LimitedLog
 from mrcore.text import one_line
 from mrcore.wire import tls
@@ -105,7 +105,7 @@ class Server:
 
     def close(self) -> None:
         """Stop listening, drop every live connection, wait `close_seconds` at most for the threads."""
-        deadline = monotonic() + self._limits.close_seconds
+        deadline = Deadline(self._limits.close_seconds)
         self._closing.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake accept()
@@ -115,7 +115,7 @@ class Server:
             threads = [self._acceptor, *self._threads.values()]
         for thread in threads:
             if thread.is_alive() and thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - monotonic()))
+                thread.join(deadline.left_seconds)
         self._listener.close()
         self._limited.flush()
 
@@ -128,7 +128,7 @@ class Server:
                 continue
             except OSError as error:
                 if not self._closing.is_set():
-                    self._limited.say(logging.WARNING, f"accept on {self.address}:{self.port}", error)
+                    self._limited.log(logging.WARNING, f"accept on {self.address}:{self.port}", error)
                     self._closing.wait(FULL_PAUSE_SECONDS)
                 continue
             try:
@@ -137,7 +137,7 @@ class Server:
                 sock = self._context().wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
                 self._admit(Stream(sock, self._limits, f"{peer[0]}:{peer[1]}"), trusted)
             except (OSError, ValueError, RuntimeError) as error:  # it left; RuntimeError: the limit of threads
-                self._limited.say(logging.INFO, peer[0], f"dropped: {error}")
+                self._limited.log(logging.INFO, peer[0], f"dropped: {error}")
                 raw.close()
 
     def _admit(self, stream: Stream, trusted: frozenset[str]) -> None:
@@ -166,9 +166,9 @@ class Server:
         except Unreachable as error:
             log.debug("%s", error)
         except (OSError, MrcoreError) as error:
-            self._limited.say(logging.INFO, host, f"dropped: {str(error).replace(stream.peer, host)}")
+            self._limited.log(logging.INFO, host, f"dropped: {str(error).replace(stream.peer, host)}")
         except Exception as error:  # noqa: BLE001  logged; the server goes on
-            self._limited.say(logging.ERROR, host, f"dropped: {type(error).__name__}", exc_info=True)
+            self._limited.log(logging.ERROR, host, f"dropped: {type(error).__name__}", exc_info=True)
         finally:
             stream.close()
             with self._changed:
@@ -246,7 +246,7 @@ class Server:
         except MrcoreError as error:
             plain = error.to_dict()
         except Exception as error:  # noqa: BLE001  logged; the server goes on
-            self._limited.say(logging.ERROR, identity.name, f"{method} failed: {type(error).__name__}", exc_info=True)
+            self._limited.log(logging.ERROR, identity.name, f"{method} failed: {type(error).__name__}", exc_info=True)
             fault = unforeseen(error, f"{method} failed at {self.address}:{self.port}")
             plain = type(fault)(f"{fault.message}; its log has the traceback").to_dict()
         return json.dumps({"error": plain})

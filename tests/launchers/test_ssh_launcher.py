@@ -228,7 +228,7 @@ def test_a_channel_that_the_timer_closed_is_no_broken_connection(
             now += seconds
             return SimpleNamespace(exited=-1, stdout="", stderr="")
 
-    monkeypatch.setattr(ssh.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     with pytest.raises(ClusterFault, match=said):
         ssh._try(Busy(), "sleep 60", 1)  # type: ignore[arg-type]
 

@@ -32,10 +32,10 @@ def test_the_first_of_each_peer_and_reason_is_told_and_then_how_many_more(caplog
     caplog.set_level(logging.INFO)
     limited = LimitedLog(LOG, 3600)
     for number in range(4322):
-        limited.say(logging.INFO, "10.0.0.9", "no certificate")
+        limited.log(logging.INFO, "10.0.0.9", "no certificate")
         if number % 1000 == 0:
-            limited.say(logging.WARNING, "10.0.0.8", "no certificate")
-            limited.say(logging.INFO, "10.0.0.9", "not a member")
+            limited.log(logging.WARNING, "10.0.0.8", "no certificate")
+            limited.log(logging.INFO, "10.0.0.9", "not a member")
     assert lines(caplog) == ["10.0.0.9: no certificate", "10.0.0.8: no certificate", "10.0.0.9: not a member"]
     caplog.clear()
     limited.flush()
@@ -45,7 +45,7 @@ def test_the_first_of_each_peer_and_reason_is_told_and_then_how_many_more(caplog
         "and 4 more in the last 3600 s from 10.0.0.9: not a member",
     ]
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO"]
-    limited.say(logging.INFO, "10.0.0.9", "no certificate")
+    limited.log(logging.INFO, "10.0.0.9", "no certificate")
     assert lines(caplog)[-1] == "10.0.0.9: no certificate", "a new interval"
 
 
@@ -69,7 +69,7 @@ def test_a_thousand_peers_with_a_thousand_reasons_make_few_lines_of_bounded_clea
     caplog.set_level(logging.INFO)
     limited = LimitedLog(LOG, 3600)
     for number in range(10_000):
-        limited.say(logging.INFO, f"10.0.{number // 256}.{number % 256}", f"\x1b[2J\n{number}" + "x" * 100_000)
+        limited.log(logging.INFO, f"10.0.{number // 256}.{number % 256}", f"\x1b[2J\n{number}" + "x" * 100_000)
     limited.flush()
     assert len(caplog.records) <= 2 * (MAX_KEYS + 1)
     assert f"and {10_000 - MAX_KEYS - 1:,} more" in lines(caplog)[-1]
@@ -82,7 +82,7 @@ def test_a_broken_request_leaves_its_traceback_once(caplog: pytest.LogCaptureFix
         try:
             raise ValueError("of the request")
         except ValueError:
-            limited.say(logging.ERROR, "w1", "poll failed: ValueError", exc_info=True)
+            limited.log(logging.ERROR, "w1", "poll failed: ValueError", exc_info=True)
     assert caplog.text.count("Traceback") == 1 and "of the request" in caplog.text
 
 
