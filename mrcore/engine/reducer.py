@@ -88,7 +88,7 @@ class Reduce:
             items = self._function(group, auxiliary)
             for item in items:
                 value = item[1] if item.__class__ is tuple and len(item) == 2 and item[0] is key else _UNCHECKED
-                if value.__class__ in NUMBERISH:  # what cannot be written is found when it is encoded
+                if value.__class__ in NUMBERISH:  # what cannot be written shows when it is encoded
                     self._batch.append(item)
                     self._large += key_nodes
                 elif value.__class__ is str:
