@@ -33,7 +33,7 @@ SCP_FILES, ROUNDS, BLOCK_BYTES = 200, 6, 1 << 20
 RECEIVER = """
 import os, socket, sys
 from pathlib import Path
-from mrcore.rpc import tls
+from mrcore.wire import tls
 context = tls.server_context(tls.Pki(Path(sys.argv[1]), "node"))
 listener = socket.create_server((sys.argv[2], 0))
 print(listener.getsockname()[1], flush=True)

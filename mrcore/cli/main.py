@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands that need them, so that `mrcore -
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -384,13 +385,15 @@ def try_project(
     if not folder.is_dir():
         raise UsageError(f"there is no project {project!r}: no folder of projects_dir, no folder here")
     _say_whose_code(folder, as_root)
-    asked = {"map_name": map_name, "reduce_name": reduce_name, "inputs": inputs, "combine": combine}
-    asked |= {"project_dir": str(folder), "auxiliary_file": str(auxiliary) if auxiliary else None}
-    if packages := install_for_trial(folder):
+    packages, auxiliary_file = install_for_trial(folder), str(auxiliary) if auxiliary else None
+    request = trial.Request(
+        str(folder), map_name, reduce_name, inputs, combine, auxiliary_file, str(packages) if packages else None
+    )
+    if packages:
         # A process of its own: this one has loaded click and others, of which the project may want other versions.
-        asked["packages"] = str(packages)
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "mrcore.engine.trial", json.dumps(asked)])
-    trial.print_trial(asked)
+        text = json.dumps(dataclasses.asdict(request))
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "mrcore.engine.trial", text])
+    trial.print_trial(request)
 
 
 def _say_whose_code(folder: Path, as_root: bool) -> None:

@@ -35,6 +35,7 @@ class _Chunks:
         self._offsets = [0]
         self._tail: list[Any] = []
         self._tail_bytes = 0
+        self._latest: tuple[int, list[Any]] = -1, []  # the chunk that `at` has looked at
 
     def __len__(self) -> int:
         return (self._ends[-1] if self._ends else 0) + len(self._tail)
@@ -57,7 +58,7 @@ class _Chunks:
         self._tail, self._tail_bytes = [], 0
 
     def chunk(self, number: int) -> list[Any]:
-        """Give chunk `number`; the last one is in memory."""
+        """Return chunk `number`; the last one is in memory."""
         if number == len(self._ends):
             return self._tail
         assert self._file is not None
@@ -67,32 +68,32 @@ class _Chunks:
         return records
 
     def __iter__(self) -> Iterator[Any]:
-        for number in range(len(self._ends)):
+        for number in range(len(self._ends) + 1):
             yield from self.chunk(number)
-        yield from self._tail
 
     def at(self, index: int) -> Any:
-        """Give one record by its index; IndexError outside the list."""
+        """Return one record by its index. Raises IndexError outside the list."""
         index = index + len(self) if index < 0 else index
         if not 0 <= index < len(self):
             raise IndexError("list index out of range")
         number = bisect_right(self._ends, index)
-        return self.chunk(number)[index - (self._ends[number - 1] if number else 0)]
+        if number != self._latest[0] or number == len(self._ends):
+            self._latest = number, self.chunk(number)
+        return self._latest[1][index - (self._ends[number - 1] if number else 0)]
 
 
 class DiskList:
     """A list of `(key, value)` items, on disk once it is longer than a few thousand.
 
     `append(item)`, `extend(items)`, `len()`, iteration (as often as one likes), `list[index]`, and the cursor of the
-    original: `next()` gives the next item, `next_group()` the next items of one key as a list; both give None at the
-    end and then start anew. Items are checked and copied as emitted ones are; `append` raises BadItem.
+    original: `next()` returns the next item, `next_group()` the next items of one key as a list; both return None at
+    the end and then start again. Items are checked and copied as emitted ones are; `append` raises BadItem.
     """
 
     def __init__(self, folder: Path) -> None:
         self._chunks = _Chunks(folder)
         self._snapshot = Snapshot()
-        self._cursor: Iterator[Any] | None = None  # over the chunks: one over self would make a cycle of us
-        self._ahead: tuple[Key, Value] | None = None
+        self._next = 0  # index of the item that `next` returns
 
     def append(self, item: tuple[Key, Value]) -> None:
         """Add one item at the end."""
@@ -118,30 +119,22 @@ class DiskList:
         return self._item(self._chunks.at(index))
 
     def next(self) -> tuple[Key, Value] | None:
-        """Give the next item, None after the last one (the call after that starts again)."""
-        if self._ahead is not None:
-            ahead, self._ahead = self._ahead, None
-            return ahead
-        if self._cursor is None:
-            self._cursor = iter(self._chunks)
-        try:
-            return self._item(next(self._cursor))
-        except StopIteration:
-            self._cursor = None
+        """Return the next item, None after the last one (the call after that starts again)."""
+        if self._next == len(self):
+            self._next = 0
             return None
+        self._next += 1
+        return self[self._next - 1]
 
     def next_group(self) -> list[tuple[Key, Value]] | None:
-        """Give the next run of items that share a key, None after the last one."""
+        """Return the items from the next one on that share its key, None after the last one."""
         first = self.next()
         if first is None:
             return None
         group = [first]
-        while (following := self.next()) is not None:
-            if following[0] != first[0]:
-                self._ahead = following
-                return group
+        while self._next < len(self) and (following := self[self._next])[0] == first[0]:
             group.append(following)
-        self._cursor = iter(())  # so that the next call tells the end
+            self._next += 1
         return group
 
 
@@ -167,7 +160,7 @@ class DiskGroup(DiskList):
 
 
 def sorted_group(folder: Path, key: Key, lists: Iterable[list[Value]], watch: MemoryWatch) -> DiskGroup:
-    """Give one key's values in ascending order although they do not fit in memory.
+    """Return one key's values in ascending order although they do not fit in memory.
 
     Sorts what fits, stores it as a piece, and merges the pieces, at most `MAX_PIECES` at a time.
     """

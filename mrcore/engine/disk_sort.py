@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from mrcore.engine.disk_list import DiskGroup, sorted_group
@@ -215,8 +216,7 @@ class DiskSort:
         if self._ascending_values:
             return sorted_group(self._folder, key, lists, self._watch)
         group = DiskGroup(self._folder, key)
-        for values in lists:
-            group.extend_values(values)
+        group.extend_values(chain.from_iterable(lists))
         return group
 
     def _in_memory(self, key: Key, lists: Iterable[list[Value]]) -> list[Value]:

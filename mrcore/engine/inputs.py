@@ -97,7 +97,7 @@ class Reader:
                         path, self._whole_lines(path, 0, self._decompressed(raw, path, size, form))
                     )
                 else:
-                    self._check_text(path, os.pread(raw.fileno(), HEAD_BYTES, 0))  # bad UTF-8 would not say what it is
+                    self._check_text(path, os.pread(raw.fileno(), HEAD_BYTES, 0))  # else it is merely bad UTF-8
                     if self._sample is not None and not self._sample.by_lines:
                         yield from self._chosen_blocks(raw, path, start, end, size, self._sample)
                     else:

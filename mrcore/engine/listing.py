@@ -24,7 +24,7 @@ from mrcore.text import one_line
 
 MAX_FILES = 5_000_000  # of one walk, whichever node is to read them
 ALIAS = "same file under another name"  # as the reason why a file is skipped
-MAX_FAULTS = 9  # listed one by one, so that there is room for the count of the others where nodes are put together
+MAX_ERRORS = 9  # listed one by one, so that there is room for the count of the others where nodes are put together
 
 
 def list_inputs(job: Mapping[str, Any], layout: Layout, node_names: Sequence[str], node_name: str) -> InputPage:
@@ -48,15 +48,15 @@ def gather(call: Callable[..., InputPage], job: dict[str, Any], node_names: Sequ
 
 
 def rendezvous(name: str, nodes: Sequence[str]) -> str:
-    """Choose the node for a name: the same whoever asks, and only 1/n of the names move when a node joins."""
+    """Choose the node for a name: the same for every caller, and only 1/n of the names move when a node joins."""
     return max(nodes, key=lambda node: hashlib.blake2b(f"{node}\0{name}".encode(), digest_size=8).digest())
 
 
 class Listing:
-    """The walk over a job's `input_dirs`; `advance` goes on with it, `result` returns what it has found.
+    """The walk over a job's `input_dirs`; `advance` goes on with it, `result` returns what it has come by.
 
     An entry is a folder (one level), a file or a glob (`globbing.expand`); a relative one lies under base_dir. With
-    `shared_input` each file is dealt to one of `node_names`. `sibling_dirs`, which the local cluster adds to the job,
+    `shared_input` each file goes to one of `node_names`. `sibling_dirs`, which the local cluster adds to the job,
     is the folder that holds all nodes' own folders: files outside it are shared by their nature, those of other nodes
     are left out. Of a file's names (links, hard links, two mounts) one counts: no link if there is one, then the first.
     """
@@ -66,8 +66,8 @@ class Listing:
         self._layout, self._node_names, self._node_name = layout, node_names, node_name
         self._matched = dict.fromkeys(job["input_dirs"], 0)
         self._skipped: dict[str, int] = {}
-        self._faults: list[str] = []
-        self._more_faults = 0
+        self._errors: list[str] = []
+        self._more_errors = 0
         self._files: dict[tuple[int, int | str], InputFile] = {}  # by device and inode
         self._aliases: set[str] = set()
         self._seen = hashlib.sha256()
@@ -82,7 +82,7 @@ class Listing:
             if path is not None and not self._is_another_nodes(path):
                 self._admit(entry, path)
             if len(self._files) > MAX_FILES:
-                self._fault(f"input_dirs match more than {MAX_FILES:,} files on one node: give the job fewer of them")
+                self._error(f"input_dirs match more than {MAX_FILES:,} files on one node: give the job fewer of them")
                 return True
             if time.monotonic() >= deadline:
                 return False
@@ -96,19 +96,19 @@ class Listing:
         mine = [file for file in self._files.values() if self._is_ours(file.path)]
         total, names = sum(file.size for file in mine), sum(len(file.path) for file in mine)
         if len(mine) > MAX_INPUT_FILES or total > MAX_INPUT_BYTES or names > MAX_INPUT_NAMES:
-            self._fault(
+            self._error(
                 f"{len(mine):,} input files of {total:,} bytes on node {self._node_name} are more than it may read in "
                 f"one run ({MAX_INPUT_FILES:,} files, {MAX_INPUT_BYTES >> 40} TiB): give the job fewer input_dirs, or "
                 "fewer files"
             )
             mine = []
-        more = [f"and {self._more_faults:,} more inputs cannot be read"] if self._more_faults else []
+        more = [f"and {self._more_errors:,} more inputs cannot be read"] if self._more_errors else []
         return InputPage(
             files=sorted(mine),
             matched=self._matched,
             skipped=self._skipped,
             fingerprint=self._seen.hexdigest(),
-            faults=self._faults + more,
+            faults=self._errors + more,
             next=None,
         )
 
@@ -119,14 +119,14 @@ class Listing:
         by_nature = self._shared is None and self._siblings is not None and not _under(path, self._siblings)
         return not (self._shared or by_nature) or rendezvous(path, self._node_names) == self._node_name
 
-    def _fault(self, text: str) -> None:
-        if len(self._faults) < MAX_FAULTS:
-            self._faults.append(one_line(text))
+    def _error(self, text: str) -> None:
+        if len(self._errors) < MAX_ERRORS:
+            self._errors.append(one_line(text))
         else:
-            self._more_faults += 1
+            self._more_errors += 1
 
     def _cannot_read(self, path: str, error: OSError) -> None:
-        self._fault(f"input {path} cannot be read: {error.strerror}")
+        self._error(f"input {path} cannot be read: {error.strerror}")
 
     def _skip(self, reason: str) -> None:
         self._skipped[reason] = self._skipped.get(reason, 0) + 1
@@ -136,7 +136,7 @@ class Listing:
         try:
             path.encode()
         except UnicodeEncodeError:
-            return self._fault(f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file")
+            return self._error(f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file")
         if name.startswith("."):
             return self._skip("dotfile")
         if name.endswith(PARTIAL):
@@ -146,7 +146,7 @@ class Listing:
         except NotRegular as error:
             return None if error.kind == "folder" else self._skip(error.kind)
         except OSError as error:
-            return self._fault(f"input file {path} cannot be read: {error.strerror}")
+            return self._error(f"input file {path} cannot be read: {error.strerror}")
         try:
             status = os.fstat(descriptor)
             try:

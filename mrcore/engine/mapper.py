@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -59,7 +60,6 @@ class Map:
     ) -> None:
         self._function, self._name, self._auxiliary = function, name, auxiliary
         self._sink, self._reader, self._on_bad_text = sink, reader, on_bad_text
-        self._snapshot = Snapshot()
         self._since_spill: list[Split] = []
         self._emit = self._to_shuffle if isinstance(sink, Shuffle) else self._to_parts
         self.lines = self.items = self.unfinished_characters = 0
@@ -79,9 +79,7 @@ class Map:
     def finish(self) -> list[Spill] | list[Part]:
         """Seal the output and return its spills (or its parts, for a job without a reduce function)."""
         try:
-            if isinstance(self._sink, DirectOutput):
-                return self._sink.close()
-            return self._sink.shuffle()
+            return self._sink.close() if isinstance(self._sink, DirectOutput) else self._sink.shuffle()
         except (ValueError, OverflowError, TypeError) as error:
             raise self._name_the_line(error) from error
 
@@ -157,7 +155,7 @@ class Map:
 
     def _to_parts(self, stream: Iterator[str]) -> None:
         """Every item checked and written straight away: jobs without a reduce function, and `_name_the_line`."""
-        add = self._check_only if isinstance(self._sink, Shuffle) else self._sink.add
+        add = self._sink.add if isinstance(self._sink, DirectOutput) else partial(check_item, snapshot=Snapshot())
         line, item, items = "", None, NOTHING
         try:
             for line in stream:
@@ -168,9 +166,6 @@ class Map:
                     self.items += 1
         except BaseException as error:
             raise self._fault(error, line, item, items) from error
-
-    def _check_only(self, item: Any) -> None:
-        check_item(item, self._snapshot)
 
     def _spill(self) -> None:
         assert isinstance(self._sink, Shuffle)

@@ -2,7 +2,7 @@
 
 Counted is anonymous resident memory (statm: resident minus shared), which is what the kernel's OOM killer counts
 against us; page cache is free. Memory does not come back as one hopes: a few small objects that survive a spill pin
-whole arenas of the allocator, so a threshold on resident memory alone would in the end spill for ever. Therefore a
+whole arenas of the allocator, so a threshold on resident memory alone would in the end spill always. Therefore a
 spill also needs a minimum of fresh memory, and after each one the free arenas are given back (`release`).
 """
 
@@ -27,7 +27,7 @@ class MemoryWatch:
     """Watches this process against `budget_bytes`; `due` turns True when a spill is called for.
 
     A thread of its own looks every few milliseconds, since the loop over items must not pay for it. Use as a
-    context manager; `looks` and `peak_bytes` tell what was seen.
+    context manager; `peak_bytes` is the highest that was seen.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -60,12 +60,12 @@ class MemoryWatch:
         self.peak_bytes = max(self.peak_bytes, held)
         growth = 2 * sys.getsizeof(self._grown)
         if held > SPILL_SHARE * self.budget_bytes or held + growth > GROWTH_SHARE * self.budget_bytes:
-            # Less than this much fresh data is not worth a run of its own: it would not free what is missing.
+            # Less than this much fresh data is not worth a spill: it would not free what is missing.
             enough = max(MIN_SPILL_BYTES, (self.budget_bytes - self.floor_bytes) // 8)
             self.due = held - self.floor_bytes > enough
 
     def fits(self, more_bytes: int, share: float = 1.0) -> bool:
-        """Tell whether `more_bytes` fit below `share` of the budget, once what is free has been given back."""
+        """Return whether `more_bytes` fit below `share` of the budget, once what is free has been given back."""
         room = int(share * self.budget_bytes) - more_bytes
         if self.anonymous_bytes() > room:
             self.release()

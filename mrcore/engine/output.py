@@ -88,10 +88,10 @@ class PartWriter:
         self._path = self._folder / self._name
         self._partial = self._folder / f"{self._name}.try{self._try}{PARTIAL}"
         # threads=0: a pool of compressing processes would outlive a killed task
-        stream = (
-            xopen(self._partial, "wb", format="gz", threads=0) if self._compress else open(self._partial, "wb", 1 << 20)
-        )
-        self._stream = stream
+        if self._compress:
+            self._stream = xopen(self._partial, "wb", format="gz", threads=0)
+        else:
+            self._stream = open(self._partial, "wb", 1 << 20)
 
     def _finish(self) -> None:
         assert self._stream is not None

@@ -65,21 +65,16 @@ class Reduce:
             self.groups += 1
             self.values += len(values)
             if isinstance(values, list):
-                if len(values) > LARGE_GROUP:
-                    self._check_fits(key, len(values))
-                group: Any = [(key, value) for value in values]
+                if len(values) > LARGE_GROUP and not self._watch.fits(len(values) * PAIR_BYTES):
+                    raise group_too_large(key, len(values), self._watch.budget_bytes)
+                self._reduce_group(key, [(key, value) for value in values])
             else:
-                group = values
-            self._reduce_group(key, group)
+                self._reduce_group(key, values)
             if self._watch.due:
                 self._flush(key)
                 self._watch.release()  # its new floor keeps this from happening at every group
         self._flush(None)
         return self._parts.close()
-
-    def _check_fits(self, key: Key, count: int) -> None:
-        if not self._watch.fits(count * PAIR_BYTES):
-            raise group_too_large(key, count, self._watch.budget_bytes)
 
     def _reduce_group(self, key: Key, group: Any) -> None:
         auxiliary = (DiskList(self._folder), self._auxiliary) if self._disk_based_output else self._auxiliary
@@ -88,7 +83,7 @@ class Reduce:
             items = self._function(group, auxiliary)
             for item in items:
                 value = item[1] if item.__class__ is tuple and len(item) == 2 and item[0] is key else _UNCHECKED
-                if value.__class__ in NUMBERISH:  # what cannot be written is found when it is encoded
+                if value.__class__ in NUMBERISH:  # what cannot be written shows when it is encoded
                     self._batch.append(item)
                     self._large += key_nodes
                 elif value.__class__ is str:

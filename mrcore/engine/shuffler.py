@@ -15,18 +15,9 @@ from typing import Any
 import msgspec
 
 from mrcore import task
+from mrcore.engine import records
 from mrcore.engine.memory import MemoryWatch
-from mrcore.engine.records import (
-    LARGE,
-    Key,
-    Snapshot,
-    Value,
-    canonical_key,
-    check_item,
-    describe,
-    partition_keys,
-    sort_keys,
-)
+from mrcore.engine.records import LARGE, Key, Snapshot, Value, check_item, describe
 from mrcore.engine.spills import SpillWriter, frame_bytes_for
 from mrcore.errors import JobFault
 from mrcore.messages.tasks import Spill
@@ -108,14 +99,16 @@ class Shuffle:
         # A function of its own, so that nothing of the spill is referred to when memory is given back.
         keys = list(self.groups)
         if not set(map(type, keys)) <= _ALREADY_CANONICAL:
-            keys = list(map(canonical_key, keys))  # each equals the key that it stands for, so lookups still work
+            keys = list(
+                map(records.canonical_key, keys)
+            )  # each equals the key that it stands for, so lookups still work
         if self._combine is not None:
             self._combine_all(self._combine, keys)
         frame_bytes = frame_bytes_for(self.watch.budget_bytes)
         name = f"{self._name}-{len(self._spills)}"
         writer = SpillWriter(self._folder, name, frame_bytes, keep_first_keys=self._by_range)
-        for partition, part in enumerate(partition_keys(keys, self._partitions)):
-            writer.write(partition, sort_keys(part), self.groups, self._large)
+        for partition, part in enumerate(records.partition_keys(keys, self._partitions)):
+            writer.write(partition, records.sort_keys(part), self.groups, self._large)
         return writer.close()
 
     def _combine_all(self, combine: Combine, keys: list[Key]) -> None:

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +34,38 @@ from mrcore.system.paths import Layout
 from mrcore.text import json_text, listed
 
 
-def print_trial(asked: dict[str, Any]) -> None:
-    """Run a trial as the command line asks for it and print its items, one as JSON per line. Raises UsageError."""
+@dataclass
+class Request:
+    """A trial as the command line asks for it; `packages`: the folder of a project's installed packages."""
+
+    project_dir: str
+    map_name: str
+    reduce_name: str | None
+    inputs: Sequence[str]
+    combine: str | None
+    auxiliary_file: str | None
+    packages: str | None
+
+
+def print_trial(request: Request) -> None:
+    """Run a trial and print its items, one as JSON per line. Raises UsageError."""
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # a stderr that is closed, or no file
         faulthandler.enable()
-    name = asked["auxiliary_file"]
+    name = request.auxiliary_file
     signal.signal(signal.SIGINT, interrupt)
     try:
         auxiliary = json.loads(Path(name).read_bytes()) if name else None
     except ValueError as error:
         raise UsageError(f"the auxiliary data {name} is no JSON: {error}") from None
-    project, names = Path(asked["project_dir"]), (asked["map_name"], asked["reduce_name"])
-    for item in try_job(project, *names, asked["inputs"], combine=asked["combine"], auxiliary=auxiliary):
+    project, names = Path(request.project_dir), (request.map_name, request.reduce_name)
+    for item in try_job(project, *names, request.inputs, combine=request.combine, auxiliary=auxiliary):
         sys.stdout.write(json_text(json.dumps(item, ensure_ascii=not terminal.speaks_unicode(sys.stdout))) + "\n")
 
 
-def main(asked: dict[str, Any]) -> int:
+def main(request: Request) -> int:
     """Run a trial in a process of its own, with a project's packages; returns the exit status, as `mrcore` does."""
-    use_packages(Path(asked["packages"]))
-    return terminal.run(lambda: print_trial(asked))
+    use_packages(Path(request.packages or ""))
+    return terminal.run(lambda: print_trial(request))
 
 
 def try_job(
@@ -122,4 +136,4 @@ def try_job(
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+    sys.exit(main(Request(**json.loads(sys.argv[1]))))

@@ -36,7 +36,7 @@ Json = dict[str, Any]
 def is_wanted(project: Path) -> bool:
     """Return whether a project asks for packages: it has a requirements.txt that is not only comments."""
     file = project / REQUIREMENTS
-    if not file.is_file():  # reading a FIFO would wait for ever; that it is one, `snapshot.project_files` says
+    if not file.is_file():  # reading a FIFO would wait for ever; `snapshot.project_files` refuses it by name
         return False
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     return any(line.strip() and not line.strip().startswith("#") for line in lines)

@@ -1,4 +1,4 @@
-"""Reading files whatever they are: plain ones without opening a pipe by mistake, compressed ones as their format says.
+"""Reading files whatever they are: plain ones without opening a pipe by mistake, compressed ones by their format.
 
 A compressed file is a row of streams (gzip and bzip2 call them members and streams, zstd frames), and all of it counts:
 what `gzip -dc`, `bzip2 -dc`, `xz -dc` or `zstd -dc` would write is what is read, padding included, or the reader fails
@@ -29,7 +29,7 @@ except ImportError:
 
 READ_BYTES = 128 * 1024
 FIRST_BYTES = 4 * 1024  # handed to a new stream: what it leaves over is copied, and a log may have a stream per line
-HEAD_BYTES = 512  # a tar archive's first block, the longest thing that tells a format
+HEAD_BYTES = 512  # a tar archive's first block, the longest thing by which a format is known
 _KINDS = {
     stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket", stat.S_IFBLK: "device", stat.S_IFCHR: "device",
     stat.S_IFDIR: "folder",
@@ -37,7 +37,7 @@ _KINDS = {
 
 
 class NotRegular(OSError):
-    """What should be opened is no plain file; `kind` says what it is: fifo, socket, device, folder."""
+    """What should be opened is no plain file; `kind` is what it is: fifo, socket, device, folder."""
 
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
         super().__init__(errno.EINVAL, f"it is a {kind}, no plain file", os.fspath(path))
@@ -63,7 +63,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 class Damaged(Exception):
-    """A compressed file is not what its format says; the text says at which byte."""
+    """A compressed file is not what its format demands; the text names the byte."""
 
 
 class Coder(Protocol):
@@ -132,8 +132,8 @@ FORMATS = (
     Format("xz", (".xz", ".txz"), 6, b"\xfd7zXZ\0".__eq__, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4),
     Format("zstd", (".zst", ".zstd", ".tzst"), 4, _zstd_begins, zstd.ZstdDecompressor),
 )
-SUFFIXES = tuple(suffix for each in FORMATS for suffix in each.suffixes)
-# What is read by none of these, and what begins such a file (at which byte): told by name, never as bad text.
+SUFFIXES = tuple(suffix for form in FORMATS for suffix in form.suffixes)
+# What is read by none of these, and what begins such a file (at which byte): named in errors, instead of bad text.
 _OTHERS = (
     ("an lz4 file", 0, (b"\x04\x22\x4d\x18", b"\x02\x21\x4c\x18")),
     ("a zip archive", 0, (b"PK\x03\x04", b"PK\x05\x06")),
@@ -149,22 +149,22 @@ _OTHERS = (
 
 
 def format_of(path: str) -> Format | None:
-    """Return the format by which a file of this name is read, None for a plain one. Its suffix says it, in any case."""
+    """Return the format by which a file of this name is read, None for a plain one; its suffix decides, in any case."""
     name = path.lower()
-    return next((each for each in FORMATS if name.endswith(each.suffixes)), None)
+    return next((form for form in FORMATS if name.endswith(form.suffixes)), None)
 
 
 def suffix_of(path: str) -> str:
     """Return the suffix, as it is written, that makes a file a compressed one, or an empty text."""
     name = path.lower()
-    return next((path[-len(each) :] for each in SUFFIXES if name.endswith(each)), "")
+    return next((path[-len(suffix) :] for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
 def no_text(head: bytes) -> str | None:
-    """Say what a file is and what to do, if its first HEAD_BYTES show that it is compressed or an archive, no text."""
-    for each in FORMATS:
-        if len(head) >= each.header and each.begins(head[: each.header]):
-            return f"is compressed by {each.name}: give it a name that ends in {each.suffixes[0]}"
+    """Return what a file is and what to do, if its first HEAD_BYTES show that it is compressed or an archive."""
+    for form in FORMATS:
+        if len(head) >= form.header and form.begins(head[: form.header]):
+            return f"is compressed by {form.name}: give it a name that ends in {form.suffixes[0]}"
     for name, at, marks in _OTHERS:
         if head.startswith(marks, at):
             return f"is {name}, which is not read: unpack it, or pack its text by gzip, bzip2, xz or zstd"
@@ -222,7 +222,7 @@ def decompress(raw: Any, size: int, form: Format, block_bytes: int) -> Iterator[
 
 
 def _other(source: _Source, form: Format) -> str:
-    other = next((each for each in FORMATS if each.begins(source.peek(each.header).ljust(each.header))), None)
+    other = next((one for one in FORMATS if one.begins(source.peek(one.header).ljust(one.header))), None)
     return f" but of {other.name}" if other and other is not form else ""
 
 

@@ -60,7 +60,7 @@ class Task:
 
     def map(self, bundles: Sequence[Bundle], **more: Any) -> Json:
         """Carry out one MAP order over the bundles and give its result."""
-        result = self._order("MAP", bundles=msgspec.to_builtins(bundles), no_more=True, sample_by_lines=True, **more)
+        result = self._order("MAP", bundles=list(bundles), no_more=True, sample_by_lines=True, **more)
         self.runs += result.get("runs", ())
         return result
 
@@ -105,7 +105,7 @@ class Task:
             theirs.close()
             peak = Peak(child.pid)
             try:
-                ours.sendall(json.dumps(order).encode() + b"\n")
+                ours.sendall(json.dumps(msgspec.to_builtins(order)).encode() + b"\n")
                 with ours.makefile("rb") as lines:
                     self.messages += map(json.loads, lines)
                 child.wait(60)

@@ -22,6 +22,7 @@ import zstandard
 
 from mrcore.engine.inputs import Reader
 from mrcore.errors import JobFault
+from mrcore.messages.tasks import Split
 from mrcore.system.readers import (
     FORMATS,
     Damaged,
@@ -174,8 +175,9 @@ def test_a_bomb_is_read_in_small_blocks(tmp_path: Path, ending: str) -> None:
 def read(path: Path, size: int | None = None) -> bytes:
     state = path.stat()
     size = state.st_size if size is None else size
-    piece = [str(path), 0, None if format_of(str(path)) else size, size, state.st_mtime_ns, state.st_ino]
-    return b"".join(block for _, block in Reader(max_line_bytes=1 << 20, block_bytes=1 << 16).blocks(piece))
+    end = None if format_of(str(path)) else size
+    split = Split(str(path), 0, end, size, state.st_mtime_ns, state.st_ino)
+    return b"".join(block for _, block in Reader(max_line_bytes=1 << 20, block_bytes=1 << 16).blocks(split))
 
 
 @pytest.mark.parametrize("ending", PROGRAMS)
