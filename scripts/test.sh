@@ -35,7 +35,8 @@ judge() { # pytest's exit status
 
 run_unit() {
     prepare $unit # without them the tests that need them are left out, and told
-    .venv/bin/python -m pytest -n 2 "$@"
+    # worksteal: a worker keeps whole modules, so that what a module shares, such as a cluster, is mostly started once
+    .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
     judge $?
     if [ "$(id -u)" != 0 ] && sudo -n true 2>/dev/null; then # what only root can do, with the right to become root
         sudo -n -E .venv/bin/python -m pytest -q -p no:cacheprovider "$@" -m needs_root
