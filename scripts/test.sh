@@ -38,7 +38,8 @@ judge() { # pytest's exit status
 
 run_unit() {
     prepare $unit # without them the tests that need them are left out, and told
-    .venv/bin/python -m pytest -n 2 "$@"
+    # worksteal: a worker keeps whole modules, so that what a module shares, such as a cluster, is mostly started once
+    .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
     judge $?
     run_as_root "$@"
 }

@@ -1,4 +1,4 @@
-"""What all tests share: waiting with a deadline instead of sleeping, a home of their own, a small project."""
+"""Fixtures of all tests: a home of their own, a small project, its queue; and which tests cannot run here."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from mrcore.settings.config import Settings, load_settings
 
 
 def left_out() -> dict[str, str]:
-    """Markers of what cannot be run here, and why. With CI=true nothing is left out: it fails instead."""
-    found = {}
+    """Return the markers of what cannot be run here, and why. With CI=true nothing is left out: it fails instead."""
+    reasons = {}
     if os.geteuid() != 0:
-        found["needs_root"] = "the tests marked needs_root: `pytest -m needs_root` as root runs them"
+        reasons["needs_root"] = "the tests marked needs_root: `pytest -m needs_root` as root runs them"
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     for program in ("strace", "sshd"):
         if shutil.which(program, path=path) is None:
-            found[f"needs_{program}"] = f"the tests marked needs_{program}: there is no {program} here"
-    if "needs_root" in found and may_become_root():
-        found["needs_root"] = ""  # scripts/test.sh runs them by sudo
-        return found
-    return {} if os.environ.get("CI") == "true" else found
+            reasons[f"needs_{program}"] = f"the tests marked needs_{program}: there is no {program} here"
+    if "needs_root" in reasons and may_become_root():
+        reasons["needs_root"] = ""  # scripts/test.sh runs them by sudo
+        return reasons
+    return {} if os.environ.get("CI") == "true" else reasons
 
 
 def may_become_root() -> bool:
-    """Whether sudo works without a password."""
+    """Return whether sudo works without a password."""
     if shutil.which("sudo") is None:
         return False
     return subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False).returncode == 0
@@ -48,13 +48,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say so, to scripts/test.sh as well."""
-    told = [reason for reason in left_out().values() if reason]
-    for line in told:
+    """List what was left out, for scripts/test.sh as well."""
+    reasons = [reason for reason in left_out().values() if reason]
+    for line in reasons:
         terminalreporter.write_line(f"not run: {line}")
-    if told and (file := os.environ.get("MRCORE_NOT_RUN")):
+    if reasons and (file := os.environ.get("MRCORE_NOT_RUN")):
         with open(file, "a") as stream:
-            stream.writelines(f"{line}\n" for line in told)
+            stream.writelines(f"{line}\n" for line in reasons)
 
 
 @pytest.fixture
@@ -93,17 +93,17 @@ def projects_dir(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def settings(config: Path) -> Settings:
-    """What the test module's own `config` says."""
+    """Return the settings of the test module's own `config`."""
     return load_settings(config)
 
 
 @pytest.fixture
 def scheduler(settings: Settings) -> Iterator[Scheduler]:
-    """The queue of the test module's settings, which must be sound at the end."""
-    made = Scheduler(settings)
-    yield made
-    made.store.check()
-    made.store.close()
+    """Yield the queue of the test module's settings, and check its invariants at the end."""
+    opened = Scheduler(settings)
+    yield opened
+    opened.store.check()
+    opened.store.close()
 
 
 @pytest.fixture

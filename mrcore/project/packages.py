@@ -28,7 +28,9 @@ from mrcore.system.paths import remove_tree
 REQUIREMENTS, WHEELS = "requirements.txt", "wheels"
 INSTALL_SECONDS = 540.0
 # What a task process has loaded before the project's first import, so that the project gets these and no others.
-OURS = ("mrcore", "rpyc", "plumbum", "ujson", "xopen", "isal", "zlib-ng", "backports-zstd")
+OURS = (
+    "mrcore", "rpyc", "plumbum", "msgspec", "typing-extensions", "ujson", "xopen", "isal", "zlib-ng", "backports-zstd",
+)  # fmt: skip
 
 Json = dict[str, Any]
 

@@ -48,6 +48,7 @@ def resize(cluster: TestCluster, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_root
 def test_a_full_disk_holds_the_queue_and_the_job_goes_on_when_there_is_room(
     small_disk: TestCluster, monkeypatch: pytest.MonkeyPatch

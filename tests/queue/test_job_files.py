@@ -36,7 +36,7 @@ def refusal(content: str | bytes) -> str:
     return text
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=150, deadline=None)
 @given(VALUES, st.booleans(), st.sampled_from((None, 1, "\t")))
 def test_what_json_writes_is_read_as_json_reads_it(value: Any, ascii_only: bool, indent: Any) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
@@ -47,7 +47,7 @@ def test_what_json_writes_is_read_as_json_reads_it(value: Any, ascii_only: bool,
 SCALARS = st.from_regex(r"[-+]?[0-9][0-9_:.eEoxa-f-]{0,8}|[nyotNYOT][a-z]{1,4}|<<|=|~|\.[a-z]{3}", fullmatch=True)
 
 
-@hypothesis_settings(max_examples=500, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None)
 @given(VALUES | SCALARS | st.dictionaries(SCALARS, SCALARS, max_size=3))
 def test_what_is_dumped_is_read_back_by_readers_of_both_versions_of_yaml(value: Any) -> None:
     text = dump_yaml(value)
@@ -56,7 +56,7 @@ def test_what_is_dumped_is_read_back_by_readers_of_both_versions_of_yaml(value: 
     assert parse_yaml(quoted, "f") == value
 
 
-@hypothesis_settings(max_examples=500, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200) | TEXTS.map(str.encode))
 def test_any_bytes_are_a_value_or_one_clear_line(content: bytes) -> None:
     try:

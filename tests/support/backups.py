@@ -13,11 +13,11 @@ from mrcore.state import backup
 
 
 def contents(settings: Settings) -> dict[str, Any]:
-    """What a master knows, but for the numbers of runs that a restore skips."""
+    """Return what a master knows, without the numbers of runs that a restore skips."""
     made = Scheduler(settings)
     made.store.check()
     jobs = made.store.rows("SELECT * FROM jobs ORDER BY job_name")
-    found = {
+    known = {
         "jobs": [{key: value for key, value in row.items() if key != "last_run"} for row in jobs],
         "runs": made.store.rows("SELECT * FROM runs ORDER BY id"),
         "events": made.store.rows("SELECT * FROM events ORDER BY id"),
@@ -28,11 +28,11 @@ def contents(settings: Settings) -> dict[str, Any]:
         },
     }
     made.store.close()
-    return found
+    return known
 
 
 def rewritten(settings: Settings, folder: Path, add: Callable[[tarfile.TarFile], object]) -> Path:
-    """A backup, not signed, with something more in it."""
+    """Write an unsigned backup with something added; return its path."""
     source, hostile = folder / "source", folder / "hostile.backup"
     with source.open("wb") as stream:
         backup.write(settings, stream)

@@ -13,22 +13,25 @@ SUPPORT = Path(__file__).parent  # for processes that import from it
 
 
 def module(path: str) -> ModuleType:
+    """Import a script of the checkout that belongs to no package."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, PROJECT / path)
     assert spec and spec.loader
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def text_of(name: str) -> str:
+    """Return the text of a file of the checkout."""
     return (PROJECT / name).read_text(encoding="utf-8")
 
 
 def commands(group: click.Group, above: str = "") -> list[str]:
-    found = []
+    """Return all commands of a group, with those of its subgroups, as they are typed."""
+    names = []
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
-            found += commands(command, f"{above}{name} ")
+            names += commands(command, f"{above}{name} ")
         else:
-            found.append(f"mrcore {above}{name}")
-    return found
+            names.append(f"mrcore {above}{name}")
+    return names

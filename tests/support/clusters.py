@@ -101,7 +101,7 @@ class TestCluster:
         ]
 
     def write_inputs(self, texts: dict[str, str], node: int | None = None, entry: str = "inputs/text") -> str:
-        """Put files under the base_dir of one node, or one after the other under those of all; gives the entry."""
+        """Put files under the base_dir of one node, or one after the other under those of all; return the entry."""
         nodes = self.settings.nodes
         for number, (name, text) in enumerate(texts.items()):
             target = nodes[node if node is not None else number % len(nodes)].layout.base_dir / entry
@@ -122,7 +122,7 @@ class TestCluster:
         return jobs.validate(jobs.template("mapreduce") | wanted | keys, self.settings.projects_dir)
 
     def run(self, job: dict[str, Any], run: int | None = None) -> dict[str, Any]:
-        """Run one attempt and give its manifest."""
+        """Run one attempt and return its manifest."""
         return self.manager.run(job, run=run or next(self._runs))
 
     def items(self, job_name: str = "gated") -> list[Any]:
@@ -141,7 +141,7 @@ class TestCluster:
         (self.gates / f"open-{name}").touch()
 
     def waiting(self, name: str, count: int = 1) -> dict[int, str]:
-        """Wait until `count` living tasks are at a gate; gives their pids and servers."""
+        """Wait until `count` living tasks are at a gate; return their pids and servers."""
 
         def found() -> dict[int, str]:
             at_gate = {}

@@ -15,7 +15,7 @@ CODE = "import sys; sys.argv[0] = 'mrcore'; from mrcore.cli.main import main; ma
 
 
 def mrcore(*arguments: str) -> tuple[int, str, str]:
-    """The command in a process of its own, without a terminal."""
+    """Run the command without a terminal; return exit status, output and errors."""
     done = subprocess.run(
         [sys.executable, "-c", CODE, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
     )
@@ -24,7 +24,7 @@ def mrcore(*arguments: str) -> tuple[int, str, str]:
 
 
 def on_terminal(answer: str, *arguments: str) -> tuple[int, str]:
-    """The command on a terminal of its own, whose one question is answered; exit status and what was to be seen."""
+    """Run the command on a terminal, answer its one question; return exit status and what the screen showed."""
     master, slave = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", CODE, *arguments], stdin=slave, stdout=slave, stderr=slave) as started:
         os.close(slave)

@@ -10,7 +10,7 @@ import pytest
 
 
 def wait_until(condition: Callable[[], Any], deadline_seconds: float = 10.0, message: str = "the condition") -> Any:
-    """Call `condition` until it gives something true and return that; fail naming `message` at the deadline."""
+    """Call `condition` until its result is true and return that; fail naming `message` at the deadline."""
     deadline = time.monotonic() + deadline_seconds
     pause_seconds = 0.002
     while True:

@@ -73,11 +73,11 @@ class People:
         """The command line that runs a command in this world as a user."""
         there = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt"]
         become = ["setpriv", "--reuid", user, "--regid", user, "--init-groups", "--"]  # in place, unlike runuser
-        ours = ["-u", "SUDO_USER"]  # of whoever runs the tests by sudo
+        ours = ["-u", "SUDO_USER"]  # of the user who runs the tests by sudo
         return [*there, *become, "env", *ours, f"HOME={TOP}/home/{user}", *command]
 
     def shell(self, script: str, text: str = "", user: str = "root") -> str:
-        """Run a script; gives what it printed."""
+        """Run a script and return what it printed."""
         command = self.enter(user, "sh", "-ec", script)
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, (script, done.stdout, done.stderr)

@@ -54,7 +54,7 @@ class Task:
         self.tasks = 0
 
     def files(self, paths: Sequence[Path]) -> list[Any]:
-        """What a listing gives of the paths."""
+        """Return the listed files of the paths."""
         states = [(str(path), path.stat()) for path in paths]
         return [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states]
 

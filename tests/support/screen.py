@@ -52,7 +52,7 @@ class Terminal:
             self._read(0.05)
 
     def wait(self, seconds: float = 60.0) -> int:
-        """Read all that comes until the command ends; gives its status."""
+        """Read all that comes until the command ends; return its status."""
         self.until(lambda: self.process.poll() is not None, seconds)
         while self._read(0.0):
             pass

@@ -12,6 +12,7 @@ from mrcore.queue.job import validate
 
 
 def job(name: str = "a", **keys: Any) -> dict[str, Any]:
+    """Return a validated job."""
     return validate({"job_name": name, "project_name": "p", "input_dirs": ["x"], "map_function_name": "m"} | keys)
 
 
@@ -48,7 +49,7 @@ V2_JOBS = {  # state, reason, and the cause that follows from it
 
 
 def make_v2(path: Path) -> None:
-    """A queue as the version before this one left it."""
+    """Write a queue's file as the release before this one left it."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript(V2)
         for number, (name, (state, reason, _)) in enumerate(V2_JOBS.items(), 1):

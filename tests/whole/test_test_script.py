@@ -22,7 +22,7 @@ case "$*" in
     *run.py*) [ "$APPLIANCE" != 3 ] || echo "the scenarios: no rights" >>"$MRCORE_NOT_RUN"; exit $APPLIANCE ;;
 esac
 """
-UNIT, APPLIANCE = "-m pytest -n 2", "tests/appliance/run.py"
+UNIT, APPLIANCE = "-m pytest -n 2 --dist worksteal", "tests/appliance/run.py"
 SLOW, QUICK = f"{UNIT} -m slow", f"{UNIT} -m not slow"
 
 

@@ -124,7 +124,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(method=st.sampled_from(sorted(METHODS)), answer=JSON)
 def test_whatever_comes_it_is_taken_or_refused(method: str, answer: Any) -> None:
     with contextlib.suppress(Malformed):
