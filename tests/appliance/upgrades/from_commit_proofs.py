@@ -27,7 +27,7 @@ def former(lab: Lab, operator: Operator) -> Operator:
 
 def increments() -> dict[str, Any]:
     """The job that reads in each run what is new."""
-    return waiting.job("increments") | {"hold_state": True}
+    return waiting.job("increments") | {"hold_state": True, "delete_job_data": False}
 
 
 def known(anna: Person) -> dict[str, Any]:
