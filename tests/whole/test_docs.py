@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ def test_every_package_has_a_readme_that_names_its_modules() -> None:
 def rpc_methods(module: str, kind: str) -> dict[str, Any]:
     """The names and roles that `methods()` of a daemon gives, without starting it."""
     daemon = getattr(importlib.import_module(f"mrcore.{module}"), kind)
-    methods: dict[str, Any] = daemon.methods(object.__new__(daemon))
+    with tempfile.TemporaryDirectory() as folder:
+        spec = {"node": "n1", "name": "S_0", "compute_dir": folder}
+        made = daemon(spec) if kind == "NodeAgent" else daemon(spec, None)
+        methods: dict[str, Any] = made.methods()
     return methods
 
 
