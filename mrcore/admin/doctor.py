@@ -115,14 +115,10 @@ def _compare_outputs(
     known = outputs.named(settings)
 
     def list_parts(node: NodeSettings) -> dict[str, int] | str:
-        with contextlib.closing(
-            Client(node.address, node.agent_port, keys, node.name, ASK_SECONDS, LIST_SECONDS)
-        ) as client:
+        with contextlib.closing(Client(node.address, node.agent_port, keys, node.name)) as client:
+            call = functools.partial(client.call, LIST_FILES, timeout_seconds=LIST_SECONDS)
             try:
-                return {
-                    file.name: file.size
-                    for file in every_file(functools.partial(client.call, LIST_FILES), "*/reduce", True)[1]
-                }
+                return {file.name: file.size for file in every_file(call, "*/reduce", True)[1]}
             except MrcoreError as error:
                 return error.message
 

@@ -46,8 +46,8 @@ class Steps:
     def begin(self, source: NodeSettings, step: list[Move]) -> None:
         """Write down a step whose files are staged, and bring it to its end."""
         involved = [source, *(self._nodes[target] for target in by_target(step))]
-        holder = {node.name: "" if self._settings.local else node.name for node in involved}
-        places = {node.name: (holder[node.name], str(node.layout.base_dir)) for node in involved}
+        local = self._settings.local
+        places = {node.name: ("" if local else node.name, str(node.layout.base_dir)) for node in involved}
         moves.write(self._store, source=source.name, stage="publish", moves=step, places=places)
         self.carry_on()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 from mrcore.engine.listing import gather
 from mrcore.errors import UsageError
@@ -34,14 +34,6 @@ class Holdings(TypedDict, total=False):
     left: list[str]  # why
 
 
-class Listed(NamedTuple):
-    """A file by its number in a listing."""
-
-    listing: str
-    number: int
-    file: File
-
-
 class Nodes:
     """The nodes of a cluster, of which `source` is looked at or emptied, and calls to their agents."""
 
@@ -57,12 +49,11 @@ class Nodes:
         """Return what a node holds page by page, as `holdings` does."""
         return pages(functools.partial(self.session.call, node, HOLDINGS), auxiliary=auxiliary)
 
-    def only_here(self) -> list[Listed]:
-        """Return the auxiliary data that no other node has."""
+    def only_here(self) -> list[tuple[str, int, File]]:
+        """Return the auxiliary data that no other node has: listing, number in it, file."""
         others = {file.name for node in self.others for page in self.pages(node, True) for file in page.files}
         files = [(page.listing, file) for page in self.pages(self.source, True) for file in page.files]
-        listed = [Listed(token, number, file.file) for number, (token, file) in enumerate(files)]
-        return [item for item in listed if item.file.name not in others]
+        return [(token, at, file.file) for at, (token, file) in enumerate(files) if file.name not in others]
 
     def holdings(self) -> Holdings:
         """Return what `source` holds."""
@@ -72,14 +63,14 @@ class Nodes:
         sizes: dict[str, int] = {}
         for page in self.pages(self.source):
             wrong += page.faults
-            for file in page.files:
-                part = PART.fullmatch(file.name)
-                add(kinds["output" if part else "input"], file.size)
+            for name, size in ((held.name, held.size) for held in page.files):
+                part = PART.fullmatch(name)
+                add(kinds["output" if part else "input"], size)
                 if part:
-                    sizes[file.name] = file.size
-                    add(jobs.setdefault(part[1], {"job_name": part[1], "files": 0, "bytes": 0}), file.size)
-        for listed in self.only_here():
-            add(kinds["auxiliary"], listed.file.size)
+                    sizes[name] = size
+                    add(jobs.setdefault(part[1], {"job_name": part[1], "files": 0, "bytes": 0}), size)
+        for *_, file in self.only_here():
+            add(kinds["auxiliary"], file.size)
         known = {self.source.name: outputs.named(self.settings).get(self.source.name, {})}
         different = outputs.compare(known, {self.source.name: sizes}, None)
         return {

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
-from typing import TypeVar
 
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused, Unreachable, UsageError, is_disk_full
+from mrcore.system.parallel import Item
 from mrcore.system.staging import checked_name
 
 SMALL_BYTES = 1 << 20  # smaller files share a stream and cannot be resumed
 BATCH_BYTES, BATCH_FILES = 8 << 20, 2_000
 AT_ONCE = 4  # batches
 MIN_FREE_DISK_BYTES = 256 << 20
-
-Item = TypeVar("Item")
 
 
 def cut(

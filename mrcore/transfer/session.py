@@ -13,7 +13,7 @@ from mrcore.errors import ClusterFault, MrcoreError, Refused
 from mrcore.messages.methods import DROP_UPLOAD, EXISTS, HEALTH, LIST_FILES, Method
 from mrcore.messages.nodes import File, FilePage, HoldingsPage
 from mrcore.settings.config import NodeSettings, Settings
-from mrcore.system.parallel import on_nodes
+from mrcore.system.parallel import Item, Result, on_nodes
 from mrcore.wire.client import Client
 from mrcore.wire.data import DataClient
 from mrcore.wire.tls import master_pki
@@ -25,8 +25,6 @@ NODES_AT_ONCE = 16
 Json = dict[str, Any]
 Counts = dict[str, int]  # files, bytes, and more
 Progress = Callable[..., None]  # of the phase, and files, sent_bytes, total_bytes
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Page = TypeVar("Page", FilePage, HoldingsPage)
 
 
