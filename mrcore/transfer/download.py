@@ -1,4 +1,4 @@
-"""From the nodes to the master: list, name remote file here, fetch in batches into GATHERING, give all their names."""
+"""From the nodes to the master: list, name each file here, fetch in batches into GATHERING, give all their names."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ Until the commit what was sent is staged on the nodes, where another try goes on
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -65,10 +64,11 @@ def upload(
     agree(_lost(held, names, replace))
     plan, skipped = plan_upload([node.name for node in session.settings.nodes], pairs, held, replace)
 
-    # A run may publish meanwhile, in a folder of its own: look again then.
-    look_again = "/" not in folder.removesuffix("/reduce")
-    look = functools.partial(_look, session, folder, names, replace) if look_again else None
-    return deliver(session, top, folder, plan, replace, at_once, look) | {"skipped": skipped}
+    def look_again() -> None:  # a run may have published meanwhile
+        if "/" not in folder.removesuffix("/reduce"):
+            _look(session, folder, names, replace)
+
+    return deliver(session, top, folder, plan, replace, at_once, look_again) | {"skipped": skipped}
 
 
 def upload_auxiliary(session: Session, path: Path, name: str, at_once: int) -> Counts:
@@ -100,7 +100,7 @@ def plan_upload(nodes: list[str], pairs: list[Pair], held: Held, replace: bool) 
 
 def deliver(
     session: Session, source: Path, folder: str | None, plan: Plan, replace: bool, at_once: int,
-    look_again: Callable[[], object] | None = None,
+    look_again: Callable[[], object] = lambda: None,
 ) -> Counts:  # fmt: skip
     """Stage all files on their nodes, then commit on all nodes; an error leaves the nodes as they were."""
     uploads = dict[str, str]()
@@ -121,8 +121,7 @@ def deliver(
     with resumable(lambda: session.drop(uploads)):
         session.on_all("BEGIN", begin)
         session.work_on("TRANSFER", send, for_nodes(plan, lambda pair: pair.target.size), at_once)
-        if look_again:
-            look_again()
+        look_again()
         session.check_stop()
         session.report("PUBLISH")
         removed = session.on_all("PUBLISH", commit, may_stop=False)
