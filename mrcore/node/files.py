@@ -31,11 +31,11 @@ MAX_HELD = 8  # listings, and uploads, begun and not ended: one more drops the o
 INCOMING_SECONDS = 86_400.0  # how long what an upload left when it was cut off can be resumed
 
 
-class Listed(NamedTuple):
-    """A file of a listing."""
+class Listing(NamedTuple):
+    """Files by their names below a folder."""
 
-    path: str  # whole, or under base_dir
-    file: HeldFile  # with the name that it is listed by
+    root: Path
+    files: list[HeldFile]
 
 
 @dataclass
@@ -55,7 +55,7 @@ class FileMethods:
 
     def __init__(self, layout: Layout, node: str) -> None:
         self._layout, self._node = layout, node
-        self._held: dict[str, list[Listed]] = {}
+        self._held: dict[str, Listing] = {}
         self._uploads: dict[str, Incoming] = {}
         self._files_lock = threading.Lock()  # the two above
         self._publishing = threading.Lock()
@@ -81,8 +81,10 @@ class FileMethods:
         Their names are relative to the folder, or to where the wildcards begin. Raises JobFault, Refused.
         """
         if listing is None:
-            every = {item.path: item for name in self._matching(path, wildcards) for item in self._below(path, name)}
-            listing = self._hold(self._held, list(every.values()))
+            base, names = self._layout.base_dir, self._matching(path, wildcards)
+            top = root_of(path) if wildcards else path if names and (base / path).is_dir() else path.rpartition("/")[0]
+            files = {file.name: file for name in names for file in self._below(top, name)}
+            listing = self._hold(self._held, Listing(base / top, [*files.values()]))
         page, following = self._page(listing, start)
         return FilePage(listing=listing, files=[file.file for file in page], next=following)
 
@@ -208,26 +210,25 @@ class FileMethods:
             return sorted(name for name in names if os.path.lexists(self._layout.base_dir / name))
         return [path] if os.path.lexists(full) else []
 
-    def _below(self, path: str, name: str) -> list[Listed]:
-        root = self._layout.base_dir
-        inside(root, name)
-        top = root_of(path) if name != path else (name if (root / name).is_dir() else name.rpartition("/")[0])
-        begin = len(top) + 1 if top else 0
-        listed: list[Listed] = []
-        for file in self._on_disk(list, walk(root, name)):
+    def _below(self, top: str, name: str) -> list[HeldFile]:
+        """Return the files of a name, or below it, by their names below its folder `top`."""
+        inside(self._layout.base_dir, name)
+        listed: list[HeldFile] = []
+        for file in self._on_disk(list, walk(self._layout.base_dir / top, name[len(top) :].lstrip("/"))):
             # The mode of a part is what the daemons' umask left of a new file's: its copy is a new file, too.
-            mode = 0o666 if PART.fullmatch(file.name) else file.mode
-            listed.append(Listed(file.name, msgspec.structs.replace(file, name=file.name[begin:], mode=mode)))
+            is_part = PART.fullmatch(os.path.join(top, file.name))
+            listed.append(msgspec.structs.replace(file, mode=0o666) if is_part else file)
         return listed
 
     def _listed(self, listing: str, number: int, length: int) -> tuple[Path, int]:
         """Return a listed file's path and size, if it is the same still and `length` is in it."""
         held = self._get(self._held, listing)
-        if type(number) is not int or not 0 <= number < len(held):
+        if type(number) is not int or not 0 <= number < len(held.files):
             raise Refused(f"node {self._node}: the listing has no file {number!r:.20}")
-        path, size = self._layout.base_dir / held[number].path, held[number].file.size
+        file = held.files[number]
+        path, size = held.root / file.name, file.size
         status = self._on_disk(os.lstat, path)
-        if status.st_ino != held[number].file.inode or status.st_size < size:
+        if status.st_ino != file.inode or status.st_size < size:
             raise ClusterFault(f"node {self._node}: {path} was replaced or cut since it was listed: try again")
         if type(length) is not int or not 0 <= length <= size:
             raise Refused(f"node {self._node}: {path} has no byte {length!r:.20}")
@@ -245,8 +246,8 @@ class FileMethods:
 
     def _page(self, listing: str, start: int) -> tuple[list[HeldFile], int | None]:
         """Return a page of a listing, and where the next begins."""
-        held, end = self._get(self._held, listing), start + PAGE_FILES
-        return [item.file for item in held[start:end]], end if end < len(held) else None
+        files, end = self._get(self._held, listing).files, start + PAGE_FILES
+        return files[start:end], end if end < len(files) else None
 
     def _hold(self, kept: dict[str, Any], value: Any) -> str:
         """Keep a listing or an upload; return its token."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from mrcore.errors import JobFault
 from mrcore.messages.kinds import Count, Token
 from mrcore.messages.nodes import File, HeldFile, HoldingsPage, Staged
-from mrcore.node.files import FileMethods, Listed
+from mrcore.node.files import FileMethods, Listing
 from mrcore.system import failpoints
 from mrcore.system.staging import Staging, flush, inside, walk
 from mrcore.wire.tls import Identity
@@ -40,7 +40,7 @@ class MoveMethods(FileMethods):
             files = self._on_disk(list, walk(root, refused=refused))
             if len(refused) > NAMED_ERRORS:
                 refused[NAMED_ERRORS:] = [f"and {len(refused) - NAMED_ERRORS} more"]
-            listing = self._hold(self._held, [Listed(f"{root}/{file.name}", file) for file in files])
+            listing = self._hold(self._held, Listing(root, files))
             count, size = len(files), sum(file.size for file in files)
         page, following = self._page(listing, start)
         return HoldingsPage(listing=listing, files=page, next=following, count=count, bytes=size, faults=refused)
