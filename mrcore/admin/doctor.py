@@ -342,4 +342,4 @@ def _answered(facts: Facts) -> list[tuple[str, Json]]:
 
 def _versions(answer: Json) -> str:
     minor = ".".join(answer["python"].split(".")[:2])
-    return f"mrcore {answer['release']} (wire {answer['wire_version']}) on Python {minor}"
+    return f"mrcore {answer.get('release', answer['version'])} (wire {answer['wire_version']}) on Python {minor}"

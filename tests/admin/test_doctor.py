@@ -92,6 +92,11 @@ def test_another_version(kind: str, name: str, change: dict[str, Any]) -> None:
     assert found.where.endswith(name) and "make upgrade" in found.do
 
 
+def test_a_daemon_that_names_no_release_is_known_by_its_version() -> None:
+    older = {key: value for key, value in node("w1", version="0.9.0").items() if key != "release"}
+    assert "runs mrcore 0.9.0 (wire 1)" in only(judge(facts(nodes={"w1": older, "w2": node("w2")}))).what
+
+
 def test_another_patch_of_python_will_do() -> None:
     assert judge(facts(nodes={"w1": node("w1", python="3.11.9")})) == []
 
