@@ -202,6 +202,9 @@ def install_for_trial(project: Path) -> Path | None:
 
 def use_packages(environment: Path) -> None:
     """Let this process import from a folder of installed packages: after the standard library, before all others."""
+    sys.modules.pop(
+        "typing_extensions", None
+    )  # msgspec has loaded it and holds what it needs: a project may bring its own
     before = len(sys.path)
     site.addsitedir(str(environment))  # unlike a mere entry, this reads .pth files
     entries = sys.path[before:]

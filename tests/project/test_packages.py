@@ -158,12 +158,15 @@ def test_the_version_that_mrcore_has_is_no_conflict(cluster: TestCluster) -> Non
     assert run(cluster, project) == [["ONE!", "1.0"], ["TWO!", "1.0"]]
 
 
-def test_what_is_ours_is_what_a_task_process_has_loaded() -> None:
+def test_what_is_ours_is_what_a_task_process_has_loaded(tmp_path: Path) -> None:
     code = (
         "import sys, mrcore.cluster_server, mrcore.process, json\n"
+        "from pathlib import Path\nfrom mrcore.project.packages import use_packages\nuse_packages(Path(sys.argv[1]))\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
-    loaded = set(json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
+    loaded = set(
+        json.loads(subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=True).stdout)
+    )
     modules = metadata.packages_distributions()
     names = {re.sub("[-_.]+", "-", name).lower() for module in loaded for name in modules.get(module, ())}
     assert names - {"pip", "setuptools"} <= set(packages.OURS)

@@ -306,7 +306,7 @@ def test_a_run_exists_when_its_index_does(tmp_path: Path) -> None:
         )
         told = writer.close()
     assert replaced == ["run.data", "run.index"]
-    assert select(tmp_path, "run", {"partition": 0}) == [(0, told["bytes"])]
+    assert select(tmp_path, "run", {"partition": 0}) == [(0, told.bytes)]
 
 
 def test_cat_refuses_a_damaged_part(cluster: TestCluster) -> None:
