@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import click
+import msgspec
 import pytest
 from by_name import ByName
 from checkout import PROJECT, commands, text_of
@@ -35,6 +36,7 @@ from mrcore.engine.process import Process
 from mrcore.engine.spills import RunWriter, select
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, Refused
 from mrcore.launchers import local
+from mrcore.messages.nodes import InputPage
 from mrcore.project.snapshot import project_files, project_hash
 from mrcore.queue.scheduler import Runner, Scheduler
 from mrcore.state import backup
@@ -259,12 +261,12 @@ def test_the_same_files_on_every_machine_are_refused_until_it_is_said_what_they_
     shared: bool | None, refused: bool
 ) -> None:
     preflight = cast(Preflight, SimpleNamespace(_settings=SimpleNamespace(local=False)))
-    listing = {"faults": [], "matched": {"/data": 2}, "fingerprint": "same"}
+    listing = InputPage(files=[], matched={"/data": 2}, skipped={}, fingerprint="same", faults=[], next=None)
     job = {"input_dirs": ["/data"], "shared_input": shared}
     expected = pytest.raises(JobFault, match="set shared_input: true") if refused else contextlib.nullcontext()
     with expected:
         Preflight._check_inputs(preflight, job, [listing, listing])
-    Preflight._check_inputs(preflight, job, [listing, listing | {"fingerprint": "other"}])
+    Preflight._check_inputs(preflight, job, [listing, msgspec.structs.replace(listing, fingerprint="other")])
 
 
 def test_output_that_a_restored_history_does_not_know_is_said_and_the_next_run_mends_it(
@@ -363,7 +365,7 @@ def test_the_example_of_the_readme_leads_from_nothing_to_its_output(at_home: Pat
 
 
 def test_the_python_example_of_the_document_queues_and_runs_its_job(at_home: Path, tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(from mrcore import .*?)```", text_of("docs/jobs.md"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(from mrcore import Runner.*?)```", text_of("docs/jobs.md"), re.DOTALL)
     shutil.copytree(PROJECT / "projects/word_count", "projects/word_count")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/one.txt").write_text(TEXT)
