@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import click
+import msgspec
 import pytest
 from by_name import ByName
 from checkout import PROJECT, commands, text_of
@@ -367,7 +368,7 @@ def test_the_example_of_the_readme_leads_from_nothing_to_its_output(at_home: Pat
 
 
 def test_the_python_example_of_the_document_queues_and_runs_its_job(at_home: Path, tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(from mrcore import .*?)```", text_of("docs/jobs.md"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(from mrcore import Runner.*?)```", text_of("docs/jobs.md"), re.DOTALL)
     shutil.copytree(PROJECT / "projects/word_count", "projects/word_count")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/one.txt").write_text(TEXT)
