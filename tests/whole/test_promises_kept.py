@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import click
-import msgspec
 import pytest
 from by_name import ByName
 from checkout import PROJECT, commands, text_of
