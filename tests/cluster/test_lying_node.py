@@ -90,9 +90,9 @@ class LyingCluster(TestCluster):
         """One attempt by a master of its own; how it ended, and the most memory that it took."""
         self.number += 1
         arguments = [str(self.config), json.dumps(self.job(**keys)), str(self.number)]
-        done = subprocess.run(
-            [sys.executable, "-c", ATTEMPT, *arguments], capture_output=True, text=True, timeout=240, check=True
-        )
+        command = [sys.executable, "-X", "faulthandler", "-c", ATTEMPT, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, (done.returncode, done.stdout[-2_000:], done.stderr[-10_000:])
         ended: dict[str, Any] = json.loads(done.stdout)
         return ended
 
@@ -285,7 +285,7 @@ def test_the_queue_holds_and_obeys_and_goes_on_when_the_node_is_honest(cluster: 
         return started[-1]
 
     def states(name: str) -> list[str]:
-        return [row[0] for row in scheduler.store.rows("SELECT state FROM runs WHERE job_name = ?", name)]
+        return [row["state"] for row in scheduler.store.rows("SELECT state FROM runs WHERE job_name = ?", name)]
 
     try:
         lies: list[dict[str, Any]] = [{"poll": POLL | {"events": 5}}, {"list_inputs": 7}]
