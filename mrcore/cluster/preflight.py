@@ -13,7 +13,6 @@ import platform
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from mrcore.project.snapshot import pack_project, project_hash
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import ledger, outputs
 from mrcore.state.store import Store
+from mrcore.system.parallel import on_nodes
 from mrcore.text import listed, one_line
 from mrcore.wire.data import DataClient
 from mrcore.wire.tls import Pki
@@ -40,7 +40,6 @@ from mrcore.wire.tls import Pki
 MIN_FREE_DISK_BYTES = 256 << 20
 FILES_A_CHECK = 1000
 MAX_SPLITS = 2_000_000  # of all nodes in one run; the master holds half a kilobyte for each
-TICK_SECONDS = 0.2
 SLICE_ANSWER_SECONDS = 60.0  # for one slice of a walk, on a disk that is slow to wake
 
 Job = dict[str, Any]
@@ -72,26 +71,15 @@ class Preflight:
 
     def unless_stopped(self) -> Plan:
         """Return what `plan` does. When `stop` is set first, hang up and raise Stopped without waiting."""
-        future: Future[Plan] = Future()
+        return on_nodes([self], Preflight.plan, 1, tick=self._check_stop, abort=self._agents.hang_up)[0]
 
-        def work() -> None:
-            try:
-                future.set_result(self.plan())
-            except BaseException as error:  # noqa: BLE001  the thread that waits raises it
-                future.set_exception(error)
-
-        # Not of a pool, whose threads the interpreter waits for at its end: an agent may be frozen.
-        threading.Thread(target=work, name=f"preflight {self._job['job_name']}-{self._run}", daemon=True).start()
-        while not wait([future], TICK_SECONDS).done:
-            if self._stop.is_set():
-                self._agents.hang_up()
-                raise Stopped("stopped by the Runner")
-        return future.result()
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped("stopped by the Runner")
 
     def _call(self, node: NodeSettings, method: Any, **arguments: Any) -> Any:
         agent = self._agents.client(node)
-        if self._stop.is_set():  # looked at when the connection is where `hang_up` finds it
-            raise Stopped("stopped by the Runner")
+        self._check_stop()  # when the connection is where `hang_up` finds it
         return agent.call(method, **arguments)
 
     def plan(self) -> Plan:

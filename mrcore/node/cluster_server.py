@@ -33,23 +33,9 @@ import msgspec
 
 from mrcore import VERSIONS
 from mrcore.errors import ClusterFault, Refused
+from mrcore.messages import tasks
 from mrcore.messages.kinds import Count, JobName, Positive, Seconds, Word, convert, decode
 from mrcore.messages.methods import LARGE_BYTES
-from mrcore.messages.tasks import (
-    Accepted,
-    Bundle,
-    Cancelled,
-    Died,
-    Done,
-    Failed,
-    Given,
-    Hello,
-    More,
-    Order,
-    Source,
-    TaskEvent,
-    TaskIdentity,
-)  # fmt: skip
 from mrcore.node.supervisor import Json, Supervisor
 from mrcore.system import logs, procfs
 from mrcore.system.paths import Layout, write_atomic
@@ -74,7 +60,7 @@ log = logging.getLogger(__name__)
 @dataclass
 class _Task:
     serial: int
-    identity: TaskIdentity
+    identity: tasks.TaskIdentity
     connection: socket.socket
     pid: int = 0
     end: Json | None = None  # the supervisor's last message
@@ -89,7 +75,7 @@ class _Task:
 class _Event:
     number: int
     task: _Task
-    content: object  # a TaskEvent
+    content: object  # a tasks.TaskEvent
     size: int
 
 
@@ -112,12 +98,12 @@ class ClusterServer:
         )
         return {name: Method(getattr(self, name), "master", size) for name, size in sizes.items()}
 
-    def hello(self, caller: Identity) -> Hello:
+    def hello(self, caller: Identity) -> tasks.Hello:
         """Return who this is, and what memory server and supervisor take."""
         facts = {"incarnation": self._incarnation, "pid": os.getpid(), "anonymous_bytes": self._own_bytes()}
-        return convert(Hello, facts | VERSIONS | {"name": self._name, "python": platform.python_version()})
+        return convert(tasks.Hello, facts | VERSIONS | {"name": self._name, "python": platform.python_version()})
 
-    def order(self, caller: Identity, order: Order) -> Accepted:
+    def order(self, caller: Identity, order: tasks.Order) -> tasks.Accepted:
         """Start a task; replaces a task of an older run or try. Repeating the last order changes nothing.
 
         Raises Refused for an order older than the last and while another task of the run is under way.
@@ -127,7 +113,7 @@ class ClusterServer:
         task = _Task(next(self._serials), order.identity, ours)
         with self._changed, theirs:
             if self._is_repeated(task.identity):
-                return Accepted(accepted=True)
+                return tasks.Accepted(accepted=True)
             if self._task:
                 self._task.silenced |= not self._task.finished
             self._task = self._open[task.serial] = task
@@ -145,22 +131,26 @@ class ClusterServer:
                 task.silenced = True
                 why = task.end["message"] if task.end else "its supervisor does not answer"
                 raise ClusterFault(f"{self._name} cannot start a task process: {why}")
-        return Accepted(accepted=True)
+        return tasks.Accepted(accepted=True)
 
     def give(
-        self, caller: Identity, identity: TaskIdentity, bundles: list[Bundle] | None = None, no_more: bool = False
-    ) -> Given:
+        self,
+        caller: Identity,
+        identity: tasks.TaskIdentity,
+        bundles: list[tasks.Bundle] | None = None,
+        no_more: bool = False,
+    ) -> tasks.Given:
         """Hand bundles of splits, or the news that there are no more, on to the running task of this identity."""
         with self._changed:
             task = self._task
             if task is None or task.identity != identity or task.end or task.finished:
                 raise Refused(f"{self._name} does not run this task (any more)")
             try:
-                task.connection.sendall(msgspec.json.encode(More(bundles or [], no_more)) + b"\n")
+                task.connection.sendall(msgspec.json.encode(tasks.More(bundles or [], no_more)) + b"\n")
             except OSError as error:
                 self._kill(task)  # a message may have been cut
                 raise Refused(f"the task on {self._name} does not listen: {error}") from None
-        return Given(given=len(bundles or ()))
+        return tasks.Given(given=len(bundles or ()))
 
     def poll(self, caller: Identity, incarnation: Word, after: Count, wait_seconds: Seconds) -> Json:
         """Wait for events numbered above `after`, which acknowledges the others. Return what decodes as `tasks.Polled`.
@@ -182,7 +172,7 @@ class ClusterServer:
                     events.append((event.number, event.content))
         return {"incarnation": self._incarnation, "events": events}
 
-    def cancel(self, caller: Identity, job: JobName, run: Positive) -> Cancelled:
+    def cancel(self, caller: Identity, job: JobName, run: Positive) -> tasks.Cancelled:
         """End the task of this run with all it started, if there is one, and forget its events; returns when gone."""
         with self._changed:
             task = self._task if self._task and self._task.is_of(job, run) else None
@@ -193,7 +183,7 @@ class ClusterServer:
                 if not self._changed.wait_for(lambda: task.end, TASK_DEADLINE_SECONDS):
                     raise ClusterFault(f"{self._name}: the task process of {job} does not end", pid=task.pid)
             self._events = deque(event for event in self._events if not event.task.is_of(job, run))
-        return Cancelled(cancelled=running)
+        return tasks.Cancelled(cancelled=running)
 
     def _kill(self, task: _Task) -> None:
         self._control.send(json.dumps({"kill": task.serial}).encode())
@@ -201,7 +191,7 @@ class ClusterServer:
     def _own_bytes(self) -> int:
         return procfs.anonymous_bytes() + procfs.anonymous_bytes(os.getppid())
 
-    def _is_repeated(self, new: TaskIdentity) -> bool:
+    def _is_repeated(self, new: tasks.TaskIdentity) -> bool:
         """Return whether the last order is repeated; raise Refused for a stale one, and while we are busy."""
         task = self._task
         if task is None or task.identity.job != new.job or task.identity.run < new.run:
@@ -220,8 +210,8 @@ class ClusterServer:
 
     def _read(self, task: _Task, line: bytes) -> tuple[object, bool]:
         """Return an event, with the identity of its task, and whether it is the last. Raises ValueError."""
-        event: TaskEvent = decode(TaskEvent, line)  # type: ignore[arg-type]  # a union is no class
-        return msgspec.structs.replace(event, identity=task.identity), isinstance(event, Done | Failed)
+        event: tasks.TaskEvent = decode(tasks.TaskEvent, line)  # type: ignore[arg-type]  # a union is no class
+        return msgspec.structs.replace(event, identity=task.identity), isinstance(event, tasks.Done | tasks.Failed)
 
     def _add(self, task: _Task, content: object, size: int, is_last: bool) -> None:
         with self._changed:
@@ -254,7 +244,7 @@ class ClusterServer:
                 f"mrcore logs {self._name}"
             )
             how = {"signal": task.end.get("signal"), "status": task.end.get("status")}
-            self._add(task, Died(message=text, identity=task.identity, **how), len(text), is_last=True)
+            self._add(task, tasks.Died(message=text, identity=task.identity, **how), len(text), is_last=True)
         task.connection.close()
 
     def receive_events(self) -> None:
@@ -292,12 +282,12 @@ def run_process(spec: Json, order: bytes, connection: socket.socket) -> None:
     """The life of a task process: carry out one order."""
     from mrcore.engine.process import Process, Request  # loaded by `main`, before any fork
 
-    def fetch(source: Source, requests: list[Request], sink: Callable[[int, memoryview], None]) -> None:
+    def fetch(source: tasks.Source, requests: list[Request], sink: Callable[[int, memoryview], None]) -> None:
         pki = Pki(Path(spec["pki_dir"]), "node", Path(spec["members_file"]))
         with contextlib.closing(DataClient(source.address, source.port, pki, source.node)) as client:
             client.get(requests, sink)
 
-    Process(decode(Order, order), connection, Layout(Path(spec["compute_dir"])), fetch, spec["name"]).process()
+    Process(decode(tasks.Order, order), connection, Layout(Path(spec["compute_dir"])), fetch, spec["name"]).process()
 
 
 def main(spec_file: str, run_task: Callable[[Json, bytes, socket.socket], None] = run_process) -> int:

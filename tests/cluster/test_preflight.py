@@ -27,7 +27,7 @@ from mrcore.queue.scheduler import Scheduler
 from mrcore.system import procfs
 
 RUNNER = "from mrcore import Runner, load_settings; Runner(load_settings()).run(once=True)"
-MRCORE = "import sys; from mrcore.cli import main; main(sys.argv[1:])"
+MRCORE = "import sys; from mrcore.cli.main import main; main(sys.argv[1:])"
 LONG = 120  # seconds until a test gives up
 
 

@@ -14,6 +14,8 @@ from mrcore.wire.client import Client
 class ByName(Client):
     """Calls what it likes, as whoever holds a certificate could; answers to known methods are checked as ever."""
 
-    def call(self, method: str, **arguments: Any) -> Any:  # type: ignore[override]
-        answer = super().call(METHODS.get(method) or Method[Any](method, Any, blames=True), **arguments)
+    def call(self, method: str | Method[Any], **arguments: Any) -> Any:  # type: ignore[override]
+        if isinstance(method, str):
+            method = METHODS.get(method) or Method[Any](method, Any, blames=True)
+        answer = super().call(method, **arguments)
         return json.loads(msgspec.json.encode(answer))

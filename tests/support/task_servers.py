@@ -27,7 +27,7 @@ class TaskServer(Daemon):
     def start(self, act: str, **more: Any) -> tuple[Listener, Any]:
         listener = Listener(self.client())
         given = order(act, **more)
-        assert self.master.call("order", timeout_seconds=60, order=given).accepted
+        assert self.master.call("order", timeout_seconds=60, order=given) == {"accepted": True}
         return listener, given["identity"]
 
     def child(self) -> int:
