@@ -15,17 +15,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from mrcore import WIRE_VERSION, __version__
 from mrcore.cluster.connections import Agents
-from mrcore.engine.inputs import MAX_SPLIT_BYTES, plan_bundles
+from mrcore.engine.inputs import MAX_SPLIT_BYTES, plan_bundles, unread_bytes
 from mrcore.engine.listing import ALIAS, gather
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
-from mrcore.messages.methods import AUXILIARY, HEALTH, LIST_INPUTS, LOOK_INTO, PROJECT_STATE, START_RUN, SWEEP
-from mrcore.messages.nodes import InputFile, InputPage, Tail, Versions
+from mrcore.messages.methods import (
+    AUXILIARY,
+    HEALTH,
+    LIST_INPUTS,
+    LOOK_INTO,
+    PROJECT_STATE,
+    START_RUN,
+    SWEEP,
+    Method,
+)
+from mrcore.messages.nodes import InputFile, InputPage, ReadFile, Tail, Versions
 from mrcore.messages.tasks import Bundle
 from mrcore.project.packages import Shipment
 from mrcore.project.snapshot import pack_project, project_hash
@@ -37,6 +46,7 @@ from mrcore.text import listed, one_line
 from mrcore.wire.data import DataClient
 from mrcore.wire.tls import Pki
 
+T = TypeVar("T")
 MIN_FREE_DISK_BYTES = 256 << 20
 FILES_A_CHECK = 1000
 MAX_SPLITS = 2_000_000  # of all nodes in one run; the master holds half a kilobyte for each
@@ -77,7 +87,7 @@ class Preflight:
         if self._stop.is_set():
             raise Stopped("stopped by the Runner")
 
-    def _call(self, node: NodeSettings, method: Any, **arguments: Any) -> Any:
+    def _call(self, node: NodeSettings, method: Method[T], **arguments: Any) -> T:
         agent = self._agents.client(node)
         self._check_stop()  # when the connection is where `hang_up` finds it
         return agent.call(method, **arguments)
@@ -100,7 +110,7 @@ class Preflight:
         )
         skipped.update(increment.skipped)
         files = [file for some in increment.files.values() for file in some]
-        total = sum(file.end - file.start if isinstance(file, ledger.Unread) else file.size for file in files)
+        total = sum(map(unread_bytes, files))
         if (splits := total // MAX_SPLIT_BYTES + len(files)) > MAX_SPLITS:
             raise JobFault(
                 f"{splits:,} splits of input are more than one run can take ({MAX_SPLITS:,}): read less in one"
@@ -127,12 +137,13 @@ class Preflight:
                 one_machine=settings.local,
             )
 
-    def _check_tails(self, name: str, files: list[list[Any]]) -> list[Tail]:
+    def _check_tails(self, name: str, files: list[ReadFile]) -> list[Tail]:
         node, tails = outputs.node_of(self._settings, name), list[Tail]()
         for first in range(0, len(files), FILES_A_CHECK):
             some = files[first : first + FILES_A_CHECK]
-            tails += self._call(node, LOOK_INTO, files=some, timeout_seconds=600)
-        if wrong := [file[0] for file, tail in zip(files, tails, strict=True) if tail.end > file[1]]:
+            found: list[Tail] = self._call(node, LOOK_INTO, files=some, timeout_seconds=600)
+            tails += found
+        if wrong := [file.path for file, tail in zip(files, tails, strict=True) if tail.end > file.size]:
             raise Malformed(f"node {name} gave no answer to look_into: {one_line(wrong[0], 200)} ends past its size")
         return tails
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from mrcore.errors import JobFault
+from mrcore.messages.nodes import InputFile, ReadFile
 from mrcore.messages.tasks import Bundle, Split
 from mrcore.system.readers import HEAD_BYTES, Damaged, Format, decompress, format_of, no_text, open_regular
 
@@ -27,28 +28,32 @@ THIN_BY_LINES_BELOW = 64 << 20  # a sample expected to be smaller than this is t
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
-def plan_bundles(files: Iterable[Iterable[Any]], servers: int, first_id: int = 0) -> list[Bundle]:
-    """Cut one node's files, fields of an InputFile each, into bundles of splits, the unit that a map task is given.
+def unread_bytes(file: InputFile) -> int:
+    """Return how much of a file is to be read: all, or what follows the position where it was left."""
+    return file.size - (file.read if isinstance(file, ReadFile) else 0)
 
-    A file may have a fifth field: the position from which to read it. A bundle is of 1 to 64 MiB; a compressed file is
-    one split. Cuts fall on multiples of 64 KiB, so that a sample does not depend on them.
+
+def plan_bundles(files: Sequence[InputFile], servers: int, first_id: int = 0) -> list[Bundle]:
+    """Cut one node's files into bundles of splits, the unit that a map task is given.
+
+    A ReadFile is read from where it was left. A bundle is of 1 to 64 MiB; a compressed file is one split. Cuts fall on
+    multiples of 64 KiB, so that a sample does not depend on them.
     """
-    files = list(map(tuple, files))
-    total = sum(max(size - sum(begin), OPEN_COST_BYTES) for _, size, _, _, *begin in files)
+    total = sum(max(unread_bytes(file), OPEN_COST_BYTES) for file in files)
     target = min(MAX_SPLIT_BYTES, max(MIN_SPLIT_BYTES, total // max(1, servers * SPLITS_PER_SERVER)))
     target = -(-target // SAMPLE_BLOCK_BYTES) * SAMPLE_BLOCK_BYTES
     bundles: list[Bundle] = []
     weight = target  # of the last bundle: full, as there is none yet
-    for path, size, mtime_ns, inode, *begin in files:
-        cuts = [(0, None, 4 * size)]
-        if not format_of(path):
-            starts = range(sum(begin), size, target)
-            cuts = [(start, end, end - start) for start in starts for end in [min(size, start + target)]]
+    for file in files:
+        cuts: list[tuple[int, int | None, int]] = [(0, None, 4 * file.size)]
+        if not format_of(file.path):
+            starts = range(file.size - unread_bytes(file), file.size, target)
+            cuts = [(start, end, end - start) for start in starts for end in [min(file.size, start + target)]]
         for start, end, weighs in cuts:
             if weight + weighs > target or not bundles:
                 bundles.append(Bundle(first_id + len(bundles), []))
                 weight = 0
-            bundles[-1].pieces.append(Split(path, start, end, size, mtime_ns, inode))
+            bundles[-1].pieces.append(Split(file.path, start, end, file.size, file.mtime_ns, file.inode))
             weight += max(weighs, OPEN_COST_BYTES)
     return bundles
 

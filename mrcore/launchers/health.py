@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mrcore import RELEASE, WIRE_VERSION
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable
 from mrcore.launchers.launcher import Daemon, daemons, launcher_of, on_nodes
-from mrcore.messages.methods import HEALTH, HELLO
+from mrcore.messages.methods import HEALTH, HELLO, Method
 from mrcore.messages.nodes import Versions
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.system.deadline import Deadline
@@ -70,7 +70,8 @@ def require_answers(settings: Settings, ask: Callable[[NodeSettings], object]) -
 
 def _objection(daemon: Daemon, pki: Pki, deadline: Deadline) -> str:
     """Return what is wrong with one daemon; empty if nothing is."""
-    node, method = daemon.node, HEALTH if daemon.is_agent else HELLO
+    node = daemon.node
+    method: Method[Any] = HEALTH if daemon.is_agent else HELLO
     with contextlib.closing(Client(node.address, daemon.port, pki, node.name)) as client:
         for _ in deadline.tries(RETRY_SECONDS):
             try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -37,22 +36,9 @@ AbsolutePath = Annotated[str, Meta(pattern=r"\A/[^\0]*\Z", max_length=NAME_CHARA
 class Message(Struct, frozen=True, kw_only=True):
     """A message whose fields travel by name; fields that this release does not know are left out."""
 
-    def __getitem__(self, name: str) -> Any:  # until all callers use attributes
-        return getattr(self, name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        value = getattr(self, name, None)
-        return default if value is None else value
-
 
 class Row(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, order=True, gc=False):
     """A message of which there are many: its fields travel by position."""
-
-    def __iter__(self) -> Iterator[Any]:  # until all callers use attributes
-        return iter(msgspec.structs.astuple(self))
-
-    def __getitem__(self, at: Any) -> Any:
-        return msgspec.structs.astuple(self)[at]
 
 
 def decode(kind: type[T], text: str | bytes) -> T:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mrcore.errors import ClusterFault, JobFault
+from mrcore.messages.methods import ENVIRONMENT_STATE, INSTALL_ENVIRONMENT
 from mrcore.system.archives import pack
 from mrcore.system.paths import remove_tree
 
@@ -101,11 +102,11 @@ class Shipment:
         if self._archive is not None:
             self._archive.close()
 
-    def bring(self, call: Callable[..., Any], put: Callable[[Json, tuple[int, int]], Any]) -> None:
+    def bring(self, call: Callable[..., bool], put: Callable[[Json, tuple[int, int]], object]) -> None:
         """Install the environment on a node that lacks it, by the two ways to its agent. Raises what these raise."""
-        if self.hash and not call("environment_state", hash=self.hash):
+        if self.hash and not call(ENVIRONMENT_STATE, hash=self.hash):
             put({"environment": self.hash}, self._packed())
-            call("install_environment", hash=self.hash, project=self._project.name, timeout_seconds=600)
+            call(INSTALL_ENVIRONMENT, hash=self.hash, project=self._project.name, timeout_seconds=600)
 
     def _packed(self) -> tuple[int, int]:
         """Return an open tar of requirements and wheels, made for the first node that needs it, and its length."""

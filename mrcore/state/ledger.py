@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mrcore.errors import JobFault, UsageError
-from mrcore.messages.nodes import InputFile, Tail
+from mrcore.messages.nodes import InputFile, ReadFile, Tail
 from mrcore.state import manifest
 from mrcore.state.manifest import LedgerUpdate, Manifest, Read
 from mrcore.state.store import Store
@@ -26,16 +26,6 @@ from mrcore.system.readers import format_of
 NAMED_FILES = 3  # of those that changed, in an error's text
 
 Job = dict[str, Any]
-
-
-class Unread(NamedTuple):
-    """An input file, to be read from `start` to `end`."""
-
-    path: str
-    end: int
-    mtime_ns: int
-    inode: int
-    start: int
 
 
 class Entry(NamedTuple):
@@ -50,8 +40,7 @@ class Entry(NamedTuple):
 Key = tuple[str, str]  # holder (a node, "" for files that any node may read) and path
 Entries = Mapping[Key, Entry]
 Move = tuple[Key, Key, int, int, int]  # from where, to where, mtime_ns there and here, inode here
-# Called with a node and [path, size, mtime_ns, inode, read up to] of files there (`node.tails`).
-CheckTails = Callable[[str, list[list[Any]]], Sequence[Tail]]
+CheckTails = Callable[[str, list[ReadFile]], Sequence[Tail]]  # called with a node and files there
 
 
 # --- Comparing -------------------------------------------------------------------------------------------------------
@@ -64,7 +53,7 @@ class News:
     `known` counts the files of which nothing is new, `unfinished` those whose last line has to wait.
     """
 
-    files: dict[str, list[Unread]] = field(default_factory=dict)  # by node
+    files: dict[str, list[ReadFile]] = field(default_factory=dict)  # by node; `size`: the end of what is to be read
     entries: list[Read] = field(default_factory=list)  # what follows from reading them
     changed: list[str] = field(default_factory=list)
     known: int = 0
@@ -84,16 +73,16 @@ def compare(
         todo = [(file, entry) for file, entry in known if entry[:3] != (file.size, file.mtime_ns, file.inode)]
         news.files[node] = []
         news.known += len(known) - len(todo)
-        tails = check_tails(node, [[*file, entry.read] for file, entry in todo])
-        for (file, entry), (end, checksum, before) in zip(todo, tails, strict=True):
-            if why := _change(file, entry, before):
+        asked = [ReadFile(file.path, file.size, file.mtime_ns, file.inode, entry.read) for file, entry in todo]
+        for (file, entry), tail in zip(todo, check_tails(node, asked), strict=True):
+            if why := _change(file, entry, tail.before):
                 news.changed.append(f"{file.path} {why}")
                 continue
-            news.unfinished += end < file.size
-            news.known += end == entry.read > 0
-            if end > entry.read:
-                news.files[node].append(Unread(file.path, end, file.mtime_ns, file.inode, entry.read))
-                news.entries.append(Read(holders[node], file.path, end, file.mtime_ns, file.inode, checksum))
+            news.unfinished += tail.end < file.size
+            news.known += tail.end == entry.read > 0
+            if tail.end > entry.read:
+                news.files[node].append(ReadFile(file.path, tail.end, file.mtime_ns, file.inode, entry.read))
+                news.entries.append(Read(holders[node], file.path, tail.end, file.mtime_ns, file.inode, tail.checksum))
     return news
 
 
@@ -114,7 +103,7 @@ def _change(file: InputFile, entry: Entry, before: int | None) -> str | None:
 class Plan:
     """What a run does with the files that are listed; of a job without `hold_state` it reads all."""
 
-    files: Mapping[str, Sequence[InputFile | Unread]]  # by node
+    files: Mapping[str, Sequence[InputFile]]  # by node; a ReadFile is to be read from where it was left
     known: int = 0  # files of which nothing is new
     skipped: dict[str, int] = field(default_factory=dict)  # files by reason
     nothing_new: bool = False

@@ -112,7 +112,7 @@ def going(settings: Settings, path: str, looks: Mapping[str, Removal]) -> Json:
     {"files", "bytes", "nodes" (those two by node), "outputs" ([{"job_name", "run", "files", "bytes"}], of output that
     manifests name), "leave" ([job, run]: all whose parts may go when this was allowed)}.
     """
-    nodes = {node: {key: look[key] for key in ("files", "bytes")} for node, look in looks.items()}
+    nodes = {node: {"files": look.files, "bytes": look.bytes} for node, look in looks.items()}
     taken: dict[tuple[str, int], Output] = {}
 
     def take(job: str, run: int, files: int, size: int) -> None:
@@ -121,8 +121,8 @@ def going(settings: Settings, path: str, looks: Mapping[str, Removal]) -> Json:
         output["bytes"] += size
 
     for look in looks.values():
-        for job, run, files, size in look["outputs"]:
-            take(job, run, files, size)
+        for output in look.outputs:
+            take(output.job, output.run, output.files, output.bytes)
     whole = path.removesuffix("/reduce")  # all of a job's output goes, also what is missing anyhow
     jobs = {job for job, _ in taken} | ({whole} if "/" not in whole else set())
     paths = [path for parts in named(settings, jobs).values() for path in parts]
@@ -131,8 +131,8 @@ def going(settings: Settings, path: str, looks: Mapping[str, Removal]) -> Json:
         if job == whole:
             take(job, run, 0, 0)
     total = {key: sum(node[key] for node in nodes.values()) for key in ("files", "bytes")}
-    outputs = [output for key, output in sorted(taken.items()) if key in runs]
-    return total | {"nodes": nodes, "outputs": outputs, "leave": sorted(map(list, taken))}
+    named_outputs = [output for key, output in sorted(taken.items()) if key in runs]
+    return total | {"nodes": nodes, "outputs": named_outputs, "leave": sorted(map(list, taken))}
 
 
 def listed(outputs: Iterable[Output | tuple[str, int]]) -> str:

@@ -66,11 +66,11 @@ def name_here(settings: Settings, path: str, listings: Iterable[tuple[NodeSettin
     remotes = [Remote(node, token, at, file) for node, token, files in listings for at, file in enumerate(files)]
     job, _, last = path.rpartition("/")
     if last == "reduce" and manifest.newest(settings.state_dir, job):
-        wanted = {(part["node"], part["name"]) for part in manifest.parts(settings.state_dir, job)}
+        wanted = {(part.node, part.name) for part in manifest.parts(settings.state_dir, job)}
         remotes = [remote for remote in remotes if (remote.node.name, remote.local.name) in wanted]
         if missing := wanted - {(remote.node.name, remote.local.name) for remote in remotes}:
-            node, name = min(missing)
-            raise ClusterFault(f"part {name} of {job} is not on {node}: its run has not ended, or it was removed")
+            holder, name = min(missing)
+            raise ClusterFault(f"part {name} of {job} is not on {holder}: its run has not ended, or it was removed")
     holders = Counter(remote.local.name for remote in remotes)
     for at, (node, *_, file) in enumerate(remotes):
         if holders[file.name] > 1:

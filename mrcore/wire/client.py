@@ -10,14 +10,14 @@ import json
 import socket
 import ssl
 import threading
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import msgspec
 
 from mrcore import WIRE_VERSION
 from mrcore.errors import Malformed, MrcoreError, Refused, Unreachable, UsageError
 from mrcore.messages.kinds import decode
-from mrcore.messages.methods import METHODS, Method, decode_error
+from mrcore.messages.methods import Method, decode_error
 from mrcore.system.deadline import Deadline
 from mrcore.text import one_line
 from mrcore.wire import tls
@@ -115,17 +115,12 @@ class Client(Caller):
     _connection: Connection | None = None
     _closed = False
 
-    @overload
-    def call(self, method: Method[T], *, timeout_seconds: float | None = None, **arguments: object) -> T: ...
-    @overload
-    def call(self, method: str, *, timeout_seconds: float | None = None, **arguments: object) -> Any: ...
-    def call(self, method: Method[Any] | str, *, timeout_seconds: float | None = None, **arguments: object) -> Any:
+    def call(self, method: Method[T], *, timeout_seconds: float | None = None, **arguments: object) -> T:
         """Call a method; return its answer, checked. `arguments` are messages, or what JSON can say.
 
         Raises what the method raised (of `errors`), Refused, Unreachable (no answer within `timeout_seconds`, which
         does not count the time to connect), UsageError (the request is too large), TypeError (is no JSON).
         """
-        method = METHODS.get(method) or Method(method, Any) if isinstance(method, str) else method
         name, text = method.name, json.dumps(msgspec.to_builtins(arguments))
         if len(text) >= self.limits.frame_bytes - self.limits.frame_room_bytes:
             raise UsageError(f"{name}: arguments of {len(text)} bytes exceed the frame limit")

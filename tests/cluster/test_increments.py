@@ -29,7 +29,7 @@ from mrcore.engine.shuffler import Shuffle
 from mrcore.engine.spills import Segment, SpillWriter
 from mrcore.errors import ClusterFault, JobFault, UsageError
 from mrcore.launchers import local
-from mrcore.messages.nodes import InputFile, ReadFile
+from mrcore.messages.nodes import InputFile, ReadFile, Tail
 from mrcore.messages.tasks import PlacedPart
 from mrcore.node import inputs
 from mrcore.queue.scheduler import Runner, Scheduler
@@ -594,12 +594,14 @@ class History:
             status = path.stat()
             listed.append(InputFile(str(path), status.st_size, status.st_mtime_ns, status.st_ino))
 
-        def look(node: str, asked: list[list[Any]]) -> list[list[Any]]:
-            return [list(inputs.check_tail(ReadFile(*file), self.now)) for file in asked]
+        def look(node: str, asked: list[ReadFile]) -> list[Tail]:
+            return [inputs.check_tail(file, self.now) for file in asked]
 
         news = ledger.compare({"n": listed}, self.entries, look, {"n": ""})
         changed = {Path(text.split(" ")[0]).name for text in news.changed}
-        touched = {Path(path).name for path, size, *_ in listed if size == len(self.read.get(Path(path).name, b""))}
+        touched = {
+            name for file in listed for name in [Path(file.path).name] if file.size == len(self.read.get(name, b""))
+        }
         spoilt = {name for name in self.spoilt if (self.folder / name).exists()} | (touched & self.touched)
         assert changed == spoilt
         for path, end, _, _, begin in news.files["n"]:
