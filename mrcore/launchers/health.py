@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mrcore import RELEASE, WIRE_VERSION
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable
-from mrcore.launchers.launcher import Daemon, daemons, launcher_of, on_nodes
+from mrcore.launchers.launcher import Daemon, daemons, launcher_of, try_nodes
 from mrcore.messages.methods import HEALTH, HELLO, Method
 from mrcore.messages.nodes import Versions
 from mrcore.settings.config import NodeSettings, Settings
@@ -38,7 +38,7 @@ def check(settings: Settings, nodes: Iterable[NodeSettings], wait_seconds: float
         asked = [(daemon, _objection(daemon, pki, deadline)) for daemon in daemons(settings) if daemon.node == node]
         return [DaemonError(daemon.name, f"{daemon.name} {text}") for daemon, text in asked if text]
 
-    results, errors = on_nodes(nodes, one, NODES_AT_ONCE)
+    results, errors = try_nodes(nodes, one, NODES_AT_ONCE)
     for error in errors.values():
         raise error
     return results
@@ -46,7 +46,7 @@ def check(settings: Settings, nodes: Iterable[NodeSettings], wait_seconds: float
 
 def require_answers(settings: Settings, ask: Callable[[NodeSettings], object]) -> None:
     """Raise ClusterFault unless `ask` succeeds for every node; it names those that fail, and what starts them."""
-    _, errors = on_nodes(settings.nodes, ask, NODES_AT_ONCE)
+    _, errors = try_nodes(settings.nodes, ask, NODES_AT_ONCE)
     if not errors:
         return
     if settings.local:

@@ -6,13 +6,13 @@ Both are modules, and mypy checks them against `Launcher`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 from mrcore.errors import MrcoreError
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
+from mrcore.system.parallel import on_nodes
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ def daemons(settings: Settings) -> list[Daemon]:
     return agents + [Daemon(server.name, server.node, server.port) for server in settings.servers()]
 
 
-def on_nodes(
+def try_nodes(
     nodes: Iterable[NodeSettings], work: Callable[[NodeSettings], T], at_once: int
 ) -> tuple[dict[str, T], dict[str, MrcoreError]]:
     """Call `work` for each node, several at once; return the results and, of those that failed, the errors by name."""
@@ -126,8 +126,7 @@ def on_nodes(
             return error
 
     nodes = list(nodes)
-    with ThreadPoolExecutor(at_once) as pool:
-        answers = dict(zip((node.name for node in nodes), pool.map(one, nodes), strict=True))
+    answers = dict(zip((node.name for node in nodes), on_nodes(nodes, one, at_once), strict=True))
     errors = {name: answer for name, answer in answers.items() if isinstance(answer, MrcoreError)}
     return {name: answer for name, answer in answers.items() if not isinstance(answer, MrcoreError)}, errors
 

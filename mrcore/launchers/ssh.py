@@ -26,7 +26,7 @@ from invoke.exceptions import CommandTimedOut
 
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
 from mrcore.launchers import health
-from mrcore.launchers.launcher import DaemonStatus, LogFile, daemons, on_nodes, removable
+from mrcore.launchers.launcher import DaemonStatus, LogFile, daemons, removable, try_nodes
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.system import logs
 from mrcore.system.deadline import Deadline
@@ -251,7 +251,7 @@ def _on_nodes(
         except Exception as error:  # paramiko raises what it likes; the other nodes go on
             raise ClusterFault(_explain(settings, node, error)) from error
 
-    results, errors = on_nodes(settings.nodes if nodes is None else nodes, one, NODES_AT_ONCE)
+    results, errors = try_nodes(settings.nodes if nodes is None else nodes, one, NODES_AT_ONCE)
     return results, {name: error.message for name, error in errors.items()}
 
 

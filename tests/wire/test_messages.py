@@ -163,7 +163,7 @@ def test_pages_are_put_together() -> None:
     cursors = [pages.add(page(cursor="c0", matched={})), pages.add(page(("a", 1), cursor="c1"))]
     cursors += [pages.add(page(("b", 2), cursor="c2")), pages.add(page(("c", 3)))]
     assert cursors == ["c0", "c1", "c2", None]
-    assert [file[0] for file in pages.listing.files] == ["/x/a", "/x/b", "/x/c"]
+    assert [file.path for file in pages.listing.files] == ["/x/a", "/x/b", "/x/c"]
 
 
 @pytest.mark.parametrize(
