@@ -49,9 +49,9 @@ def taken(file: Path) -> int:
 
 
 def whole(file: Path) -> bytes:
-    """Both parts of a log that turned round."""
+    """Both parts of a log that turned round, of which the newer begins with the next line."""
     earlier = Path(f"{file}.1")
-    return (earlier.read_bytes() if earlier.exists() else b"") + file.read_bytes()
+    return b"".join(part.read_bytes() for part in (earlier, file) if part.exists())
 
 
 def accounted(content: bytes) -> int:
