@@ -18,23 +18,24 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
 # Lines of code. `engine` and `cluster` together are what a newcomer reads in a day: at most 3,200.
 # Raise a number only together with what docs/architecture.md says of it. "": the modules of no package.
 BUDGETS = {
-    "": 500,
+    "": 250,
     "admin": 715,
-    "cli": 850,
-    "cluster": 900,
-    "engine": 2_600,
+    "cli": 800,
+    "cluster": 920,
+    "engine": 2_220,
     "launchers": 710,
+    "messages": 430,
     "node": 1_200,
-    "project": 250,
+    "project": 210,
     "queue": 1_260,
     "settings": 440,
-    "state": 1_130,
-    "system": 1_150,
+    "state": 1_170,
+    "system": 1_200,
     "transfer": 515,
-    "wire": 1_200,
+    "wire": 1_190,
 }
 DAY = ("engine", "cluster")
-MAX_DAY_LINES = 3_500
+MAX_DAY_LINES = 3_200
 
 
 def code_lines(path: Path) -> int:

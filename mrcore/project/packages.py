@@ -29,9 +29,7 @@ from mrcore.system.paths import remove_tree
 REQUIREMENTS, WHEELS = "requirements.txt", "wheels"
 INSTALL_SECONDS = 540.0
 # What a task process has loaded before the project's first import, so that the project gets these and no others.
-OURS = (
-    "mrcore", "rpyc", "plumbum", "msgspec", "typing-extensions", "ujson", "xopen", "isal", "zlib-ng", "backports-zstd",
-)  # fmt: skip
+OURS = ("mrcore", "rpyc", "plumbum", "msgspec", "ujson", "xopen", "isal", "zlib-ng", "backports-zstd")
 
 Json = dict[str, Any]
 
@@ -203,9 +201,8 @@ def install_for_trial(project: Path) -> Path | None:
 
 def use_packages(environment: Path) -> None:
     """Let this process import from a folder of installed packages: after the standard library, before all others."""
-    sys.modules.pop(
-        "typing_extensions", None
-    )  # msgspec has loaded it and holds what it needs: a project may bring its own
+    # msgspec has loaded it and holds what it needs: a project may bring its own.
+    sys.modules.pop("typing_extensions", None)
     before = len(sys.path)
     site.addsitedir(str(environment))  # unlike a mere entry, this reads .pth files
     entries = sys.path[before:]
