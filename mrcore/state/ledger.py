@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 Key = tuple[str, str]  # holder (a node, "" for files that any node may read) and path
 Entries = Mapping[Key, Entry]
 Move = tuple[Key, Key, int, int, int]  # from where, to where, mtime_ns there and here, inode here
-# Called with a node and [path, size, mtime_ns, inode, read up to] of files there (`node.tails`).
+# Called with a node and [path, size, mtime_ns, inode, read up to] of files there (`node.inputs`).
 CheckTails = Callable[[str, list[list[Any]]], Sequence[Tail]]
 
 
