@@ -32,7 +32,7 @@ from mrcore.settings.config import Settings
 from mrcore.state.database import SCHEMA_VERSION, sole_runner, upgrade
 from mrcore.state.manifest import load
 from mrcore.state.store import Store
-from mrcore.system import failpoints
+from mrcore.system import archives, failpoints
 from mrcore.system.paths import PARTIAL, fsync_dir, fsync_file, publish_file, remove_tree, write_atomic
 
 MAX_BACKUP_BYTES, MAX_UNPACKED_BYTES, MAX_MEMBERS = 4 << 30, 16 << 30, 200_000
@@ -246,8 +246,7 @@ def restore(
             if isinstance(error, UsageError) or not isinstance(error, _DAMAGED):
                 raise
             raise UsageError(f"cannot restore {file}: {error or type(error).__name__}") from None
-        for path in sorted(partial.rglob("*"), reverse=True):
-            fsync_dir(path) if path.is_dir() else fsync_file(path)
+        fsync_file(partial / "queue.sqlite")  # all else was flushed when it was unpacked
         fsync_dir(partial)
         os.replace(partial, state_dir / "restore")
         fsync_dir(state_dir)
@@ -288,34 +287,14 @@ def _unverified_from(content: IO[bytes]) -> int:
     return _SIGNED_BYTES if _SIGNED.fullmatch(content.read(_SIGNED_BYTES)) else 0
 
 
-class _Bounded(gzip.GzipFile):
-    """What is unpacked of a backup: not more than fits and than a backup may have, nor much of it at once."""
-
-    left = 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
-            raise ValueError("it has a part that is too large")
-        content = super().read(size)
-        self.left -= len(content)
-        if self.left < 0:
-            raise ValueError("it is too large when unpacked, or for the disk here")
-        return content
-
-
 def _unpack(content: IO[bytes], folder: Path) -> About:
-    with _Bounded(fileobj=content, mode="rb") as stream:
-        stream.left = min(MAX_UNPACKED_BYTES, shutil.disk_usage(folder).free - MIN_FREE_DISK_BYTES)
-        with tarfile.open(fileobj=stream, mode="r:") as archive:
-            for number, member in enumerate(archive):
-                whole = member.isreg() and not member.issparse() and _MEMBER.fullmatch(member.name)
-                part = archive.extractfile(member) if whole and number < MAX_MEMBERS else None
-                if part is None:
-                    raise ValueError(f"it holds {member.name!r:.100}, which is no part of a backup, or too many parts")
-                target = folder / member.name
-                target.parent.mkdir(exist_ok=True)
-                with part, target.open("xb") as out:
-                    shutil.copyfileobj(part, out, MAX_HEADER_BYTES)
+    room = min(MAX_UNPACKED_BYTES, shutil.disk_usage(folder).free - MIN_FREE_DISK_BYTES)
+    kind = "part of a backup, or too many parts"
+    try:
+        with gzip.GzipFile(fileobj=content, mode="rb") as stream:
+            archives.unpack(stream, folder, most_bytes=room, most_files=MAX_MEMBERS, names=_MEMBER, kind=kind)
+    except archives.BadArchive as error:
+        raise ValueError(f"it {error}") from None
     with (folder / "backup.json").open("rb") as about_file:
         about = convert(About, json.loads(about_file.read(MAX_HEADER_BYTES)))
     if about["schema"] > SCHEMA_VERSION:

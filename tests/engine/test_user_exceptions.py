@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from conditions import wait_until
 from run_task import PROJECT, Task, source
@@ -71,7 +72,7 @@ def failed(
     bundles = plan_bundles(made.files([folder / "in.txt"]), 1)
     order = {"identity": {"job": "j", "run": 1, "phase": "MAP", "task": 0, "try": 1}, "job": made.job}
     order |= {"project": PROJECT, "partitions": 1, "node": "n", "memory_bytes": 256 << 20}
-    end = made.obey(order | {"bundles": bundles, "no_more": True, "sample_by_lines": True})
+    end = made.obey(order | {"bundles": msgspec.to_builtins(bundles), "no_more": True, "sample_by_lines": True})
     if end["event"] == "done":
         identity = order["identity"] | {"phase": "REDUCE"}
         reducing = {"partition": 0, "sources": [source("n", end["result"]["runs"])], "identity": identity}

@@ -417,7 +417,7 @@ def test_a_task_that_does_not_read_is_killed(tmp_path: Path) -> None:
     try:
         listener, identity = server.start("spin")
         listener.until("started")
-        bundles = [{"id": number, "pieces": [["/x" * 50_000, 0, 1, 1, 1, 1]]} for number in range(50)]
+        bundles = [{"id": number, "pieces": [["/x" * 2_000, 0, 1, 1, 1, 1]] * 25} for number in range(50)]
         with pytest.raises(Refused, match="does not listen"):
             server.master.call("give", identity=identity, bundles=bundles, timeout_seconds=60)
         assert listener.until("died", 60)["signal"] == 9
