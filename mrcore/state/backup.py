@@ -23,7 +23,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, Any, TypedDict, cast
 
 from mrcore import __version__
 from mrcore.errors import UsageError
@@ -292,7 +292,9 @@ def _unpack(content: IO[bytes], folder: Path) -> About:
     kind = "part of a backup, or too many parts"
     try:
         with gzip.GzipFile(fileobj=content, mode="rb") as stream:
-            archives.unpack(stream, folder, most_bytes=room, most_files=MAX_MEMBERS, names=_MEMBER, kind=kind)
+            archives.unpack(
+                cast(IO[bytes], stream), folder, most_bytes=room, most_files=MAX_MEMBERS, names=_MEMBER, kind=kind
+            )
     except archives.BadArchive as error:
         raise ValueError(f"it {error}") from None
     with (folder / "backup.json").open("rb") as about_file:
