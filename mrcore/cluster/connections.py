@@ -21,6 +21,7 @@ from mrcore.errors import Malformed, MrcoreError, Refused, Unreachable
 from mrcore.messages.methods import END_SERVER, GIVE, HEALTH, HELLO, ORDER, POLL
 from mrcore.messages.tasks import Order
 from mrcore.settings.config import NodeSettings, ServerSettings, Settings
+from mrcore.system.deadline import Deadline
 from mrcore.system.limited_log import RateLimit
 from mrcore.system.parallel import on_nodes
 from mrcore.text import one_line
@@ -38,6 +39,7 @@ EVENTS_AHEAD = 1_000  # of all servers, before each waits for the coordinator to
 MAX_ODD_ANSWERS = 5  # in a row, of another incarnation than the server's own
 NODES_AT_ONCE = 16
 CLEANUP_SECONDS = 5.0
+END_SECONDS = 2.0  # for the threads of an attempt; one that connects just now may take longer, and is left
 
 Result = TypeVar("Result")
 Events = queue.SimpleQueue[Callable[[], None]]
@@ -90,15 +92,19 @@ class ServerLink:
         self._up = False
         self._ended = threading.Event()
         self._pace = RateLimit(EVENTS_PER_SECOND, EVENTS_AT_ONCE)
-        for target in (self._watch, self._send):
-            threading.Thread(target=self._guarded, args=(target,), name=f"link {server.name}", daemon=True).start()
+        self.threads = [
+            threading.Thread(target=self._guarded, args=(target,), name=f"link {server.name}", daemon=True)
+            for target in (self._watch, self._send)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def put(self, message: Order | Give) -> None:
         """Send an order, or more bundles; an error in answer comes as an event."""
         self._outbox.put(message)
 
     def close(self) -> None:
-        """End both threads; returns at once."""
+        """Have both threads end; returns at once."""
         self._ended.set()
         self._outbox.put(None)
         self._polls.close()
@@ -190,8 +196,12 @@ class Links:
         self._events: Events = queue.SimpleQueue()
         self._pki, self._attempt, self._ended = pki, attempt, threading.Event()
         self.servers = {server.name: ServerLink(server, pki, attempt, self._events) for server in settings.servers()}
-        for node in settings.nodes:
-            threading.Thread(target=self._check_health, args=(node,), name=f"health {node.name}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._check_health, args=(node,), name=f"health {node.name}", daemon=True)
+            for node in settings.nodes
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> Links:
         return self
@@ -200,6 +210,10 @@ class Links:
         self._ended.set()
         for link in self.servers.values():
             link.close()
+            self._threads += link.threads
+        deadline = Deadline(END_SECONDS)  # a process that ends while a thread is inside of OpenSSL may crash
+        for thread in self._threads:
+            thread.join(deadline.left_seconds)
 
     def take_events(self, seconds: float) -> None:
         """Wait for events, and let the attempt have all that have arrived."""
