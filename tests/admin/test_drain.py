@@ -26,6 +26,7 @@ from mrcore.admin import drain, drain_plan
 from mrcore.admin.drain_plan import Room, plan, renamed
 from mrcore.admin.drain_steps import Steps
 from mrcore.cli.main import main
+from mrcore.cluster.manage_cluster import ManageCluster
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers import local
 from mrcore.messages.nodes import HeldFile
@@ -58,7 +59,7 @@ def empty(settings: Settings) -> None:
 def settings(cluster: TestCluster, request: pytest.FixtureRequest) -> Iterator[Settings]:
     """The cluster as it is, and as if its nodes were machines of their own, whose names the ledger then has."""
     made = cluster.settings.model_copy(update={"local": request.param == "local"})
-    cluster.settings = cluster.manager.settings = made
+    cluster.settings, cluster.manager = made, ManageCluster(made)
     empty(made)
     yield made
     scheduler = Scheduler(made)
@@ -180,7 +181,7 @@ def test_increments_go_on_after_a_drain(cluster: TestCluster, settings: Settings
     assert job.counted() == job.words()
     drain.drain(settings, first)  # the run has put parts there again
     two = tuple(settings.nodes[number] for number in others)
-    job.cluster.manager.settings = settings.model_copy(update={"nodes": two})  # the operator has removed the node
+    job.cluster.manager = ManageCluster(settings.model_copy(update={"nodes": two}))  # the operator has removed the node
     job.run()
     drain.drain(job.cluster.manager.settings, two[1].name)
     assert [bool(files_of(settings, node.name)) for node in settings.nodes].count(True) == 1
@@ -521,7 +522,7 @@ class Victim:
 @pytest.fixture
 def victim(cluster: TestCluster) -> Iterator[Victim]:
     made = cluster.settings.model_copy(update={"local": False})
-    cluster.settings = cluster.manager.settings = made
+    cluster.settings, cluster.manager = made, ManageCluster(made)
     empty(made)
     yield Victim(cluster, made)
     start_agents(cluster)

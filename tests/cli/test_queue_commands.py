@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_cluster import FakeCluster
 
 from mrcore.cli import main as cli
+from mrcore.queue.execution import Kinds
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import load_settings
@@ -193,9 +193,7 @@ def test_missing_file_and_wrong_usage(mrcore: Mrcore) -> None:
 def test_run_once_tells_what_ended_and_fails_with_a_failed_run(
     mrcore: Mrcore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: Any = Runner._manage_cluster
-    monkeypatch.setattr(Runner, "_manage_cluster", lambda self: FakeCluster(self.settings))
-    assert made is not Runner._manage_cluster
+    monkeypatch.setattr(Kinds, "cluster", lambda self: FakeCluster(self._settings))
     assert mrcore("run", "--once") == (0, "", "nothing to run: `mrcore submit FILE` queues a job\n")
     mrcore("submit", str(file))
     assert mrcore("run", "--once") == (0, "wc run 1: succeeded\n", "")
@@ -313,7 +311,7 @@ def test_queue_tells_why_each_job_waits(mrcore: Mrcore, file: Path) -> None:
 def test_a_failed_run_tells_what_becomes_of_its_job(
     mrcore: Mrcore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Runner, "_manage_cluster", lambda self: FakeCluster(self.settings))
+    monkeypatch.setattr(Kinds, "cluster", lambda self: FakeCluster(self._settings))
     Path("projects/word_count/map_functions.py").write_text("def fail(line, aux): ...\n")
     keys = ("map_function_name=fail", "run_once=false", "retries=1", "retry_delay=0.2")
     mrcore("submit", str(file), *(word for key in keys for word in ("--set", key)))

@@ -21,6 +21,7 @@ from task_parts import piece
 
 from mrcore.engine.inputs import SAMPLE_BLOCK_BYTES, Reader, Sample, cut_lines, plan_bundles
 from mrcore.errors import JobFault
+from mrcore.messages.nodes import InputFile
 from mrcore.messages.tasks import Split
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -184,18 +185,18 @@ def test_a_file_that_shrinks_or_is_replaced_fails(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 300 << 20), st.booleans()), max_size=30), st.integers(1, 8), st.integers(0, 9))
 def test_bundles_cover_every_byte_once(files: list[tuple[int, bool]], servers: int, first: int) -> None:
-    inputs = [(f"f{n}" + (".gz" if packed else ""), size, 1, n) for n, (size, packed) in enumerate(files)]
+    inputs = [InputFile(f"/f{n}" + (".gz" if packed else ""), size, 1, n) for n, (size, packed) in enumerate(files)]
     bundles = plan_bundles(inputs, servers, first)
     assert [bundle.id for bundle in bundles] == list(range(first, first + len(bundles)))
     assert all(bundle.pieces for bundle in bundles)
-    for path, size, mtime, inode in inputs:
-        pieces = [each for bundle in bundles for each in bundle.pieces if each.path == path]
-        assert all((each.size, each.mtime_ns, each.inode) == (size, mtime, inode) for each in pieces)
-        if path.endswith(".gz"):
+    for file in inputs:
+        pieces = [each for bundle in bundles for each in bundle.pieces if each.path == file.path]
+        assert all((each.size, each.mtime_ns, each.inode) == (file.size, file.mtime_ns, file.inode) for each in pieces)
+        if file.path.endswith(".gz"):
             assert [(each.start, each.end) for each in pieces] == [(0, None)]
         else:
             borders = [border for each in pieces for border in (each.start, each.end)]
-            assert borders[::2] == [0, *borders[1:-1:2]][: len(pieces)] and (borders[-1:] or [0]) == [size]
+            assert borders[::2] == [0, *borders[1:-1:2]][: len(pieces)] and (borders[-1:] or [0]) == [file.size]
             assert all(border % SAMPLE_BLOCK_BYTES == 0 for border in borders[:-1])
 
 

@@ -20,7 +20,6 @@ from daemons import living, own_address
 
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable, UsageError
 from mrcore.launchers import local
-from mrcore.messages.tasks import Died, Failed
 from mrcore.queue.job import template as job_template
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
@@ -256,8 +255,8 @@ def start_stubborn(settings: Settings, file: Path) -> list[int]:
         incarnation = client.call("hello")["incarnation"]
 
         def started() -> bool:
-            for _, event in client.call("poll", incarnation=incarnation, after=0, wait_seconds=0.05).events:
-                assert not isinstance(event, Failed | Died), event
+            for _, event in client.call("poll", incarnation=incarnation, after=0, wait_seconds=0.05)["events"]:
+                assert event["event"] not in ("failed", "died"), event
             return len(file.read_text().split()) == 3
 
         wait_until(started, 15, "the stubborn task")

@@ -250,7 +250,7 @@ def test_another_release_is_told_at_once(running: DeployedCluster, monkeypatch: 
     monkeypatch.setattr(health, "RELEASE", "1.0.0-0badcafe")
     found = health.check(running.settings, running.settings.nodes[:1], 60)
     assert [fault.daemon for fault in found["w1"]] == ["agent", "S_0", "S_1"]
-    assert "runs mrcore 1.0.0 (wire 1), not 1.0.0-0badcafe (wire 1) as here" in found["w1"][0].text
+    assert "runs mrcore 1.0.0 (wire 2), not 1.0.0-0badcafe (wire 2) as here" in found["w1"][0].text
 
 
 def test_nodes_are_asked_in_batches(running: DeployedCluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,7 +274,7 @@ def test_spill_runs_are_served_to_any_member_and_counted(agent: Agent) -> None:
     writer.write(0, ["a"], {"a": [1]}, False)
     writer.write(2, ["b", "c"], {"b": [2], "c": [3]}, False)
     told = writer.close()
-    asked = {"job": "j", "run": 1, "id": told["id"]}
+    asked = {"job": "j", "run": 1, "id": told.id}
     whole = (folder / f"{told.id}.data").read_bytes()
     parts = [agent.get({"run": asked | {"partition": partition}}, "n1") for partition in range(3)]
     assert b"".join(parts) == whole and parts[1] == b"" and len(parts[0]) == told.partitions["0"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("ansible", reason="the extra appliance is not installed")
-MODULE = Path(__file__).parents[1] / "ansible/library/mrcore_files.py"
+MODULE = Path(__file__).resolve().parents[2] / "ansible/library/mrcore_files.py"
 Json = dict[str, Any]
 
 

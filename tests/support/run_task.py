@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from mrcore.messages.nodes import InputFile
 from mrcore.messages.tasks import Bundle
 from mrcore.queue.job import template
 from mrcore.system.paths import Layout
@@ -53,10 +54,10 @@ class Task:
         self.runs: list[Json] = []
         self.tasks = 0
 
-    def files(self, paths: Sequence[Path]) -> list[Any]:
+    def files(self, paths: Sequence[Path]) -> list[InputFile]:
         """Return the listed files of the paths."""
         states = [(str(path), path.stat()) for path in paths]
-        return [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states]
+        return [InputFile(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states]
 
     def map(self, bundles: Sequence[Bundle], **more: Any) -> Json:
         """Carry out one MAP order over the bundles and give its result."""
@@ -151,7 +152,8 @@ def main(descriptor: int, compute_dir: str) -> None:
     from mrcore.engine.process import Process
     from mrcore.errors import interrupt
     from mrcore.messages.kinds import decode
-    from mrcore.messages.tasks import Order, Source
+    from mrcore.messages.nodes import InputFile
+from mrcore.messages.tasks import Order, Source
 
     signal.signal(signal.SIGINT, interrupt)  # as the supervisor does
     connection = socket.socket(fileno=descriptor)

@@ -18,6 +18,7 @@ from forged import BOTH, IDENTITIES, NODE, Forger
 
 from mrcore.errors import MrcoreError, Refused, Unreachable, UsageError
 from mrcore.launchers import local
+from mrcore.messages.methods import HEALTH
 from mrcore.node.cluster_server import ClusterServer
 from mrcore.node.node_agent import NodeAgent
 from mrcore.wire import pki
@@ -179,7 +180,7 @@ def test_no_wrong_server_is_taken_for_a_node(
         ):
             with contextlib.closing(kind(address, server.port, mine, "node-1", 10)) as client:
                 with pytest.raises((Refused, Unreachable), match=why) as refused:
-                    client.call("health") if isinstance(client, Client) else client.get(GETS, lambda *_: None)
+                    client.call(HEALTH) if isinstance(client, Client) else client.get(GETS, lambda *_: None)
                 assert not isinstance(refused.value, UsageError)
         assert not asked and listed.cluster == local.cluster_id(cluster.settings.home)
     finally:
