@@ -152,8 +152,7 @@ def main(descriptor: int, compute_dir: str) -> None:
     from mrcore.engine.process import Process
     from mrcore.errors import interrupt
     from mrcore.messages.kinds import decode
-    from mrcore.messages.nodes import InputFile
-from mrcore.messages.tasks import Order, Source
+    from mrcore.messages.tasks import Order, Source
 
     signal.signal(signal.SIGINT, interrupt)  # as the supervisor does
     connection = socket.socket(fileno=descriptor)
