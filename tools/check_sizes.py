@@ -21,7 +21,7 @@ BUDGETS = {
     "": 250,
     "admin": 715,
     "cli": 800,
-    "cluster": 920,
+    "cluster": 930,
     "engine": 2_220,
     "launchers": 710,
     "messages": 430,
