@@ -28,7 +28,7 @@ from mrcore.messages.methods import (
     AUXILIARY,
     HEALTH,
     LIST_INPUTS,
-    LOOK_INTO,
+    CHECK_TAILS,
     PROJECT_STATE,
     START_RUN,
     SWEEP,
@@ -141,10 +141,10 @@ class Preflight:
         node, tails = outputs.node_of(self._settings, name), list[Tail]()
         for first in range(0, len(files), FILES_A_CHECK):
             some = files[first : first + FILES_A_CHECK]
-            found: list[Tail] = self._call(node, LOOK_INTO, files=some, timeout_seconds=600)
+            found: list[Tail] = self._call(node, CHECK_TAILS, files=some, timeout_seconds=600)
             tails += found
         if wrong := [file.path for file, tail in zip(files, tails, strict=True) if tail.end > file.size]:
-            raise Malformed(f"node {name} gave no answer to look_into: {one_line(wrong[0], 200)} ends past its size")
+            raise Malformed(f"node {name} gave no answer to check_tails: {one_line(wrong[0], 200)} ends past its size")
         return tails
 
     def _prepare_node(self, node: NodeSettings, snapshot: str, folder: Path, packages: Shipment) -> InputPage:

@@ -23,9 +23,12 @@ from pathlib import Path
 from textwrap import indent
 from typing import NamedTuple
 
+import msgspec
+
 import mrcore
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers.launcher import Daemon, DaemonStatus, LogFile, daemons, removable
+from mrcore.messages.nodes import Spec
 from mrcore.settings.config import LOCAL_SHAPE, NodeSettings, Settings, load_settings, server_memory_bytes
 from mrcore.system import logs, procfs
 from mrcore.system.deadline import Deadline
@@ -285,13 +288,13 @@ def _launch(settings: Settings, daemon: Daemon, module: str = "") -> int:
     make_private(node.compute_dir.parent)
     layout.make()
     layout.pids_dir.mkdir(exist_ok=True)
-    file, spec = node.compute_dir / f"{daemon.name}.json", {
-        "name": daemon.name, "node": node.name, "address": node.address, "port": daemon.port, "servers": node.servers,
-        "cluster": cluster_id(settings.home), "members_file": str(_members_file(node)), "log_bytes": settings.log_bytes,
-        "compute_dir": str(node.compute_dir), "pki_dir": str(layout.pki_dir),
-        "sibling_dirs": str(node.compute_dir.parent), "memory_bytes": server_memory_bytes(settings, node),
-    }  # fmt: skip
-    write_atomic(file, json.dumps(spec, indent=1).encode())
+    file, spec = node.compute_dir / f"{daemon.name}.json", Spec(
+        name=daemon.name, node=node.name, address=node.address, port=daemon.port, servers=node.servers,
+        cluster=cluster_id(settings.home), members_file=str(_members_file(node)), log_bytes=settings.log_bytes,
+        compute_dir=str(node.compute_dir), pki_dir=str(layout.pki_dir),
+        sibling_dirs=str(node.compute_dir.parent), memory_bytes=server_memory_bytes(settings, node),
+    )  # fmt: skip
+    write_atomic(file, msgspec.json.format(msgspec.json.encode(spec), indent=1))
     ready, theirs = os.pipe()
     environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     package = Path(mrcore.__file__).parents[1]

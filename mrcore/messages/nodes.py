@@ -21,10 +21,32 @@ from mrcore.messages.kinds import (
     Positive,
     Row,
     Seconds,
+    ServerName,
     TimeNs,
     Token,
     Word,
 )
+
+
+class Spec(Message, frozen=True, kw_only=True):
+    """What a daemon of a node is told of itself when it starts.
+
+    `memory_bytes`: the budget of task, supervisor and server together, counted as anonymous memory; None: a share of
+    the machine that the daemon runs on, of which it is one of `servers`. `log_bytes` 0: the default.
+    """
+
+    name: ServerName
+    node: Word
+    address: Word
+    port: Count
+    cluster: Word
+    compute_dir: AbsolutePath
+    pki_dir: AbsolutePath
+    members_file: AbsolutePath
+    memory_bytes: Count | None = None
+    servers: Positive = 1
+    log_bytes: Count = 0
+    sibling_dirs: AbsolutePath | None = None  # of a local cluster: the folder that holds all nodes' own
 
 
 class Versions(Message, frozen=True, kw_only=True):

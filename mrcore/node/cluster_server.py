@@ -1,9 +1,7 @@
 """A cluster server: takes one order at a time from the master, has it carried out by a task process, passes on events.
 
-`python -m mrcore.node.cluster_server SPEC.json` runs the supervisor, which forks what `serve` describes. The spec has
-name, node, address, port, cluster (id or name), compute_dir, pki_dir, members_file (`wire.members`), log_bytes
-(`logs`), and memory_bytes: the budget of task, supervisor and server together, counted as anonymous memory; null: this
-server's share of the machine that it runs on, of which it is one of `servers`.
+`python -m mrcore.node.cluster_server SPEC.json` runs the supervisor, which forks what `serve` describes.
+(`messages.nodes.Spec`) says the rest.
 
 Events are numbered per incarnation, one life of the server child; a master that sees the incarnation change knows
 that task and events are gone. They are kept until a poll with `after` at or past their number acknowledges them.
@@ -36,6 +34,8 @@ from mrcore.errors import ClusterFault, Refused
 from mrcore.messages import tasks
 from mrcore.messages.kinds import Count, JobName, Positive, Seconds, Word, convert, decode
 from mrcore.messages.methods import LARGE_BYTES
+from mrcore.messages.nodes import Spec
+from mrcore.node.spec import pki_of, read_spec
 from mrcore.node.supervisor import Json, Supervisor
 from mrcore.system import logs, procfs
 from mrcore.system.paths import Layout, write_atomic
@@ -43,7 +43,7 @@ from mrcore.system.terminal import log_to
 from mrcore.wire.data import DataClient
 from mrcore.wire.members import watch_membership
 from mrcore.wire.service import REQUEST_BYTES, Method, Server
-from mrcore.wire.tls import LIMITS, Identity, Pki
+from mrcore.wire.tls import LIMITS, Identity
 
 MAX_EVENTS = 10_000  # held for a silent master; then tasks wait
 MAX_POLL_EVENTS, MAX_POLL_BYTES = 1_000, 4 << 20  # a poll gives at least one event, whatever its size
@@ -82,8 +82,8 @@ class _Event:
 class ClusterServer:
     """What a cluster server knows and answers; each public method is an RPC method for the master."""
 
-    def __init__(self, spec: Json, control: socket.socket) -> None:
-        self._spec, self._name, self._control = spec, spec["name"], control
+    def __init__(self, spec: Spec, control: socket.socket) -> None:
+        self._spec, self._name, self._control = spec, spec.name, control
         self._incarnation = secrets.token_hex(8)
         self._changed = threading.Condition()
         self._serials, self._numbers = itertools.count(1), itertools.count(1)
@@ -117,7 +117,7 @@ class ClusterServer:
             if self._task:
                 self._task.silenced |= not self._task.finished
             self._task = self._open[task.serial] = task
-            left = max(procfs.MIN_TASK_BYTES, self._spec["memory_bytes"] - self._own_bytes())
+            left = max(procfs.MIN_TASK_BYTES, (self._spec.memory_bytes or 0) - self._own_bytes())
             data = msgspec.json.encode(msgspec.structs.replace(order, memory_bytes=left))
             socket.send_fds(self._control, [json.dumps({"spawn": task.serial}).encode()], [theirs.fileno()])
             theirs.close()
@@ -262,14 +262,15 @@ class ClusterServer:
                 self._changed.notify_all()
 
 
-def serve(spec: Json, control: socket.socket) -> None:
+def serve(spec: Spec, control: socket.socket) -> None:
     """The life of the server child: answer on the spec's port until SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a screen window is meant for the task
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    ours, members = ClusterServer(spec, control), Path(spec["members_file"])
-    pki = Pki(Path(spec["pki_dir"]), "node", members)
+    ours = ClusterServer(spec, control)
     limits = replace(LIMITS, close_seconds=0.2)  # waiting polls need not be waited for
-    server = Server(spec["address"], spec["port"], pki, watch_membership(members), ours.methods(), limits=limits)
+    server = Server(
+        spec.address, spec.port, pki_of(spec), watch_membership(Path(spec.members_file)), ours.methods(), limits=limits
+    )
     server.start()
     control.send(json.dumps({"ready": server.port}).encode())
     try:
@@ -278,36 +279,35 @@ def serve(spec: Json, control: socket.socket) -> None:
         server.close()
 
 
-def run_process(spec: Json, order: bytes, connection: socket.socket) -> None:
+def run_process(spec: Spec, order: bytes, connection: socket.socket) -> None:
     """The life of a task process: carry out one order."""
     from mrcore.engine.process import Process, Request  # loaded by `main`, before any fork
 
     def fetch(source: tasks.Source, requests: list[Request], sink: Callable[[int, memoryview], None]) -> None:
-        pki = Pki(Path(spec["pki_dir"]), "node", Path(spec["members_file"]))
-        with contextlib.closing(DataClient(source.address, source.port, pki, source.node)) as client:
+        with contextlib.closing(DataClient(source.address, source.port, pki_of(spec), source.node)) as client:
             client.get(requests, sink)
 
-    Process(decode(tasks.Order, order), connection, Layout(Path(spec["compute_dir"])), fetch, spec["name"]).process()
+    Process(decode(tasks.Order, order), connection, Layout(Path(spec.compute_dir)), fetch, spec.name).process()
 
 
-def main(spec_file: str, run_task: Callable[[Json, bytes, socket.socket], None] = run_process) -> int:
+def main(spec_file: str, run_task: Callable[[Spec, bytes, socket.socket], None] = run_process) -> int:
     """Run the cluster server that a spec file describes, until SIGTERM; return the exit status."""
     log_to()
-    spec: Json = json.loads(Path(spec_file).read_text())
+    spec = read_spec(spec_file)
     if run_task is run_process:
         import mrcore.engine.process  # noqa: F401  once for all tasks, which share its memory
-    if spec["memory_bytes"] is None:
-        if fault := procfs.too_little_memory(None, spec["servers"]):
-            log.error("%s does not start: %s", spec["name"], fault)
+    if spec.memory_bytes is None:
+        if fault := procfs.too_little_memory(None, spec.servers):
+            log.error("%s does not start: %s", spec.name, fault)
             return 1
-        spec["memory_bytes"] = procfs.budget_bytes(None, spec["servers"])
-    layout, name = Layout(Path(spec["compute_dir"])), spec["name"]
+        spec = msgspec.structs.replace(spec, memory_bytes=procfs.budget_bytes(None, spec.servers))
+    layout, name = Layout(Path(spec.compute_dir)), spec.name
     layout.make()
     layout.pids_dir.mkdir(exist_ok=True)
     ours, known = layout.pids_dir / f"{name}.json", {"pid": os.getpid(), "start_ticks": procfs.start_ticks(os.getpid())}
     write_atomic(ours, json.dumps(known).encode())  # systemd leaves none for the node's agent
     parts = functools.partial(serve, spec), functools.partial(run_task, spec)
-    log_bytes = spec.get("log_bytes", logs.LOG_BYTES)
+    log_bytes = spec.log_bytes or logs.LOG_BYTES
     status = Supervisor(name, *parts, layout.pids_dir / f"{name}.server.json", log_bytes).run()
     ours.unlink(missing_ok=True)
     return status

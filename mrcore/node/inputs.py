@@ -40,7 +40,7 @@ class _Held:
 class Inputs:
     """What a node agent does before a run; all of it is for the master only."""
 
-    RPC = "list_inputs look_into auxiliary"
+    RPC = "list_inputs check_tails auxiliary"
 
     def __init__(self, layout: Layout, node: str, sibling_dirs: str | None) -> None:
         self._layout, self._node, self._sibling_dirs = layout, node, sibling_dirs
@@ -79,7 +79,7 @@ class Inputs:
         held.page = held.page and replace(held.page, files=held.page.files[PAGE_FILES:])
         return replace(page, files=page.files[:PAGE_FILES], next=following)
 
-    def look_into(self, caller: Identity, files: list[ReadFile]) -> list[Tail]:
+    def check_tails(self, caller: Identity, files: list[ReadFile]) -> list[Tail]:
         """Return where to end reading each of these listed files, and whether what was read before is as it was."""
         now = time.time()
         return [check_tail(file, now) for file in files]

@@ -1,9 +1,8 @@
 """The node agent: one per node; made of `inputs`, `runs`, `snapshots` and `files`, for which it answers.
 
-`python -m mrcore.node.node_agent SPEC.json`. The spec has node, address, port, cluster (id or name), compute_dir,
-pki_dir, members_file (`wire.members`). Every name that comes over the wire is matched against a strict pattern before
-it becomes part of a path; paths come over the wire from the master only, as entries of `input_dirs` and as files listed
-by them.
+`python -m mrcore.node.node_agent SPEC.json`. Every name that comes over the wire is matched against a strict
+pattern before it becomes part of a path; paths come over the wire from the master only, as entries of `input_dirs` and
+as files listed by them.
 """
 
 from __future__ import annotations
@@ -22,21 +21,22 @@ from mrcore import VERSIONS
 from mrcore.errors import Refused
 from mrcore.messages.kinds import ServerName, convert
 from mrcore.messages.methods import LARGE_BYTES
-from mrcore.messages.nodes import Health, KeptRun
+from mrcore.messages.nodes import Health, KeptRun, Spec
 from mrcore.node.inputs import Inputs
 from mrcore.node.moves import MoveMethods
 from mrcore.node.runs import Runs
 from mrcore.node.snapshots import Snapshots
+from mrcore.node.spec import pki_of, read_spec
 from mrcore.system import logs, procfs
 from mrcore.system.paths import Layout
 from mrcore.system.terminal import log_to
 from mrcore.wire.data import DataHandler, Range, Upload
 from mrcore.wire.members import watch_membership
 from mrcore.wire.service import Method, Server
-from mrcore.wire.tls import Identity, Pki
+from mrcore.wire.tls import Identity
 
 LARGE_REQUESTS = (  # lists of names
-    "list_inputs look_into publish announce delete_files taken stage_moves publish_moves remove_moves"
+    "list_inputs check_tails publish announce delete_files taken stage_moves publish_moves remove_moves"
 )
 
 Json = dict[str, Any]
@@ -47,13 +47,13 @@ class NodeAgent:
 
     RPC = "sweep end_server"
 
-    def __init__(self, spec: Json) -> None:
-        self._spec, self._layout = spec, Layout(Path(spec["compute_dir"]))
+    def __init__(self, spec: Spec) -> None:
+        self._spec, self._layout = spec, Layout(Path(spec.compute_dir))
         self._layout.make()
-        self._inputs = Inputs(self._layout, spec["node"], spec.get("sibling_dirs"))
-        self._runs = Runs(self._layout, spec["node"])
-        self._snapshots = Snapshots(self._layout, spec["node"])
-        self._files = MoveMethods(self._layout, spec["node"])
+        self._inputs = Inputs(self._layout, spec.node, spec.sibling_dirs)
+        self._runs = Runs(self._layout, spec.node)
+        self._snapshots = Snapshots(self._layout, spec.node)
+        self._files = MoveMethods(self._layout, spec.node)
         self.data = DataHandler(self.resolve, self.receive)
 
     def methods(self) -> dict[str, Method]:
@@ -67,14 +67,14 @@ class NodeAgent:
         """Return who answers, and how this node is."""
         disk, served = shutil.disk_usage(self._layout.compute_dir), self.data.served()
         facts = {"time": time.time(), "disk_free_bytes": disk.free, "served_bytes": served}
-        return convert(Health, facts | VERSIONS | {"name": self._spec["node"], "python": platform.python_version()})
+        return convert(Health, facts | VERSIONS | {"name": self._spec.node, "python": platform.python_version()})
 
     def end_server(self, caller: Identity, name: ServerName) -> bool:
         """SIGKILL the server child of a cluster server of this node, which its supervisor then starts again.
 
         For one that is stopped or hangs. Its supervisor is continued, should it be stopped too. False: not running.
         """
-        owner = f"{self._spec['cluster']}/{name}"
+        owner = f"{self._spec.cluster}/{name}"
 
         def send(record: str, number: int) -> bool:
             with contextlib.suppress(OSError, ValueError, KeyError):
@@ -131,15 +131,14 @@ class NodeAgent:
 
 def main(spec_file: str) -> int:
     """Run the agent that a spec file describes until SIGTERM; return the exit status."""
-    spec: Json = json.loads(Path(spec_file).read_text())
-    ours = logs.TextLog(logs.take_over(spec.get("log_bytes", logs.LOG_BYTES)))
+    spec = read_spec(spec_file)
+    ours = logs.TextLog(logs.take_over(spec.log_bytes or logs.LOG_BYTES))
     log_to(ours)
     agent = NodeAgent(spec)
-    pki = Pki(Path(spec["pki_dir"]), "node", Path(spec["members_file"]))
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread, so that only the wait below takes them
-    members = watch_membership(Path(spec["members_file"]))
-    server = Server(spec["address"], spec["port"], pki, members, agent.methods(), agent.data)
+    members = watch_membership(Path(spec.members_file))
+    server = Server(spec.address, spec.port, pki_of(spec), members, agent.methods(), agent.data)
     server.start()
     procfs.announce_ready()
     # Python gives an empty answer when SIGSTOP has outlasted the time: hence the number.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from clusters import TestCluster
+from daemons import made_spec
 from wheels import make_wheel
 
 from mrcore.errors import ClusterFault, JobFault, UsageError
@@ -200,7 +201,7 @@ def test_the_hash_is_of_requirements_and_wheels(tmp_path: Path) -> None:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> NodeAgent:
-    return NodeAgent({"node": "n1", "compute_dir": str(tmp_path / "node")})
+    return NodeAgent(made_spec(tmp_path / "node"))
 
 
 def deliver(agent: NodeAgent, project: Path, name: str) -> None:

@@ -17,6 +17,7 @@ from by_name import ByName
 from conditions import wait_until
 
 from mrcore.messages.methods import LARGE_BYTES, Method
+from mrcore.messages.nodes import Spec
 from mrcore.system import procfs
 from mrcore.wire import pki
 from mrcore.wire.client import Client
@@ -59,6 +60,21 @@ def make_pki(folder: Path, *nodes: tuple[str, str]) -> Path:
         serials["node", name] = [pki.issue(folder / "ca", folder / name, "node", name, "node", [address])]
     (folder / "members.json").write_bytes(members_content(CLUSTER, serials))
     return folder
+
+
+def made_spec(compute_dir: Path) -> Spec:
+    """The spec of a daemon that is not started."""
+    folder = str(compute_dir)
+    return Spec(
+        name="S_0",
+        node="n1",
+        address="127.0.0.1",
+        port=0,
+        cluster=CLUSTER,
+        compute_dir=folder,
+        pki_dir=folder,
+        members_file=f"{folder}/members.json",
+    )
 
 
 class Daemon:

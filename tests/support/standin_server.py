@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from mrcore.errors import interrupt
+from mrcore.messages.nodes import Spec
 from mrcore.node import cluster_server
 
 STUBBORN = """
@@ -32,7 +33,7 @@ def leave_daemon(pids: str) -> None:
     subprocess.run([sys.executable, "-c", start], check=True)
 
 
-def act(spec: dict[str, Any], content: bytes, connection: socket.socket) -> None:
+def act(spec: Spec, content: bytes, connection: socket.socket) -> None:
     order, lines = json.loads(content), connection.makefile("rb")
 
     def say(event: str, **more: Any) -> None:
@@ -146,7 +147,7 @@ class StandinServer(cluster_server.ClusterServer):
     def _add(self, *event: Any, **more: Any) -> None:
         super()._add(*event, **more)
         if len(self._events) % 1_000 == 0:
-            Path(self._spec["compute_dir"], "held").write_text(str(len(self._events)))
+            Path(self._spec.compute_dir, "held").write_text(str(len(self._events)))
 
 
 if __name__ == "__main__":

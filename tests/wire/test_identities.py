@@ -13,7 +13,7 @@ import pytest
 from by_name import ByName
 from clusters import TestCluster
 from conditions import wait_until
-from daemons import free_port, own_address
+from daemons import free_port, made_spec, own_address
 from forged import BOTH, IDENTITIES, NODE, Forger
 
 from mrcore.errors import MrcoreError, Refused, Unreachable, UsageError
@@ -56,7 +56,7 @@ def forger(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> Fo
 
 
 def verbs(tmp_path: Path) -> dict[str, list[str]]:
-    spec = {"node": "n1", "compute_dir": str(tmp_path), "name": "S_0"}
+    spec = made_spec(tmp_path)
     return {"agent": list(NodeAgent(spec).methods()), "server": list(ClusterServer(spec, None).methods())}  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from daemons import made_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,7 @@ HONEST: dict[str, Any] = {  # an answer of each method that is one
     "health": WHO | {"disk_free_bytes": 5, "time": 1.5, "served_bytes": {"run": 7}},
     "start_run": {"disk_free_bytes": 5},
     "list_inputs": INPUTS,
-    "look_into": [[10, 5, None]],
+    "check_tails": [[10, 5, None]],
     "publish": {"published": 1, "removed": 0},
     "sweep": {"working": 1},
     "list_files": PAGE,
@@ -79,7 +80,7 @@ def checked(method: str, arguments: Json, answer: Any, node: str) -> Any:
 
 
 def test_every_method_of_every_daemon_has_its_answer(tmp_path: Path) -> None:
-    spec = {"node": "n1", "compute_dir": str(tmp_path), "name": "S_0"}
+    spec = made_spec(tmp_path)
     methods = NodeAgent(spec).methods().keys() | ClusterServer(spec, None).methods().keys()  # type: ignore[arg-type]
     assert methods == METHODS.keys() == HONEST.keys()
 
@@ -290,13 +291,13 @@ def test_a_key_travels_as_text_whatever_it_is(key: Any) -> None:
 
 def test_a_node_may_blame_the_job_only_where_the_job_can_be_at_fault() -> None:
     blame = JobFault("bad input", file="x").to_dict()
-    assert isinstance(decode_error(blame, "n1", METHODS["look_into"]), JobFault)
+    assert isinstance(decode_error(blame, "n1", METHODS["check_tails"]), JobFault)
     assert isinstance(decode_error(blame, "n1"), JobFault), "a task's error"
     for method in ("health", "publish", "poll", "start_run", "order", "end_run"):
         made = decode_error(blame, "n1", METHODS[method])
         assert isinstance(made, ClusterFault) and made.details == {"file": "x"}
     for other in (UsageError("x").to_dict(), MrcoreError("x").to_dict(), {"class": "SystemExit", "message": "x"}):
-        assert isinstance(decode_error(other, "n1", METHODS["look_into"]), ClusterFault)
+        assert isinstance(decode_error(other, "n1", METHODS["check_tails"]), ClusterFault)
 
 
 @pytest.mark.parametrize(
