@@ -26,9 +26,9 @@ from mrcore.engine.listing import ALIAS, gather
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
 from mrcore.messages.methods import (
     AUXILIARY,
+    CHECK_TAILS,
     HEALTH,
     LIST_INPUTS,
-    CHECK_TAILS,
     PROJECT_STATE,
     START_RUN,
     SWEEP,

@@ -16,6 +16,7 @@ import click
 import pytest
 from checkout import PROJECT, commands, text_of
 from commands import MRCORE
+from daemons import made_spec
 
 from mrcore.cli.main import cli
 from mrcore.queue import job as jobs
@@ -57,7 +58,7 @@ def rpc_methods(module: str, kind: str) -> dict[str, Any]:
     """The names and roles that `methods()` of a daemon gives, without starting it."""
     daemon = getattr(importlib.import_module(f"mrcore.{module}"), kind)
     with tempfile.TemporaryDirectory() as folder:
-        spec = {"node": "n1", "name": "S_0", "compute_dir": folder}
+        spec = made_spec(Path(folder))
         made = daemon(spec) if kind == "NodeAgent" else daemon(spec, None)
         methods: dict[str, Any] = made.methods()
     return methods
