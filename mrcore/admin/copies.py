@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from mrcore.launchers.launcher import launcher_of
+from mrcore.launchers import launcher_of
 from mrcore.settings.config import Settings
 from mrcore.state.backup import LastBackup, last_backup, note
 

@@ -81,7 +81,7 @@ def cluster_in_force(settings: Settings | None = None) -> ManageCluster:
 
 def launcher_in_force(settings: Settings) -> Launcher:
     """Return what starts and stops the daemons of these settings."""
-    from mrcore.launchers.launcher import launcher_of
+    from mrcore.launchers import launcher_of
 
     return launcher_of(settings)
 

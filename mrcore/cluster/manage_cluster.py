@@ -7,16 +7,18 @@ decides, `coordinator` carries out) → commit (the manifest) → publish on the
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from mrcore.cluster import commit
 from mrcore.cluster.connections import Agents
 from mrcore.cluster.coordinator import Coordinator, PhaseClock, Progress
 from mrcore.cluster.preflight import Preflight, check_versions
-from mrcore.launchers import health
-from mrcore.launchers.launcher import DaemonStatus, launcher_of
+from mrcore.errors import ClusterFault, Unreachable
+from mrcore.launchers import launcher_of
+from mrcore.launchers.launcher import NODES_AT_ONCE, DaemonStatus, try_nodes
 from mrcore.messages.methods import END_RUN, HEALTH
-from mrcore.settings.config import Settings, load_settings
+from mrcore.settings.config import NodeSettings, Settings, load_settings
 from mrcore.state import manifest, outputs
 from mrcore.wire.tls import master_pki
 
@@ -51,7 +53,7 @@ class ManageCluster:
 
     def check_nodes(self) -> None:
         """Raise ClusterFault, saying what starts those that do not run, unless all agents answer in this version."""
-        health.require_answers(self.settings, lambda node: check_versions(node, self._agents.client(node).call(HEALTH)))
+        require_answers(self.settings, lambda node: check_versions(node, self._agents.client(node).call(HEALTH)))
 
     # --- one attempt of a job ---
 
@@ -109,3 +111,27 @@ class ManageCluster:
         Parts are fetched from the nodes and checked. Raises UsageError when the job has no output.
         """
         return outputs.cat(self.settings, self._pki, job_name, out, head)
+
+
+def require_answers(settings: Settings, ask: Callable[[NodeSettings], object]) -> None:
+    """Raise ClusterFault unless `ask` succeeds for every node; it names those that fail, and what starts them."""
+    _, errors = try_nodes(settings.nodes, ask, NODES_AT_ONCE)
+    if not errors:
+        return
+    if settings.local:
+        rows = launcher_of(settings).status(settings)
+        if all(row["state"] == "absent" for row in rows):
+            raise Unreachable(f"the local cluster of {settings.home} is not started: `mrcore cluster start`")
+        absent = [row["node"] for row in rows if (row["name"], row["state"]) == ("agent", "absent")]
+        if absent:
+            raise Unreachable(
+                f"the agent of {', '.join(absent)} does not run: `mrcore cluster start` starts what is missing"
+            )
+    for name, error in errors.items():
+        if not isinstance(error, Unreachable) or settings.local:
+            raise ClusterFault(f"node {name}: {error.message}")
+    first = next(iter(errors.values())).message
+    raise Unreachable(
+        f"no answer from {', '.join(errors)} ({first}): `mrcore cluster start`, or `make start INVENTORY=…` on the "
+        "controller, starts what does not run"
+    )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from mrcore import RELEASE, WIRE_VERSION
-from mrcore.errors import ClusterFault, MrcoreError, Unreachable
-from mrcore.launchers.launcher import Daemon, daemons, launcher_of, try_nodes
+from mrcore.errors import MrcoreError, Unreachable
+from mrcore.launchers.launcher import NODES_AT_ONCE, Daemon, daemons, try_nodes
 from mrcore.messages.methods import HEALTH, HELLO, Method
 from mrcore.messages.nodes import Versions
 from mrcore.settings.config import NodeSettings, Settings
@@ -16,7 +16,6 @@ from mrcore.system.deadline import Deadline
 from mrcore.wire.client import Client
 from mrcore.wire.tls import Pki, master_pki
 
-NODES_AT_ONCE = 64  # they only wait
 RETRY_SECONDS = 0.2
 
 
@@ -42,30 +41,6 @@ def check(settings: Settings, nodes: Iterable[NodeSettings], wait_seconds: float
     for error in errors.values():
         raise error
     return results
-
-
-def require_answers(settings: Settings, ask: Callable[[NodeSettings], object]) -> None:
-    """Raise ClusterFault unless `ask` succeeds for every node; it names those that fail, and what starts them."""
-    _, errors = try_nodes(settings.nodes, ask, NODES_AT_ONCE)
-    if not errors:
-        return
-    if settings.local:
-        rows = launcher_of(settings).status(settings)
-        if all(row["state"] == "absent" for row in rows):
-            raise Unreachable(f"the local cluster of {settings.home} is not started: `mrcore cluster start`")
-        absent = [row["node"] for row in rows if (row["name"], row["state"]) == ("agent", "absent")]
-        if absent:
-            raise Unreachable(
-                f"the agent of {', '.join(absent)} does not run: `mrcore cluster start` starts what is missing"
-            )
-    for name, error in errors.items():
-        if not isinstance(error, Unreachable) or settings.local:
-            raise ClusterFault(f"node {name}: {error.message}")
-    first = next(iter(errors.values())).message
-    raise Unreachable(
-        f"no answer from {', '.join(errors)} ({first}): `mrcore cluster start`, or `make start INVENTORY=…` on the "
-        "controller, starts what does not run"
-    )
 
 
 def _objection(daemon: Daemon, pki: Pki, deadline: Deadline) -> str:

@@ -1,6 +1,6 @@
-"""What a launcher does, and which one a cluster has: `local` for daemons on this machine, `ssh` for units of others.
+"""What a launcher does: `local` for daemons on this machine, `ssh` for units of others.
 
-Both are modules, and mypy checks them against `Launcher`.
+Both are modules, and mypy checks them against `Launcher` (`launcher_of` in `mrcore.launchers`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mrcore.state import manifest
 from mrcore.system.parallel import on_nodes
 
 T = TypeVar("T")
+NODES_AT_ONCE = 64  # they only wait
 
 
 class DaemonStatus(TypedDict):
@@ -95,17 +96,6 @@ class Launcher(Protocol):
 
     def copy_file(self, settings: Settings, node_name: str, source: Path, folder: Path) -> Path:
         """Copy a file into a folder of a node, made if need be (mode 0700), whole or not at all; return its path."""
-
-
-def launcher_of(settings: Settings) -> Launcher:
-    """Return what starts and stops the daemons of this cluster."""
-    if settings.local:
-        from mrcore.launchers import local
-
-        return local
-    from mrcore.launchers import ssh  # only here: it loads fabric
-
-    return ssh
 
 
 def daemons(settings: Settings) -> list[Daemon]:

@@ -10,9 +10,9 @@ import pytest
 from clusters import TestCluster
 from deployed import DEPLOYED
 
-from mrcore.cluster.manage_cluster import ManageCluster
+from mrcore.cluster.manage_cluster import ManageCluster, require_answers
 from mrcore.errors import ClusterFault, MrcoreError, Refused, Unreachable
-from mrcore.launchers import health, local
+from mrcore.launchers import local
 from mrcore.settings.config import NodeSettings, load_settings
 
 
@@ -22,14 +22,14 @@ def refusal(settings: object, **answers: MrcoreError) -> str:
             raise answers[node.name.replace("-", "_")]
 
     with pytest.raises(ClusterFault) as caught:
-        health.require_answers(settings, ask)  # type: ignore[arg-type]
+        require_answers(settings, ask)  # type: ignore[arg-type]
     return caught.value.message
 
 
 def test_a_deployed_cluster_names_its_nodes_and_both_ways_to_start_them(home: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yml").write_text(DEPLOYED.format(home=home))
     settings = load_settings(tmp_path / "c.yml")
-    health.require_answers(settings, lambda node: None)
+    require_answers(settings, lambda node: None)
     silent = Unreachable("10.0.0.2:45678 did not answer: refused")
     said = refusal(settings, beta=silent)
     assert said.startswith("no answer from beta (10.0.0.2:45678 did not answer: refused): `mrcore cluster start`")
@@ -50,7 +50,7 @@ def test_a_local_cluster_that_ran_whose_agent_is_gone_and_that_is_stopped(tmp_pa
         cluster.manager.check_nodes()
         agent = cluster.agent_pid(1)
         with pytest.raises(ClusterFault):  # another fault than silence is told as it is
-            health.require_answers(cluster.settings, lambda node: (_ for _ in ()).throw(ClusterFault("no room")))
+            require_answers(cluster.settings, lambda node: (_ for _ in ()).throw(ClusterFault("no room")))
         os.kill(agent, signal.SIGKILL)
         said = "the agent of node-1 does not run: `mrcore cluster start` starts what is missing"
         with pytest.raises(ClusterFault, match=said):
