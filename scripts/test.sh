@@ -67,7 +67,7 @@ run_appliance() {
 start_beside() { # the slow unit tests, with their name before each line, as run.py shows its scenarios
     prepare $unit
     { # a shell has what it starts with & ignore Ctrl-C
-        env --default-signal=INT .venv/bin/python -m pytest -n 2 --dist worksteal -m slow 2>&1
+        env --default-signal=INT PYTHONUNBUFFERED=1 .venv/bin/python -m pytest -n 2 --dist worksteal -m slow 2>&1
         echo $? >"$beside_status"
     } | awk '{ print "unit      | " $0; fflush() }' &
 }
