@@ -32,7 +32,7 @@ from mrcore.engine.shuffler import Combine, Shuffle
 from mrcore.engine.spills import DamagedFrame, Segment, select
 from mrcore.errors import ClusterFault, Interrupted, JobFault, MrcoreError, Refused, TaskDied, is_disk_full, unforeseen
 from mrcore.messages import tasks
-from mrcore.messages.kinds import convert
+from mrcore.messages.kinds import convert, decode
 from mrcore.messages.tasks import Bundle, Order, Part, Source, TaskResult
 from mrcore.project.packages import use_packages
 from mrcore.system import forks
@@ -190,7 +190,7 @@ class Process:
                 continue
             if not (line := self._lines.readline()):
                 raise TaskDied(f"task {self._task_name}: its cluster server hung up")
-            more = msgspec.json.decode(line, type=tasks.More)
+            more = decode(tasks.More, line)
             waiting += [bundle for bundle in more.bundles if bundle.id not in known]
             known.update(bundle.id for bundle in waiting)
             no_more, asked = no_more or more.no_more, False

@@ -20,6 +20,7 @@ from mrcore.engine.memory import MemoryWatch
 from mrcore.engine.records import LARGE, Key, Snapshot, Value, check_item, describe
 from mrcore.engine.spills import SpillWriter, frame_bytes_for
 from mrcore.errors import JobFault
+from mrcore.messages.kinds import decode
 from mrcore.messages.tasks import Spill
 from mrcore.system import forks
 
@@ -80,7 +81,7 @@ class Shuffle:
     def shuffle(self) -> list[Spill]:
         """Seal: write what is left and return all spills."""
         self.spill()
-        return [msgspec.json.decode(spill, type=Spill) for spill in self._spills]
+        return [decode(Spill, spill) for spill in self._spills]
 
     def spill(self) -> None:
         """Write what is held as one spill and drop it. Raises BadItem, or what `combine` raises."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+import threading
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -41,10 +42,26 @@ class Row(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, orde
     """A message of which there are many: its fields travel by position."""
 
 
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+_building = threading.Lock()
+
+
+def decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    """Return the decoder of a type, made once.
+
+    msgspec collects what it knows of a struct at its first use; a second thread that meets this half done crashes the
+    process (seen with 0.22). So it is done here only, by one thread at a time.
+    """
+    with _building:
+        if kind not in _decoders:
+            _decoders[kind] = msgspec.json.Decoder(kind)
+        return _decoders[kind]
+
+
 def decode(kind: type[T], text: str | bytes) -> T:
     """Return JSON as the type it is to have. Raises ValueError in one line, with the place in the text."""
     try:
-        return msgspec.json.decode(text, type=kind)
+        return decoder(kind).decode(text)  # type: ignore[no-any-return]
     except msgspec.MsgspecError as error:
         raise ValueError(one_line(error, 300)) from None
     except RecursionError:
@@ -53,6 +70,7 @@ def decode(kind: type[T], text: str | bytes) -> T:
 
 def convert(kind: type[T], plain: object) -> T:
     """Return what JSON was decoded to as the type it is to have. Raises ValueError in one line, with the place."""
+    decoder(kind)  # so that `convert` finds all that msgspec has to know
     try:
         return msgspec.convert(plain, kind)
     except msgspec.MsgspecError as error:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from mrcore.errors import UsageError
+from mrcore.messages.kinds import convert
 from mrcore.messages.nodes import HeldFile
 from mrcore.state.doorbell import Doorbell
 from mrcore.state.store import Store
@@ -61,7 +62,7 @@ class Mark(msgspec.Struct):
 
 def read(store: Store) -> Mark:
     """Return what is written down; of no drain an empty mark."""
-    return msgspec.convert(store.get("drain") or {}, Mark)
+    return convert(Mark, store.get("drain") or {})
 
 
 def write(store: Store, **facts: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mrcore.errors import MrcoreError
+from mrcore.messages.kinds import convert
 from mrcore.state.database import Database
 from mrcore.system import procfs
 from mrcore.text import one_line, plain
@@ -126,7 +127,8 @@ class Store(Database):
 
     def hold(self) -> Hold | None:
         """Return what the queue waits for."""
-        return msgspec.convert(self.get("hold"), Hold | None)
+        plain = self.get("hold")
+        return None if plain is None else convert(Hold, plain)
 
     def set_hold(self, hold: Hold | None) -> None:
         """Have the queue wait, or wait no longer."""
@@ -134,7 +136,7 @@ class Store(Database):
 
     def cycle(self) -> Cycle:
         """Return the cycle; its number is 0 before the first."""
-        return msgspec.convert(self.get("cycle", {}), Cycle)
+        return convert(Cycle, self.get("cycle", {}))
 
     def set_cycle(self, cycle: Cycle) -> None:
         """Begin a cycle, or note that it is done."""

@@ -604,7 +604,7 @@ class History:
         }
         spoilt = {name for name in self.spoilt if (self.folder / name).exists()} | (touched & self.touched)
         assert changed == spoilt
-        for path, end, _, _, begin in news.files["n"]:
+        for path, end, begin in ((file.path, file.size, file.read) for file in news.files["n"]):
             name, content = Path(path).name, Path(path).read_bytes()
             known = self.read.get(name, b"")
             assert begin == len(known) < end <= len(content) and content[:begin] == known

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,31 @@ def test_anything_else_is_a_fault_that_names_node_and_method(method: str) -> Non
             assert error.details == {"node": "n1"} and len(error.message) < 1000
             refused += 1
     assert refused >= len(kinds) - 4, "but for flags and numbers, which may be others"
+
+
+FIRST = """
+import sys, threading
+import msgspec
+from mrcore.messages.methods import METHODS
+sys.setswitchinterval(1e-6)
+event = b'{"event": "want", "identity": {"job": "j", "run": 1, "phase": "MAP", "task": 0, "try": 1}}'
+answer, barrier = msgspec.Raw(b'{"incarnation": "ab", "events": [[1, ' + event + b']]}'), threading.Barrier(8)
+def work():
+    barrier.wait()
+    METHODS["poll"].decode(answer, {}, "n1")
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_many_threads_may_decode_the_first_answer_of_a_kind() -> None:
+    """As at the start of each run: one thread for each server polls. Five of eight such processes crashed once."""
+    for _ in range(10):
+        done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", FIRST], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 def replaced(honest: Any) -> list[Any]:
