@@ -178,10 +178,11 @@ def use_of_stolen_key(cluster: Cluster) -> str:
     return textwrap.dedent(f"""
         /opt/mrcore/current/bin/python - <<'END'
         from pathlib import Path
+        from mrcore.messages.methods import HEALTH
         from mrcore.wire.client import Client
         from mrcore.wire.tls import Pki
         agent = Client("{cluster.machine("w1").address}", 45678, Pki(Path("/root/stolen"), "master"), "w1")
-        print(agent.call("health"))
+        print(agent.call(HEALTH))
         END
     """)
 

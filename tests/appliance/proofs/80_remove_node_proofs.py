@@ -8,6 +8,7 @@ import pytest
 from harness import AGENT_PORT, Machine, Operator, Person, wait_until
 
 from mrcore.errors import Refused, Unreachable
+from mrcore.messages.methods import HEALTH
 from mrcore.wire.client import Client
 from mrcore.wire.tls import Pki
 
@@ -46,7 +47,7 @@ def test_its_data_is_moved_and_it_can_no_longer_connect(
         assert w3.reaches(w1.address, AGENT_PORT)
         client = Client(w1.address, AGENT_PORT, Pki(tmp_path, "node"))
         with pytest.raises((Refused, Unreachable)):
-            client.call("health")
+            client.call(HEALTH)
         client.close()
     finally:
         w1.run("systemctl restart mrcore-firewall")

@@ -9,6 +9,7 @@ import waiting
 from harness import AGENT_PORT, Machine, Operator, Person, wait_until
 
 from mrcore.errors import Refused
+from mrcore.messages.methods import HEALTH
 from mrcore.wire.client import Client
 from mrcore.wire.tls import Pki
 
@@ -25,7 +26,7 @@ def keep(machine: Machine, folder: Path, stem: str) -> None:
 def answers(machine: Machine, folder: Path, stem: str) -> bool:
     client = Client(machine.address, AGENT_PORT, Pki(folder, stem), connect_timeout_seconds=5)
     try:
-        return bool(client.call("health"))
+        return bool(client.call(HEALTH))
     except Refused as error:
         assert "was withdrawn" in error.message, error
         return False
