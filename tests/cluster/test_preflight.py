@@ -11,10 +11,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from clusters import TestCluster
 from conditions import wait_until
-from daemons import own_address
+from daemons import made_spec, own_address
 from task_servers import TaskServer
 
 from mrcore.cluster.preflight import Stopped
@@ -279,9 +280,7 @@ def test_on_a_machine_too_small_for_its_servers_none_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(procfs, "machine_memory_bytes", lambda: 512 << 20)
-    (tmp_path / "spec.json").write_text(
-        f'{{"name": "S_0", "compute_dir": "{tmp_path}", "memory_bytes": null, "servers": 8}}'
-    )
+    (tmp_path / "spec.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(made_spec(tmp_path), servers=8)))
     assert server_main(str(tmp_path / "spec.json")) == 1
     assert "S_0 does not start: memory_bytes: 8 servers on a machine get 38 MiB each" in caplog.text
 
