@@ -17,6 +17,7 @@ import pytest
 from harness import AGENT_PORT, SERVER_PORT, Machine, Operator, wait_until
 
 from mrcore.errors import Refused, Unreachable
+from mrcore.messages.methods import METHODS
 from mrcore.wire.client import Client
 from mrcore.wire.tls import RPC_PROTOCOL, Pki
 
@@ -56,7 +57,7 @@ def no_firewall(w2: Machine) -> Iterator[None]:
 def ask(machine: Machine, keys: Path, stem: str, port: int = AGENT_PORT, method: str = "health") -> object:
     client = Client(machine.address, port, Pki(keys, stem), connect_timeout_seconds=5)
     try:
-        return client.call(method)
+        return client.call(METHODS[method])
     finally:
         client.close()
 
@@ -96,7 +97,7 @@ def test_without_a_certificate_nothing_is_answered(w2: Machine, keys: Path, port
 
 
 def test_a_node_may_not_do_what_the_master_may(w2: Machine, keys: Path) -> None:
-    for port, method in ((SERVER_PORT, "hello"), (SERVER_PORT, "status"), (AGENT_PORT, "sweep")):
+    for port, method in ((SERVER_PORT, "hello"), (SERVER_PORT, "poll"), (AGENT_PORT, "sweep")):
         with pytest.raises(Refused):
             ask(w2, keys, "node", port, method)
     assert ask(w2, keys, "node"), "as a node it is welcome"
