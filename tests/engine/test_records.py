@@ -368,7 +368,8 @@ def test_values_ascend_by_kind(several: list[Any]) -> None:
     held = list(several)
     sort_values(held)
     assert [kind(value) for value in held] == sorted(map(kind, several))
-    assert [v for v in held if kind(v) == 1] == sorted(v for v in several if kind(v) == 1)
+    # NaN, which `sorted` puts anywhere, has a test of its own.
+    assert [v for v in held if kind(v) == 1 and v == v] == sorted(v for v in several if kind(v) == 1 and v == v)
     assert [v for v in held if kind(v) == 2] == sorted(v for v in several if kind(v) == 2)
     again = several[::-1]
     sort_values(again)
