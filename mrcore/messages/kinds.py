@@ -12,7 +12,6 @@ from mrcore.text import one_line
 
 T = TypeVar("T")
 NAME_CHARACTERS, PAGE_FILES = 4_096, 5_000
-MAX_JOB_NAME = 100
 # Of one node in one run, and no honest node lists more: 16 TiB are 262,144 splits, which the master plans in memory.
 MAX_INPUT_FILES, MAX_INPUT_BYTES, MAX_INPUT_NAMES = 500_000, 1 << 44, 64 << 20
 
@@ -29,6 +28,8 @@ Word = Annotated[str, Meta(max_length=200)]
 Line = Annotated[str, Meta(max_length=20_000)]
 JobName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")]
 ServerName = JobName
+PART_PATTERN = r"part-([0-9]{1,12})-[0-9]{1,9}-[0-9]{1,9}\.data(\.gz)?"  # of every part; group 1: run
+PartName = Annotated[str, Meta(pattern=rf"\A{PART_PATTERN}\Z")]
 # Of a file below a folder, with the folders between: it does not lead out.
 Name = Annotated[str, Meta(pattern=r"\A(?!([^\0]*/)?\.{1,2}(/|\Z))[^\0/]+(/[^\0/]+)*\Z", max_length=NAME_CHARACTERS)]
 AbsolutePath = Annotated[str, Meta(pattern=r"\A/[^\0]*\Z", max_length=NAME_CHARACTERS)]

@@ -18,6 +18,7 @@ from mrcore.messages.kinds import (
     JobName,
     Line,
     Message,
+    PartName,
     Positive,
     Row,
     Seconds,
@@ -96,7 +97,7 @@ class Source(Message, frozen=True, kw_only=True):
 class Part(Message, frozen=True, kw_only=True):
     """A published output file. `text_bytes` uncompressed; `batch_bytes`, `max_decoded`: of its largest batch."""
 
-    name: Annotated[str, Meta(pattern=r"\Apart-[0-9]{1,12}-[0-9]{1,9}-[0-9]{1,9}\.data(\.gz)?\Z")]
+    name: PartName
     partition: Count
     records: Count
     bytes: Count
@@ -282,7 +283,7 @@ def check_result(result: TaskResult, identity: TaskIdentity, partitions: int, no
     wrong += [f"partition {name}" for each in result.runs for name in each.partitions if int(name) >= partitions]
     wrong += ["a sample's key" for each in result.runs for key, _ in each.samples if not _is_key(key)]
     made = [each.id for each in result.runs] + [each.name for each in result.parts]
-    wrong += [f"{name} twice" for name in made if made.count(name) > 1] if len(set(made)) < len(made) else []
+    wrong += ["a name twice"] if len(set(made)) < len(made) else []
     if wrong or (result.runs and identity.phase != "MAP"):
         what = one_line(wrong[0] if wrong else "spills of a reduce task", 200)
         raise Malformed(f"node {node} gave no event of a task: done: {what}", node=node)

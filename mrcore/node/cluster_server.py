@@ -1,7 +1,7 @@
 """A cluster server: takes one order at a time from the master, has it carried out by a task process, passes on events.
 
 `python -m mrcore.node.cluster_server SPEC.json` runs the supervisor, which forks what `serve` describes.
-(`messages.nodes.Spec`) says the rest.
+`messages.nodes.Spec` says what stands in the file.
 
 Events are numbered per incarnation, one life of the server child; a master that sees the incarnation change knows
 that task and events are gone. They are kept until a poll with `after` at or past their number acknowledges them.

@@ -13,14 +13,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from mrcore.engine import spills
 from mrcore.errors import ClusterFault, Refused
-from mrcore.messages.kinds import Count, JobName, convert
+from mrcore.messages.kinds import Count, JobName, PartName, convert
 from mrcore.messages.nodes import KeptRun, Published, Space
 from mrcore.system import failpoints
 from mrcore.system.paths import PART_NAME, Layout, fsync_dir, fsync_file, remove_tree
 from mrcore.wire.data import Range
 from mrcore.wire.tls import Identity
-
-PartName = Annotated[str, Meta(pattern=rf"\A{PART_NAME.pattern}\Z")]
 
 
 class SpillRequest(Struct, frozen=True):

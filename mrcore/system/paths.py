@@ -13,12 +13,13 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from mrcore.messages.kinds import PART_PATTERN
 from mrcore.system import failpoints
 
 PARTIAL = ".partial"
 # The name of a published part under a node's base_dir: job, part, run.
 PART = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})/reduce/(part-(\d{1,12})-\d{1,9}-\d{1,9}\.data(?:\.gz)?)")
-PART_NAME = re.compile(r"part-([0-9]{1,12})-[0-9]{1,9}-[0-9]{1,9}\.data(\.gz)?")  # of every part; group 1: run
+PART_NAME = re.compile(PART_PATTERN)
 HOME_FOLDERS = ("state", "logs", "pki", "nodes")
 
 

@@ -23,10 +23,11 @@ from mrcore.engine.output import part_name
 from mrcore.engine.records import as_key
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError, UsageError
 from mrcore.messages import pages as pages_of
+from mrcore.messages.kinds import convert
 from mrcore.messages.methods import METHODS, POLL, decode_error
 from mrcore.messages.nodes import InputPage
 from mrcore.messages.pages import InputPages
-from mrcore.messages.tasks import Bundle, Done, RunIdentity, TaskEvent, check_result, read_key
+from mrcore.messages.tasks import Bundle, Done, RunIdentity, TaskEvent, TaskIdentity, TaskResult, check_result, read_key
 from mrcore.node.cluster_server import ClusterServer
 from mrcore.node.node_agent import NodeAgent
 
@@ -294,6 +295,13 @@ def polled(event: Json) -> TaskEvent:
     """The event as a poll's answer brings it."""
     answer = json.dumps({"incarnation": "ab", "events": [[1, event]]}).encode()
     return POLL.decode(msgspec.Raw(answer), {}, "n1").events[0][1]
+
+
+def test_a_flood_of_one_name_is_refused_at_once() -> None:
+    """As many as one answer may hold: to count each of them would take hours."""
+    result = convert(TaskResult, COMMON | {"runs": [RUN] * 200_000})
+    with pytest.raises(Malformed, match="node n1 gave no event of a task: done: a name twice"):
+        check_result(result, convert(TaskIdentity, MAP), 4, "n1")
 
 
 @pytest.mark.parametrize("identity", [MAP, REDUCE])
