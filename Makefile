@@ -36,13 +36,13 @@ check: appliance ## format, lint, types, docstrings, imports between packages, s
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/ansible-lint --offline --strict
 
 bench: ## measure against a script by hand, PySpark, mrjob and Dask (installs these three first)
-	@scripts/setup.sh dev,bench
+	@scripts/setup.sh dev,dashboard,bench
 	$(PY) bench/run.py $(ARGS)
 	$(PY) bench/merge_output.py
 	$(PY) bench/transfer.py
 
 setup: ## only make .venv
-	@scripts/setup.sh dev
+	@scripts/setup.sh dev,dashboard
 
 update-lock: setup ## choose again the versions of all packages that make installs: lock/*.txt
 	@$(PY) scripts/update_lock.py
@@ -53,7 +53,7 @@ clean: ## end the demo's cluster and remove what make made: .venv, .mrcore, cach
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 appliance: ## only make .venv with Ansible in it
-	@scripts/setup.sh dev,appliance
+	@scripts/setup.sh dev,dashboard,appliance
 
 # One playbook each, ansible/VERB.yml. INVENTORY=prod names the folder inventory/prod; ARGS=… goes to ansible-playbook.
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mrcore.transfer.file_transfer import FileTransfer as FileTransfer
 
 __version__ = "1.0.0"
-WIRE_VERSION = 2  # raised whenever orders, frames or the data channel change meaning
+WIRE_VERSION = 3  # raised whenever orders, frames or the data channel change meaning
 
 # A deployed cluster has each release in a folder of its own, of which a link names the one in force: what this process
 # runs stays what it was when the link moves on.

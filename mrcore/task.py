@@ -5,6 +5,8 @@
     task.job, task.run, task.attempt, task.phase     what is running: "word_count", 3, 1, "MAP" or "REDUCE"
     task.server, task.node                           where: "S_0", "127.0.0.1"
     task.partition    the partition that is being reduced, or None
+    task.count("bad date")      adds 1, or the second argument, to a counter of the run
+    task.status("page 17 of 90")     says what goes on, for whoever watches
 
 Outside a job every name is None, so modules that import it can be tested by themselves.
 """
@@ -27,6 +29,20 @@ input_file: str | None = None
 NOTE_BYTES = 4096
 _offset: Callable[[], int] | None = None
 _note: mmap | None = None  # memory that the supervisor shares with this process
+
+
+counters: dict[str, int] = {}  # of this process, since its start
+said = ""  # the last status
+
+
+def count(name: str, amount: int = 1) -> None:
+    """Add `amount` to a counter of the run. Only tries of tasks that end well count. At most 100 names in a task."""
+    counters[name] = counters.get(name, 0) + amount
+
+
+def status(text: str) -> None:
+    """Say what goes on at the moment, for whoever watches."""
+    globals()["said"] = text
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@
 # (make itself ends with 2 in either case; it prints this status as "Error 3".)
 set -u
 cd "$(dirname "$0")/.."
-unit="strace sudo screen sshd=openssh-server zstd bzip2 xz=xz-utils"
+unit="strace sudo screen sshd=openssh-server zstd bzip2 xz=xz-utils chromium"
 containers="podman runc conmon iptables mmdebstrap ssh=openssh-client nft=nftables nsenter=util-linux ip=iproute2
 /usr/lib/podman/netavark=netavark /usr/lib/podman/aardvark-dns=aardvark-dns
 /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring"
@@ -24,7 +24,7 @@ fresh_ran=no
 
 prepare() { # 0: all there; 3: not, and we may not install it
     # shellcheck disable=SC2068  # a list of words
-    scripts/setup.sh dev,appliance $@
+    scripts/setup.sh dev,dashboard,appliance,notebook,test,docs $@
     status=$?
     if [ $status = 3 ] && [ "${CI:-}" = true ]; then status=1; fi
     if [ $status != 0 ] && [ $status != 3 ]; then exit 1; fi

@@ -23,7 +23,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEM = "sys_platform == 'linux'"  # the only one: what others need is left out
-ADDED_TO = {"dev": ("base",), "appliance": ("base", "dev"), "bench": ("base", "dev")}
+ADDED_TO = {
+    "dashboard": ("base",),
+    "notebook": ("base",),
+    "dev": ("base",),
+    "appliance": ("base", "dev"),
+    "test": ("base", "dashboard", "notebook", "dev"),
+    "docs": ("base", "dashboard", "notebook", "dev", "test"),
+    "bench": ("base", "dev"),
+}
 
 
 def resolve(uv: Path, work: Path, source: Path, extras: tuple[str, ...]) -> list[str]:

@@ -32,6 +32,7 @@ BUDGETS = {
     "state": 1_170,
     "system": 1_200,
     "transfer": 515,
+    "web": 900,
     "wire": 1_190,
 }
 DAY = ("engine", "cluster")

@@ -31,10 +31,15 @@ from mrcore.text import one_line
 
 KEY_DEPTH = 100  # as in `engine.records`
 MAX_EVENTS = 1_000  # in one answer to a poll
+MAX_USER_COUNTERS = 100  # different names in one task
+MAX_HEAVY, MAX_STACKS = 10, 5_000  # of one task: groups, and different stacks of its profile
 Phase = Literal["MAP", "REDUCE"]
 MAP: Phase = "MAP"
 REDUCE: Phase = "REDUCE"
 Counters = dict[Word, Count]
+Amount = Annotated[int, Meta(ge=-(1 << 62), le=(1 << 62))]
+UserCounters = Annotated[dict[Word, Amount], Meta(max_length=MAX_USER_COUNTERS)]
+Stack = Annotated[str, Meta(max_length=10_000)]
 KeyText = str  # a key as Python's json writes it, which unlike JSON proper has infinities
 
 
@@ -166,8 +171,19 @@ class Spill(Message, frozen=True, kw_only=True):
     samples: list[tuple[KeyText, Count]]
 
 
+class HeavyGroup(Message, frozen=True, kw_only=True):
+    """A key with many values, as errors print keys."""
+
+    key: Word
+    values: Count
+
+
 class TaskResult(Message, frozen=True, kw_only=True):
-    """What a task made: `runs` (spills) of MAP, or `parts`; `fetched`: bytes by node; `seconds` by what took them."""
+    """What a task made: `runs` (spills) of MAP, or `parts`; `fetched`: bytes by node; `seconds` by what took them.
+
+    `user_counters`: of `task.count`. `heavy`: the largest groups. `profile`: samples by stack, frames from the root on
+    joined by ";", of a job with `profile`.
+    """
 
     peak_bytes: Count
     counters: Counters
@@ -176,6 +192,9 @@ class TaskResult(Message, frozen=True, kw_only=True):
     runs: list[Spill] = []
     keys_kept: bool = True
     fetched: Counters = {}
+    user_counters: UserCounters = {}
+    heavy: Annotated[list[HeavyGroup], Meta(max_length=MAX_HEAVY)] = []
+    profile: Annotated[dict[Stack, Count], Meta(max_length=MAX_STACKS)] = {}
 
 
 class PlainError(Struct, frozen=True, rename={"kind": "class"}):
@@ -211,6 +230,21 @@ class PhaseBegun(Event, frozen=True, kw_only=True, tag="phase"):
     phase: Word
 
 
+class Progressed(Event, frozen=True, kw_only=True, tag="progress"):
+    """What a task has done since its start, about once a second; a newer one replaces one that was not fetched yet.
+
+    `bytes` and `records` are of `phase`: MAP: input read, and lines; SORT: of the partition fetched and merged; REDUCE:
+    of the partition's sources read by the merge, and values reduced.
+    """
+
+    phase: Literal["MAP", "SORT", "REDUCE"]
+    bytes: Count
+    records: Count
+    spills: Count = 0
+    status: Line = ""
+    user_counters: UserCounters = {}
+
+
 class Done(Event, frozen=True, kw_only=True, tag="done"):
     """The task is done."""
 
@@ -231,7 +265,7 @@ class Died(Event, frozen=True, kw_only=True, tag="died"):
     status: Count | None = None
 
 
-TaskEvent = Want | BundleDone | PhaseBegun | Done | Failed | Died
+TaskEvent = Want | BundleDone | PhaseBegun | Progressed | Done | Failed | Died
 
 
 # --- Answers of cluster servers --------------------------------------------------------------------------------------

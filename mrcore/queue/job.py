@@ -136,6 +136,7 @@ class MapreduceJob(Job):
     disk_based_input: bool = Field(False, description="the reduce function's group is a DiskList")
     disk_based_output: bool = Field(False, description="the reduce function fills and returns a DiskList")
     compress: bool = Field(False, description="gzip the output")
+    profile: bool = Field(False, description="sample where the tasks spend their time: a flame graph of the run")
 
 
 class ScriptJob(Job):

@@ -22,6 +22,7 @@ from mrcore.settings.config import Settings, load_settings
 from mrcore.settings.validation import nearest
 from mrcore.state import ledger
 from mrcore.state.doorbell import Doorbell
+from mrcore.state.progress import Progress
 from mrcore.state.store import FALLEN, JobRow, RunRow, Store
 from mrcore.system.paths import close_home
 from mrcore.text import listed, one_line
@@ -97,17 +98,20 @@ class Scheduler:
         return {"job_name": job_name}
 
     def queue(self) -> list[dict[str, Any]]:
-        """Return the jobs in the queue in the order in which they will run, the running one with its `phase`, the
-        others with `why` they do not start now: {"code", "text", "until", "behind"}; the last two may be None.
+        """Return the jobs in the queue in the order in which they will run, the running one with its `phase` and its
+        `progress`, the others with `why` they do not start now: {"code", "text", "until", "behind"}; the last two may
+        be None.
         """
         running, state, now = self.store.running(), self._state(), time.time()
+        progress = msgspec.to_builtins(self.progress())
         rows = sorted(self.store.queued(), key=cycle.order)
         answers = []
         for row, why in zip(rows, cycle.reasons(rows, state, now), strict=True):
             active = running is not None and running.job_name == row.job_name
             phase = next(reversed(running.phases), None) if running and active else None
             shown = {key: value for key, value in row._asdict().items() if key not in ("spec_json", "left_at")}
-            answers.append(shown | {"why": why._asdict(), "running": active, "phase": phase})
+            more = {"running": active, "phase": phase, "progress": progress if active else None}
+            answers.append(shown | {"why": why._asdict(), **more})
         return sorted(answers, key=lambda answer: not answer["running"])
 
     def _state(self) -> cycle.State:
@@ -130,6 +134,10 @@ class Scheduler:
         facts = {"job_name": running.job_name, "run": running.run, "started": running.started} if running else None
         return state._asdict() | {"hold": msgspec.to_builtins(state.hold), "running": facts}
 
+    def progress(self) -> Progress | None:
+        """Return how far the run under way is, about a second old; None: there is none, or it has just begun."""
+        return self.store.progress()
+
     def fallen(self) -> list[dict[str, Any]]:
         """Return the jobs that left by a failure and were not brought back, replaced or deleted since, newest first.
 
@@ -149,8 +157,20 @@ class Scheduler:
         """Return runs, newest first: state, start_time, end_time, seconds, phases, counts, attempts, exception."""
         return [_shown(run) for run in self.store.runs(job_name, limit)]
 
+    def run(self, job_name: str, run: int) -> dict[str, Any]:
+        """Return one run as `history` does, with its `detail` (see `state.progress`; None: nothing was noted)."""
+        row = self.store.run(job_name, run)
+        if row is None:
+            known = sorted(self.store.run_numbers(job_name))
+            kept = f"those in the history: {known[0]} to {known[-1]}" if known else "it has none in the history"
+            raise UsageError(f"job {job_name!r} has no run {run}; {kept}")
+        return _shown(row) | {"detail": msgspec.to_builtins(self.store.detail(job_name, run))}
+
     def show(self, job_name: str) -> dict[str, Any]:
-        """Return a job's whole story: `job`, `state`, `reason`, `runs` (newest first), `events`, `estimate`."""
+        """Return a job's whole story: `job`, `state`, `reason`, `runs` (newest first), `events`, `estimate`,
+        `progress` of the run under way.
+        """
+        progress = self.progress()
         row = self.store.job(job_name)
         if row is None:
             raise _unknown(job_name, "is not known", self.store.last_runs())
@@ -161,6 +181,7 @@ class Scheduler:
             "job": row.spec,
             "runs": self.history(job_name),
             "estimate": self.estimate_next_runtime(job_name),
+            "progress": msgspec.to_builtins(progress) if progress and progress.job_name == job_name else None,
             "events": [event | {"time": _moment(event["time"])} for event in self.store.events(job_name)],
         }
 

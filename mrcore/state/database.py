@@ -20,7 +20,7 @@ from mrcore.errors import ClusterFault, UsageError
 from mrcore.system import failpoints
 from mrcore.system.paths import make_private
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BUSY_SECONDS = 60.0
 
 _SCHEMA = """
@@ -45,8 +45,11 @@ CREATE TABLE IF NOT EXISTS ledgers (job_name TEXT PRIMARY KEY, run INTEGER NOT N
 CREATE TABLE IF NOT EXISTS ledger (
     job_name TEXT, holder TEXT, path TEXT, read INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
     checksum INTEGER NOT NULL, PRIMARY KEY (job_name, holder, path)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS details (
+    job_name TEXT, run INTEGER, value TEXT NOT NULL, PRIMARY KEY (job_name, run)) WITHOUT ROWID;
 """
-# Version 3 has columns for what was read out of our own sentences before: here they are read for the last time.
+# Version 4 adds tables only. Version 3 has columns for what was read out of our own sentences before: here they are read for the last time.
 _TO_3 = """
 ALTER TABLE jobs ADD COLUMN cause TEXT;
 ALTER TABLE jobs ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
@@ -69,7 +72,7 @@ def upgrade(db: sqlite3.Connection) -> int:
     row = db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() if tables else None
     version = int(row[0]) if row else 0
     if version < SCHEMA_VERSION:
-        steps = _SCHEMA + (_TO_3 if version else "")
+        steps = _SCHEMA + (_TO_3 if 0 < version < 3 else "")
         db.executescript(
             f"BEGIN IMMEDIATE; {steps} INSERT OR REPLACE INTO meta VALUES ('schema', {SCHEMA_VERSION}); COMMIT;"
         )
@@ -166,6 +169,19 @@ class Database:
         """Return a JSON value of the queue as a whole (`cycle`, `hold`, `paused`, …)."""
         rows = self.rows("SELECT value FROM meta WHERE key = ?", key)
         return json.loads(rows[0]["value"]) if rows else default
+
+    def change_lightly(self, statement: str, *values: Any) -> None:
+        """Make one change that may be lost with the machine, and so is not flushed to disk: what is soon replaced."""
+        with self._lock:
+            if self._in_change:
+                raise AssertionError("a light change inside of a durable one would be neither")
+            try:
+                self._db.execute("PRAGMA synchronous=OFF")
+                self._db.execute(statement, values)
+            except sqlite3.Error as error:
+                raise ClusterFault(f"cannot write the queue {self.path}: {error}; free the disk and go on") from error
+            finally:
+                self._db.execute("PRAGMA synchronous=FULL")
 
     def put(self, key: str, value: Any, what: str = "queue") -> None:
         """Set what `get` returns (`what`: see `change`)."""

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mrcore.errors import MrcoreError
-from mrcore.messages.kinds import convert
+from mrcore.messages.kinds import convert, decode
 from mrcore.state.database import Database
+from mrcore.state.progress import Progress, RunDetail
 from mrcore.system import procfs
 from mrcore.text import one_line, plain
 
@@ -274,6 +275,10 @@ class Store(Database):
         with self.change() as db:
             db.execute("UPDATE runs SET cancel = 1 WHERE state = 'running'")
 
+    def run(self, job_name: str, run: int) -> RunRow | None:
+        """Return one run, or None when the history does not have it."""
+        return next(iter(self._runs("WHERE job_name = ? AND run = ?", job_name, run)), None)
+
     def runs(self, job_name: str | None, limit: int | None = None) -> list[RunRow]:
         """Return the runs of a job, or of all, newest first."""
         where, names = ("WHERE job_name = ?", [job_name]) if job_name else ("", [])
@@ -288,6 +293,31 @@ class Store(Database):
         where = "WHERE state = 'succeeded' AND ? IN (job_name, '')"
         query = f"SELECT job_name, ended - started AS seconds FROM runs {where} ORDER BY id DESC"
         return ((row["job_name"], row["seconds"]) for row in self.rows(query, job_name or ""))
+
+    # --- how far a run is, and what stays known of it ---
+
+    def progress(self) -> Progress | None:
+        """Return how far the run under way is, as its Runner wrote last; None: there is none, or nothing is known."""
+        running = self.rows("SELECT job_name, run FROM runs WHERE state = 'running'")
+        rows = self.rows("SELECT value FROM progress")
+        found = decode(Progress, rows[0]["value"]) if running and rows else None
+        return found if found and {"job_name": found.job_name, "run": found.run} == running[0] else None
+
+    def set_progress(self, progress: Progress) -> None:
+        """Replace what `progress` returns."""
+        value = msgspec.json.encode(progress).decode()
+        self.change_lightly("INSERT OR REPLACE INTO progress VALUES (1, ?)", value)
+
+    def detail(self, name: str, run: int) -> RunDetail | None:
+        """Return what is known of a run that has ended; None for one of before, or of which nothing was noted."""
+        rows = self.rows("SELECT value FROM details WHERE job_name = ? AND run = ?", name, run)
+        return decode(RunDetail, rows[0]["value"]) if rows else None
+
+    def set_detail(self, name: str, run: int, detail: RunDetail) -> None:
+        """Keep what is known of a run, as long as its row is in the history."""
+        with self.change() as db:
+            value = msgspec.json.encode(detail).decode()
+            db.execute("INSERT OR REPLACE INTO details VALUES (?, ?, ?)", (name, run, value))
 
     # --- events ---
 
@@ -308,6 +338,8 @@ class Store(Database):
         jobs = self.rows(f"SELECT DISTINCT job_name FROM runs WHERE {old}", keep_runs)
         with self.change() as db:
             db.execute(f"DELETE FROM runs WHERE {old}", (keep_runs,))
+            if jobs:
+                db.execute("DELETE FROM details WHERE (job_name, run) NOT IN (SELECT job_name, run FROM runs)")
             db.execute("DELETE FROM events WHERE id <= (SELECT max(id) - ? FROM events)", (keep_runs * EVENTS_PER_RUN,))
         return [row["job_name"] for row in jobs]
 

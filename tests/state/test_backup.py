@@ -179,7 +179,7 @@ def test_a_backup_of_the_version_before_is_brought_up_to_this_one(elsewhere: Set
     scheduler.store.check()
     assert {row["job_name"] for row in scheduler.fallen()} == {"bad", "with_it", "old"}
     assert scheduler.requeue("g") == ["bad", "with_it"]
-    assert scheduler.store.get("schema") == 3
+    assert scheduler.store.get("schema") == 4
     scheduler.store.close()
 
 
@@ -192,7 +192,7 @@ def test_a_queue_in_a_backup_of_a_later_version_is_refused(elsewhere: Settings, 
     with tarfile.open(tmp_path / "v2.backup") as source, tarfile.open(file, "w:gz") as target:
         target.addfile(source.getmember("backup.json"), source.extractfile("backup.json"))
         target.add(tmp_path / "queue-2.sqlite", "queue.sqlite")
-    with pytest.raises(UsageError, match="its queue is of schema 7, this mrcore knows 3: update mrcore"):
+    with pytest.raises(UsageError, match="its queue is of schema 7, this mrcore knows 4: update mrcore"):
         backup.restore(elsewhere, file, verify=False)
     assert not Scheduler(elsewhere).queue()
 

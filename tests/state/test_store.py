@@ -92,7 +92,7 @@ def test_values_of_the_queue(store: Store) -> None:
 
 def test_a_newer_schema_is_refused(store: Store) -> None:
     store.put("schema", 99)
-    with pytest.raises(UsageError, match="has schema 99, this mrcore 3"):
+    with pytest.raises(UsageError, match="has schema 99, this mrcore 4"):
         Store(store.path.parent)
 
 
@@ -168,7 +168,7 @@ def test_a_queue_of_the_version_before_is_kept_with_all_its_jobs(tmp_path: Path)
     assert {(row["tries"], row["retry_at"], row["cycle"], row["last_run"]) for row in rows.values()} == {
         (0, None, 3, 1)
     }
-    assert (store.get("schema"), store.get("paused"), store.get("cycle")["number"]) == (3, True, 4)
+    assert (store.get("schema"), store.get("paused"), store.get("cycle")["number"]) == (4, True, 4)
     assert store.rows("SELECT * FROM ledger, ledgers") == []
     assert len(store.rows("SELECT * FROM runs")) == 1
     store.check()

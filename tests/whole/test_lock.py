@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from wheels import make_wheel
 
 wheelhouse = module("scripts/wheelhouse.py")
-FILES = ("base", "build", "dev", "appliance", "bench")
+FILES = ("base", "build", "dashboard", "notebook", "dev", "test", "docs", "appliance", "bench")
 PINNED = re.compile(r"([a-z0-9-]+)==([^\s;]+)( ; [^\\]+)? \\")
 CHECKSUM = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")
 
@@ -51,7 +51,8 @@ def test_all_that_is_asked_for_is_there_within_its_bounds(python: str) -> None:
     assert set(extras) == set(FILES) - {"base", "build"}
     wanted = {"base": asked["project"]["dependencies"], "build": asked["build-system"]["requires"]} | extras
     for name, requirements in wanted.items():
-        there = pins(name, python) | (pins("base", python) if name in extras else {})
+        others = ("base", "dashboard", "notebook") if name in extras else ()
+        there = pins(name, python) | {key: pin for other in others for key, pin in pins(other, python).items()}
         for requirement in map(Requirement, requirements):
             version = there.get(canonicalize_name(requirement.name))
             hint = f"{requirement} is not in lock/{name}.txt as asked for, which has {version}: run make update-lock"
@@ -59,8 +60,8 @@ def test_all_that_is_asked_for_is_there_within_its_bounds(python: str) -> None:
 
 
 def test_files_that_are_installed_together_agree() -> None:
-    for extra in ("dev", "appliance", "bench"):
-        for other in ("base", "dev", "build"):
+    for extra in FILES:
+        for other in FILES:
             first, second = pins(extra), pins(other)
             assert {name: first[name] for name in first.keys() & second.keys()} == {
                 name: second[name] for name in first.keys() & second.keys()

@@ -1,0 +1,157 @@
+"""The commands that show and change the queue: what waits, what ran, what becomes of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from typing import Any
+
+import click
+
+from mrcore.cli import common
+from mrcore.text import one_line
+
+MAX_FALLEN = 10  # jobs and groups that left by a failure, as `queue` lists them
+
+
+@click.command()
+@common.JSON
+def queue(as_json: bool) -> None:
+    """List the queue in the order in which it will run, why each job waits, and what left by a failure."""
+    scheduler = common.scheduler_in_force()
+    state, rows, fallen = scheduler.state(), scheduler.queue(), scheduler.fallen()
+    estimates = scheduler.estimates()
+    rows = [row | {"estimate": estimates.get(row["job_name"])} for row in rows]
+    where = str(scheduler.settings.state_dir)
+    if as_json:
+        return common.print_json(state | {"state_dir": where, "jobs": rows, "left_by_a_failure": fallen})
+    for row in rows:
+        estimate = row["estimate"]
+        row["state"] = f"running {row['phase'] or ''}".strip() if row["running"] else row["state"]
+        priority = f"{row['job_priority']:g}" if row["job_priority"] else None
+        row["job_priority"] = "force_run" if row["force_run"] else priority
+        row["estimate"] = common.duration(estimate["median_seconds"]) if estimate else None
+        row["why"] = row["why"]["text"]
+    columns = {"job_name": "JOB", "state": "STATE", "group_name": "GROUP", "job_priority": "PRIORITY"}
+    columns |= {"last_run": "RUNS", "estimate": "USUALLY", "why": "WHY"}
+    if rows:
+        common.print_table(
+            rows, {key: title for key, title in columns.items() if any(row[key] is not None for row in rows)}
+        )
+    else:
+        click.echo(f"the queue of {one_line(where)} is empty: `mrcore submit FILE` queues a job")
+    _print_fallen(fallen)
+    if state["paused"]:
+        click.echo("the queue is paused: `mrcore resume` goes on")
+    if state["drain"]:
+        click.echo(f"the queue waits: {state['drain']}")
+    if state["hold"]:
+        wait = state["hold"]["until"] - time.time()
+        what = f"next try in {wait:.0f} s, or `mrcore resume`" if wait > 0 else "trying again now"
+        click.echo(f"the queue holds: {one_line(state['hold']['reason'])} ({what})")
+    if rows and not state["runner"]:
+        click.echo("no Runner drains this queue now: `mrcore run` does")
+    return None
+
+
+def _print_fallen(rows: list[dict[str, Any]]) -> None:
+    """Print what left by a failure, each group once, and how to bring it back."""
+    together: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        together.setdefault(row["requeue"], []).append(row)
+    for name, jobs in list(together.items())[:MAX_FALLEN]:
+        first = min(jobs, key=lambda row: row["cause"] != "failed")
+        others = f", and {len(jobs) - 1} of its group with it" if len(jobs) > 1 else ""
+        click.echo(f"{first['job_name']} left the queue at {first['left'][:16].replace('T', ' ')}{others}: ", nl=False)
+        click.echo(f"{one_line(first['reason'], 300)}; `mrcore requeue {shlex.quote(name)}` brings back what left")
+    if len(together) > MAX_FALLEN:
+        click.echo(f"and {len(together) - MAX_FALLEN} others left by a failure: `mrcore queue --json` has them all")
+
+
+@click.command()
+@click.argument("job", required=False)
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Newest runs to list.")
+@common.JSON
+def history(job: str | None, limit: int, as_json: bool) -> None:
+    """List the runs of all jobs or of one, newest first."""
+    rows = common.scheduler_in_force().history(job, limit)
+    if as_json:
+        return common.print_json(rows)
+    for row in rows:
+        row["start"] = row["start_time"][:19].replace("T", " ")
+        row["took"] = common.duration(row["seconds"])
+        row["error"] = (row["exception"] or {}).get("message")
+    columns = {"job_name": "JOB", "run": "RUN", "state": "STATE", "start": "START", "took": "TOOK", "error": "WHY"}
+    common.print_table(rows, columns)
+    return None
+
+
+@click.command()
+@click.argument("job")
+@common.JSON
+def show(job: str, as_json: bool) -> None:
+    """Tell a job's whole story: its keys, its runs, their phases, counts and errors."""
+    story = common.scheduler_in_force().show(job)
+    if as_json:
+        return common.print_json(story)
+    click.echo(f"{job}: {story['state']}" + (f" ({story['reason']})" if story["reason"] else ""))
+    for key, value in story["job"].items():
+        if value is not None:
+            click.echo(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
+    for row in story["runs"][:10]:
+        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {common.duration(row['seconds'])}")
+        for phase, times in row["phases"].items():
+            click.echo(f"  {phase}: {common.duration(times['seconds'])}")
+        for name, count in row["counts"].items():
+            by_reason = count.items() if isinstance(count, dict) else ()
+            click.echo(f"  {name}: {', '.join(f'{number} {reason}' for reason, number in by_reason) or count}")
+        if row["exception"]:
+            click.echo(f"  {row['exception']['class']}: {row['exception']['message']}")
+            details = dict(row["exception"]["details"])
+            frames = details.pop("traceback", None) or details.pop("internal_traceback", None)
+            for name, detail in details.items():
+                click.echo(f"  {name}: {one_line(detail)}")
+            if frames:
+                lines = frames if isinstance(frames, str) else "".join(frames)
+                click.echo("\n".join(f"    {line}" for line in lines.splitlines()))
+    return None
+
+
+@click.command()
+@click.argument("job")
+def delete(job: str) -> None:
+    """Take a job out of the queue, or off the list of those that left by a failure; a run under way goes on."""
+    common.scheduler_in_force().delete_job(job)
+    click.echo(f"{job} is out of the queue; its output stays where it is")
+
+
+@click.command()
+@click.argument("group")
+def requeue(group: str) -> None:
+    """Bring back the jobs of a group that left the queue by a failure, or one job by its name; a retry runs at once."""
+    click.echo(f"queued again: {', '.join(common.scheduler_in_force().requeue(group))}")
+
+
+@click.command()
+@click.argument("job")
+def cancel(job: str) -> None:
+    """End the run of a job that is under way."""
+    click.echo(f"run {common.scheduler_in_force().cancel(job)} of {job} is told to end")
+
+
+@click.command()
+def pause() -> None:
+    """Start no further run until `mrcore resume`."""
+    common.scheduler_in_force().pause()
+    click.echo("paused; a run under way goes on")
+
+
+@click.command()
+def resume() -> None:
+    """End a pause, or a hold's waiting."""
+    common.scheduler_in_force().resume()
+    click.echo("the queue goes on")
+
+
+COMMANDS = (queue, history, show, delete, requeue, cancel, pause, resume)
