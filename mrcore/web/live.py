@@ -69,12 +69,15 @@ class Live:
                     self._now, self._rendered = await run_in_threadpool(self._look, self._now), {}
                 except MrcoreError as error:
                     log.warning("%s", error.message)
-                self._next.set()
-                self._next = asyncio.Event()
+                self._wake()
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
             self._task = self._now = None
-            self._next.set()  # whoever came meanwhile connects again
+            self._wake()  # whoever came meanwhile connects again
+
+    def _wake(self) -> None:
+        waited, self._next = self._next, asyncio.Event()
+        waited.set()
 
     def _elements(self, job: str) -> dict[str, str]:
         if self._now and job not in self._rendered:

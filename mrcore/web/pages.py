@@ -15,8 +15,10 @@ from starlette.responses import Response
 
 from mrcore.admin import doctor
 from mrcore.errors import MrcoreError
+from mrcore.launchers import local
 from mrcore.launchers.launcher import Daemon, daemons
 from mrcore.messages.methods import HEALTH, HELLO, Method
+from mrcore.queue.job import template
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
 from mrcore.state import manifest
@@ -80,7 +82,7 @@ class Pages:
 
     def queue(self, request: Request) -> Response:
         """Show what runs, what waits and why, and what left by a failure."""
-        return self._shown.page("queue.html", here="queue", live="", **self._values(Look(self._scheduler)))
+        return self._shown.page("queue.html", here="queue", **self._values(Look(self._scheduler)))
 
     def _values(self, look: Look) -> dict[str, Any]:
         progress = look.progress
@@ -108,27 +110,35 @@ class Pages:
         name = rows[0].job_name if exact else ""
         return self._shown.page(
             "history.html", here="history", rows=rows, count=count, page=page, pages=-(-count // PAGE_RUNS),
-            text=text, state=state, states=ENDINGS, name=name, chart=self._chart(name) if name else None,
+            text=text, state=state, states=ENDINGS, name=name, **self._chart(name),
         )  # fmt: skip
 
-    def _chart(self, job: str) -> Any:
-        rows = self._store.run_times(job, CHART_RUNS)
-        bars = views.run_times(rows)
-        return views.columns(bars, f"seconds of the last {len(bars)} runs of {job}") if len(bars) > 1 else None
+    def _chart(self, job: str) -> dict[str, Any]:
+        """Return a chart of a job's last runs, None for fewer than two, and the seconds of the longest."""
+        bars = views.run_times(self._store.run_times(job, CHART_RUNS)) if job else []
+        if len(bars) < 2:
+            return {"chart": None, "longest": 0}
+        label = f"seconds of the last {len(bars)} runs of {job}"
+        return {"chart": views.columns(bars, label), "longest": max(bar.height for bar in bars)}
 
     def job(self, request: Request) -> Response:
         """Show a job: its keys, where it is, its runs and its output."""
         name = request.path_params["job"]
         row = self._store.job(name)
         runs, count = self._store.runs(name, JOB_RUNS), len(self._store.run_numbers(name))
+        usually = self._scheduler.estimate_next_runtime(name)
         if row is None and not runs:
             raise HTTPException(404, f"no job {views.line(name)} is known")
         waits = next((each for each in self._scheduler.queue() if each["job_name"] == name), None)
         progress = self._scheduler.progress()
+        spec = row.spec if row else {}
+        defaults = template(row.job_type) if row else {}
+        given = {key: value for key, value in spec.items() if value != defaults.get(key, "")}
+        usual = {key: value for key, value in spec.items() if key not in given}
         return self._shown.page(
-            "job.html", here="", live=name, name=name, row=row, spec=row.spec if row else {}, runs=runs, count=count,
-            waits=waits, estimate=self._scheduler.estimate_next_runtime(name), chart=self._chart(name),
-            events=self._store.events(name)[-JOB_EVENTS:], now=time.time(),
+            "job.html", here="", name=name, row=row, spec=spec, runs=runs, count=count,
+            waits=waits, estimate=usually, given=given, usual=usual, now=time.time(),
+            events=self._store.events(name)[-JOB_EVENTS:], **self._chart(name),
             progress=progress if progress and progress.job_name == name else None,
             spans=views.spans(progress.phases, progress.updated) if progress else [],
             spoken=views.spoken(progress), **self._output(name),
@@ -184,9 +194,11 @@ class Pages:
         )  # fmt: skip
 
     def _ask(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Return what each daemon, by node and name, answers within ASK_SECONDS, or its "error"."""
+        """Return what each daemon, by node and name, answers within ASK_SECONDS, or its "error"; {}: not started."""
         settings = self._settings()
         asked = daemons(settings)
+        if settings.local and not any(row["pid"] for row in local.status(settings)):
+            return {}
         try:
             keys = master_pki(settings)
         except MrcoreError as error:

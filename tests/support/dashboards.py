@@ -80,8 +80,8 @@ def progress(run: int, share: float, servers: int = 12, job: str = "clicks_per_u
                   records=int(412_000_000 * share)),
         ],
         servers=[
-            ServerNow(server=f"S_{number}", node=f"node-{number // 4}", up=number != 7, phase="" if number == 7 else "MAP",
-                      task=number, since=now - 40 - number, bytes=int((900 + 13 * number) * (1 << 20) * share),
+            ServerNow(server=f"S_{number}", node=f"node-{number // 4}", up=number != 7,
+                      phase="" if number == 7 else "MAP", task=number, since=now - 40 - number, bytes=int((900 + 13 * number) * (1 << 20) * share),
                       records=int((7_000_000 + 91_000 * number) * share), spills=number % 5,
                       status=status or f"day 2026-11-{1 + number % 28:02}")
             for number in range(servers)
@@ -96,7 +96,7 @@ def detail(servers: int = 12) -> RunDetail:
     now = time.time() - 4_000
     shares = [
         ServerShare(phase=phase, server=f"S_{number}", node=f"node-{number // 4}", tasks=6,
-                    seconds=base + (number * 7) % 11 + (95 if number == slow else 0), bytes=(4 << 30) + number,
+                    seconds=base + (number * 7) % 11 + (140 if number == slow else 0), bytes=(4 << 30) + number,
                     records=31_000_000 + number)
         for phase, base, slow in (("MAP", 180, 5), ("REDUCE", 60, 9)) for number in range(servers)
     ]  # fmt: skip
@@ -118,9 +118,12 @@ def detail(servers: int = 12) -> RunDetail:
             Phase(name="COMMIT", started=now + 420, ended=now + 421, unit=""),
         ],
         servers=shares, slowest=tasks, deaths=[dead],
-        heavy_keys=[HeavyKey(key='"anonymous"', values=41_200_000, partition=3), HeavyKey(key=f'"{MARKUP}"', values=902_000, partition=7)],
-        largest_partition_bytes=3 << 30, median_partition_bytes=700 << 20, counters={"lines without a user": 18_230, MARKUP[:40]: 7},
-        profile=True,
+        heavy_keys=[
+            HeavyKey(key='"anonymous"', values=41_200_000, partition=3),
+            HeavyKey(key=f'"{MARKUP}"', values=902_000, partition=7),
+        ],
+        largest_partition_bytes=3 << 30, median_partition_bytes=700 << 20, profile=True,
+        counters={"lines without a user": 18_230, MARKUP[:40]: 7},
     )  # fmt: skip
 
 
