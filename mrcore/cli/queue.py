@@ -109,7 +109,8 @@ def show(job: str, as_json: bool) -> None:
         if row["exception"]:
             click.echo(f"  {row['exception']['class']}: {row['exception']['message']}")
             details = dict(row["exception"]["details"])
-            frames = details.pop("traceback", None) or details.pop("internal_traceback", None)
+            kinds = ("traceback", "internal_traceback", "stack")
+            frames = next((details.pop(kind) for kind in kinds if details.get(kind)), None)
             for name, detail in details.items():
                 click.echo(f"  {name}: {one_line(detail)}")
             if frames:

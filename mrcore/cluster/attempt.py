@@ -188,7 +188,7 @@ class Attempt:
                 else:  # that it could not reach its data is no fault of the job; that its process gave up is
                     self._lose_task(server, why.message, _blame(why), **why.details)
             case tasks.Died():
-                self._lose_task(server, event.message, JobFault)
+                self._lose_task(server, event.message, JobFault, **event.details())
 
     def tick(self, now: float) -> None:
         """Look at the clock: work that only servers can do which have been away for too long ends the attempt."""

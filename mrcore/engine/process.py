@@ -257,7 +257,8 @@ class Process:
         parts = reducer.reduce()
         self._seconds = {"sort": sorted_at - started, "reduce": time.monotonic() - sorted_at}
         counters = {"groups": reducer.groups, "values": reducer.values, "merge_passes": sorter.merge_passes} | merged
-        return {"counters": counters, "parts": parts, "fetched": fetched, "keys_kept": reducer.keys_kept}
+        made = {"counters": counters, "parts": parts, "fetched": fetched, "keys_kept": reducer.keys_kept}
+        return made | {"heavy": reducer.heavy()}
 
     def _fetch_spills(self, sorter: DiskSort, selector: Request) -> dict[str, int]:
         """Give the sorter its share of every spill: ranges on this node in place, the others fetched.
