@@ -16,11 +16,13 @@ import msgspec
 from mrcore.errors import UsageError
 from mrcore.queue import cycle
 from mrcore.queue import job as jobs
+from mrcore.queue import why as reasons
 from mrcore.queue.runner import Runner
+from mrcore.queue.why import Explanation
 from mrcore.settings import sudo
 from mrcore.settings.config import Settings, load_settings
 from mrcore.settings.validation import nearest
-from mrcore.state import ledger
+from mrcore.state import ledger, manifest
 from mrcore.state.doorbell import Doorbell
 from mrcore.state.progress import Progress
 from mrcore.state.store import FALLEN, JobRow, RunRow, Store
@@ -30,6 +32,7 @@ from mrcore.text import listed, one_line
 __all__ = ["Runner", "Scheduler"]
 
 ESTIMATE_RUNS = 20
+EXPLAINED_RUNS = 20  # newest runs of a job that `why` looks at
 
 
 class Scheduler:
@@ -184,6 +187,54 @@ class Scheduler:
             "progress": msgspec.to_builtins(progress) if progress and progress.job_name == job_name else None,
             "events": [event | {"time": _moment(event["time"])} for event in self.store.events(job_name)],
         }
+
+    def why(self, job_name: str) -> Explanation:
+        """Return why a job waits, is slow, failed, or what its last run left out: see `queue.why`."""
+        store, now, state = self.store, time.time(), self._state()
+        job, running = store.job(job_name), store.running()
+        if job is None:
+            raise _unknown(job_name, "is not known", store.last_runs())
+        rows = sorted(store.queued(), key=cycle.order)
+        whys = {row.job_name: why for row, why in zip(rows, cycle.reasons(rows, state, now), strict=True)}
+        in_line = cycle.in_line(rows, state, now)
+        names = [row.job_name for row in in_line]
+        runs = store.runs(job_name, EXPLAINED_RUNS)
+        details = (store.detail(job_name, run.run) for run in runs)
+        group = [mate for mate in store.group(job.group_name) if mate.job_name != job_name]
+        culprit = self._culprit(job, group)
+        drain, state_dir = store.get("drain"), self.settings.state_dir
+        committed = running is not None and manifest.path_of(state_dir, running.job_name, running.run).exists()
+        return reasons.explain(
+            reasons.Known(
+                job=job,
+                why=whys.get(job_name),
+                state=state,
+                ahead=in_line[: names.index(job_name)] if job_name in names else in_line,
+                running=running,
+                progress=self.progress(),
+                runs=runs,
+                detail=next((detail for detail in details if detail), None),
+                usual=self.estimates(),
+                group=group,
+                culprit=culprit,
+                culprit_spec=next((mate.spec for mate in group if culprit and mate.job_name == culprit.job_name), None),
+                cut_off_drain=drain["source"] if drain and drain["moves"] else None,
+                committed=committed,
+                settings=self.settings,
+                now=now,
+            )
+        )
+
+    def _culprit(self, job: JobRow, group: list[JobRow]) -> RunRow | None:
+        """Return the failed run for which a job left the queue, or was skipped, with its group."""
+        if job.cause != "group failed":
+            return None
+        failed = [
+            run for mate in group for run in self.store.runs(mate.job_name, EXPLAINED_RUNS) if run.state == "failed"
+        ]
+        # It left in the transaction that ended that run.
+        failed.sort(key=lambda run: (run.ended == job.left_at, run.ended or 0), reverse=True)
+        return failed[0] if failed else None
 
     def requeue(self, group: str) -> list[str]:
         """Bring back the jobs of a group that left because of a failure (or one job by its name); return the names.
