@@ -30,7 +30,7 @@ BUDGETS = {
     "queue": 1_880,
     "settings": 440,
     "state": 1_170,
-    "system": 1_200,
+    "system": 1_250,
     "transfer": 515,
     "web": 900,
     "wire": 1_190,
