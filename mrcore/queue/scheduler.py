@@ -16,9 +16,9 @@ import msgspec
 from mrcore.errors import UsageError
 from mrcore.queue import cycle
 from mrcore.queue import job as jobs
-from mrcore.queue import why as reasons
+from mrcore.queue.printed import with_printed
 from mrcore.queue.runner import Runner
-from mrcore.queue.why import Explanation
+from mrcore.queue.why import Explanation, Known, explain
 from mrcore.settings import sudo
 from mrcore.settings.config import Settings, load_settings
 from mrcore.settings.validation import nearest
@@ -188,42 +188,44 @@ class Scheduler:
             "events": [event | {"time": _moment(event["time"])} for event in self.store.events(job_name)],
         }
 
-    def why(self, job_name: str) -> Explanation:
-        """Return why a job waits, is slow, failed, or what its last run left out: see `queue.why`."""
+    def why(self, job_name: str, printed: bool = False) -> Explanation:
+        """Return why a job waits, is slow, failed, or what its last run left out: see `queue.why`.
+
+        With `printed` also what the task, or the script, printed last, which may take `printed.LOG_SECONDS`.
+        """
         store, now, state = self.store, time.time(), self._state()
         job, running = store.job(job_name), store.running()
         if job is None:
             raise _unknown(job_name, "is not known", store.last_runs())
         rows = sorted(store.queued(), key=cycle.order)
-        whys = {row.job_name: why for row, why in zip(rows, cycle.reasons(rows, state, now), strict=True)}
+        reasons = zip(rows, cycle.reasons(rows, state, now), strict=True)
         in_line = cycle.in_line(rows, state, now)
-        names = [row.job_name for row in in_line]
-        runs = store.runs(job_name, EXPLAINED_RUNS)
-        details = (store.detail(job_name, run.run) for run in runs)
+        place = next((place for place, row in enumerate(in_line) if row.job_name == job_name), None)
+        runs, state_dir, drain = store.runs(job_name, EXPLAINED_RUNS), self.settings.state_dir, store.get("drain")
+        details = ((run.run, store.detail(job_name, run.run)) for run in runs)
+        detailed, detail = next((pair for pair in details if pair[1]), (None, None))
         group = [mate for mate in store.group(job.group_name) if mate.job_name != job_name]
-        culprit = self._culprit(job, group)
-        drain, state_dir = store.get("drain"), self.settings.state_dir
-        committed = running is not None and manifest.path_of(state_dir, running.job_name, running.run).exists()
-        return reasons.explain(
-            reasons.Known(
+        explanation = explain(
+            Known(
                 job=job,
-                why=whys.get(job_name),
+                why=next((reason for row, reason in reasons if row.job_name == job_name), None),
                 state=state,
-                ahead=in_line[: names.index(job_name)] if job_name in names else in_line,
+                ahead=in_line[:place],
                 running=running,
                 progress=self.progress(),
+                committed=bool(running and manifest.path_of(state_dir, running.job_name, running.run).exists()),
                 runs=runs,
-                detail=next((detail for detail in details if detail), None),
+                detail=detail,
+                detailed=detailed,
                 usual=self.estimates(),
                 group=group,
-                culprit=culprit,
-                culprit_spec=next((mate.spec for mate in group if culprit and mate.job_name == culprit.job_name), None),
+                culprit=self._culprit(job, group),
                 cut_off_drain=drain["source"] if drain and drain["moves"] else None,
-                committed=committed,
                 settings=self.settings,
                 now=now,
             )
         )
+        return with_printed(explanation, self.settings) if printed else explanation
 
     def _culprit(self, job: JobRow, group: list[JobRow]) -> RunRow | None:
         """Return the failed run for which a job left the queue, or was skipped, with its group."""
