@@ -27,7 +27,7 @@ BUDGETS = {
     "messages": 470,
     "node": 1_260,
     "project": 210,
-    "queue": 1_260,
+    "queue": 1_880,
     "settings": 440,
     "state": 1_170,
     "system": 1_250,
