@@ -146,7 +146,8 @@ def test_every_command_is_documented(command: str) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_no_document_names_a_command_or_option_that_does_not_exist(path: Path) -> None:
     known = set(commands(cli))
-    call = re.compile(r"^(?:\w+=\S+ )?mrcore (?:--config \S+ )?((?:(?:cluster|ledger) )?[a-z][a-z-]*)([^\n]*)", re.MULTILINE)
+    words = r"(?:(?:cluster|ledger) )?[a-z][a-z-]*"
+    call = re.compile(rf"^(?:\w+=\S+ )?mrcore (?:--config \S+ )?({words})([^\n]*)", re.MULTILINE)
     for found in call.finditer("\n".join(code_of(path))):
         command = f"mrcore {found[1]}"
         if found[1] == "cluster":
