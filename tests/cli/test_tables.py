@@ -157,3 +157,9 @@ def test_an_empty_listing_says_where_it_looked_and_what_to_do(home: Path, argume
     status, out, _ = mrcore(*arguments)
     assert status == 0
     assert str(home) in out and "`mrcore " in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [["show", "wc"], ["ledger", "show", "wc"]])
+def test_what_is_asked_of_an_empty_queue_says_which_one_is_meant(home: Path, arguments: list[str]) -> None:
+    status, _, err = mrcore(*arguments)
+    assert status == 2 and f"nothing is in {home / 'state'}" in err
