@@ -68,6 +68,11 @@ def test_the_first_page_is_the_readme_and_no_link_of_it_got_lost(site: Path) -> 
     assert {"install.html", "changelog.html", "runbooks/index.html"} <= set(Page(site / "index.html").links)
 
 
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("docs/pictures/*.svg")), ids=lambda path: path.stem)
+def test_a_picture_fetches_nothing(path: Path) -> None:
+    assert not re.search(r"@import|url\(.?(https?:)?//|href=.https?:", path.read_text(encoding="utf-8"))
+
+
 def test_the_reference_of_jobs_has_every_key_with_its_default() -> None:
     shown = module("tools/docs_reference.py").jobs_page()
     for kind in jobs.MODELS:
