@@ -10,6 +10,8 @@ import click
 from mrcore.cli import common
 from mrcore.errors import UsageError
 
+GROUP = "Administration"
+
 
 @click.command()
 @click.option("--port", type=click.IntRange(0, 65535), default=8643, show_default=True, help="0: any that is free.")

@@ -126,6 +126,7 @@ class Pages:
         name = request.path_params["job"]
         row = self._store.job(name)
         runs, count = self._store.runs(name, JOB_RUNS), len(self._store.run_numbers(name))
+        why = self._scheduler.why(name) if row else None
         usually = self._scheduler.estimate_next_runtime(name)
         if row is None and not runs:
             raise HTTPException(404, f"no job {views.line(name)} is known")
@@ -137,7 +138,7 @@ class Pages:
         usual = {key: value for key, value in spec.items() if key not in given}
         return self._shown.page(
             "job.html", here="", name=name, row=row, spec=spec, runs=runs, count=count,
-            waits=waits, estimate=usually, given=given, usual=usual, now=time.time(),
+            waits=waits, why=why, estimate=usually, given=given, usual=usual, now=time.time(),
             events=self._store.events(name)[-JOB_EVENTS:], **self._chart(name),
             progress=progress if progress and progress.job_name == name else None,
             spans=views.spans(progress.phases, progress.updated) if progress else [],

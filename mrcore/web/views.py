@@ -33,7 +33,7 @@ class Templates:
         self._jinja.globals |= {
             "control": control, "form_token": form_token, "cluster": cluster_name, "version": __version__
         }  # fmt: skip
-        filters = (size, number, seconds, moment, line, text, as_json, share)
+        filters = (size, number, seconds, moment, line, marked, text, as_json, share)
         self._jinja.filters |= {function.__name__: function for function in filters}
 
     def page(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
@@ -88,6 +88,13 @@ def moment(at: float | str | None) -> Markup:
 def line(value: object) -> str:
     """Return anything as one line that is not too long."""
     return one_line(value, 500)
+
+
+def marked(value: object) -> Markup:
+    """Return a line in which what stands in backticks, a command, is code."""
+    pieces = line(value).split("`")
+    code = Markup("<code>{}</code>").format
+    return Markup("").join(code(piece) if place % 2 else piece for place, piece in enumerate(pieces))
 
 
 def text(value: object) -> str:

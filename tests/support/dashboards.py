@@ -80,10 +80,12 @@ def progress(run: int, share: float, servers: int = 12, job: str = "clicks_per_u
                   records=int(412_000_000 * share)),
         ],
         servers=[
-            ServerNow(server=f"S_{number}", node=f"node-{number // 4}", up=number != 7,
-                      phase="" if number == 7 else "MAP", task=number, since=now - 40 - number, bytes=int((900 + 13 * number) * (1 << 20) * share),
-                      records=int((7_000_000 + 91_000 * number) * share), spills=number % 5,
-                      status=status or f"day 2026-11-{1 + number % 28:02}")
+            ServerNow(
+                server=f"S_{number}", node=f"node-{number // 4}", up=number != 7, phase="" if number == 7 else "MAP",
+                task=number, since=now - 40 - number, bytes=int((900 + 13 * number) * (1 << 20) * share),
+                records=int((7_000_000 + 91_000 * number) * share), spills=number % 5,
+                status=status or f"day 2026-11-{1 + number % 28:02}",
+            )
             for number in range(servers)
         ],
         counters={"lines without a user": int(18_230 * share), "bots": int(2_914_551 * share)},
