@@ -92,7 +92,7 @@ def line(value: object) -> str:
 
 def marked(value: object) -> Markup:
     """Return a line in which what stands in backticks, a command, is code."""
-    pieces = line(value).split("`")
+    pieces = one_line(value, 1_000).split("`")
     code = Markup("<code>{}</code>").format
     return Markup("").join(code(piece) if place % 2 else piece for place, piece in enumerate(pieces))
 
