@@ -7,13 +7,15 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from mrcore.state.progress import Phase, Progress
+from mrcore.state.progress import Phase, Progress, RunDetail
 from mrcore.state.store import RunRow
 
 LIKE = 3.0  # times as much or as little input: such runs are asked first for the time of a byte
 USUAL_AFTER_MAP = 0.5  # seconds of SORT and REDUCE for each of MAP, where no run has told
+USUAL_SORT_SHARE = 0.4  # of the servers' seconds in SORT and REDUCE, likewise
+MOST_PACE = 2.0  # times as slow or as fast as usual, as MAP shows it, are SORT and REDUCE expected to be
 FIRST_SECONDS, FIRST_SHARE = 3.0, 0.01  # of a phase, before a run without earlier ones is judged by its own rate
-SETTLE_SECONDS = 5.0  # in which the end that is shown goes most of the way to a new estimate
+SETTLE_SECONDS, SETTLE_SHARE = 5.0, 0.2  # or this much of what is left: so soon is a new estimate mostly believed
 MOST_RISE_PER_SECOND = 0.1  # of what is left, beyond the second itself
 MOST_SHOWN = 0.99  # of a run that has not ended
 
@@ -28,9 +30,10 @@ class Past(NamedTuple):
     after: float
     input_bytes: int
     spilled_bytes: int
+    sort_share: float = USUAL_SORT_SHARE
 
 
-def past(row: RunRow) -> Past | None:
+def past(row: RunRow, detail: RunDetail | None = None) -> Past | None:
     """Return what a run in the history took; None for one that can teach nothing."""
     if row.state != "succeeded" or row.ended is None:
         return None
@@ -47,7 +50,12 @@ def past(row: RunRow) -> Past | None:
 
     times = seconds("PREFLIGHT"), seconds("MAP"), seconds("SORT", "REDUCE"), seconds("COMMIT")
     spilled = int(counts.get("spilled_bytes", 0)) + int(counts.get("merged_bytes", 0))
-    return Past(total, *times, input_bytes, spilled)
+    worked = {"SORT": 0.0, "REDUCE": 0.0}
+    for share in detail.servers if detail else ():
+        if share.phase in worked:
+            worked[share.phase] += share.seconds
+    both = sum(worked.values())
+    return Past(total, *times, input_bytes, spilled, worked["SORT"] / both if both else USUAL_SORT_SHARE)
 
 
 def after_map(runs: Iterable[Past]) -> float:
@@ -61,7 +69,7 @@ def seconds_left(seen: Progress, runs: Sequence[Past], usual_after_map: float) -
     phases, now = {phase.name: phase for phase in seen.phases}, seen.updated
     moving = next((phase for phase in seen.phases if phase.total and phase.ended is None), None)
     if seen.job_type != "mapreduce" and moving:
-        return _left(moving, now, None)
+        return _left(now - moving.started, _share(moving), None)
     if (map_ := phases.get("MAP")) is None:
         usual, spent = _median(runs, lambda run: run.total), now - seen.started
         return None if usual is None or spent >= usual else usual - spent
@@ -69,38 +77,41 @@ def seconds_left(seen: Progress, runs: Sequence[Past], usual_after_map: float) -
     after = _median(like, lambda run: run.after) or 0.0
     if commit := phases.get("COMMIT"):
         return max(0.0, after - (now - commit.started))
-    sort = phases.get("SORT")
-    if sort and sort.total:
-        left = _left_after_map(sort, phases.get("REDUCE"), now, like)
+    usual = _median(like, lambda run: run.map / run.input_bytes)
+    usual_map = None if usual is None else usual * map_.total
+    spent = max(0.0, (map_.ended or now) - map_.started)
+    left = _left(spent, _share(map_), usual_map)
+    if left is None:
+        return None
+    pace = min(MOST_PACE, max(1 / MOST_PACE, (spent + left) / usual_map)) if usual_map else 1.0
+    if (sort := phases.get("SORT")) and sort.total:
+        left = _left_after_map(sort, phases.get("REDUCE"), now, like, pace)
     else:
-        left = _left_of_map(map_, now, like, usual_after_map)
+        usual = _median(like, lambda run: run.reduce / run.input_bytes)
+        left += (spent + left) * usual_after_map if usual is None else usual * map_.total * pace
     return None if left is None else left + after
 
 
-def _left_of_map(map_: Phase, now: float, like: Sequence[Past], usual_after_map: float) -> float | None:
-    usual = _median(like, lambda run: run.map / run.input_bytes)
-    left = _left(map_, now, None if usual is None else usual * map_.total)
-    if left is None:
-        return None
-    whole = (map_.ended or now) - map_.started + left
-    then = _median(like, lambda run: run.reduce / run.input_bytes)
-    return left + (whole * usual_after_map if then is None else then * map_.total)
-
-
-def _left_after_map(sort: Phase, reduce: Phase | None, now: float, like: Sequence[Past]) -> float | None:
-    """Both go on at the same time, for different partitions: together they are one piece of work, half of it each."""
-    both = Phase(name="", started=sort.started, done=sort.done + (reduce.done if reduce else 0), total=2 * sort.total)
+def _left_after_map(sort: Phase, reduce: Phase | None, now: float, like: Sequence[Past], pace: float) -> float | None:
+    """Both go on at the same time, for different partitions: together they are one piece of work."""
+    weight = _median(like, lambda run: run.sort_share)
+    weight = USUAL_SORT_SHARE if weight is None else weight
+    share = weight * _share(sort) + (1 - weight) * (_share(reduce) if reduce else 0.0)
     usual = _median([run for run in like if run.spilled_bytes], lambda run: run.reduce / run.spilled_bytes)
-    return _left(both, now, None if usual is None else usual * sort.total)
+    return _left(now - sort.started, share, None if usual is None else usual * sort.total * pace)
 
 
-def _left(phase: Phase, now: float, usual: float | None) -> float | None:
-    """Return what is left of a phase: by what it took so far, the more the further it is, and what is usual before."""
-    spent, share = max(0.0, (phase.ended or now) - phase.started), min(1.0, phase.done / max(1, phase.total))
-    if phase.ended is not None or share == 1:
+def _share(phase: Phase) -> float:
+    return 1.0 if phase.ended is not None else min(1.0, phase.done / max(1, phase.total))
+
+
+def _left(spent: float, share: float, usual: float | None) -> float | None:
+    """Return what is left of a phase: by what is usual, and from its middle on by its own rate alone."""
+    spent = max(0.0, spent)
+    if share >= 1:
         return 0.0
     if usual is not None:
-        return (1 - share) * ((1 - share) * usual + spent)
+        return (1 - share) * (max(0.0, 1 - 2 * share) * usual + min(2.0, 1 / max(share, 0.5)) * spent)
     if share <= 0 or (spent < FIRST_SECONDS and share < FIRST_SHARE):
         return None
     return spent * (1 - share) / share
@@ -118,8 +129,11 @@ class Forecast:
         self._at: float | None = None
         self._left = self._fraction = 0.0
 
-    def show(self, left: float | None, spent: float, now: float) -> tuple[float | None, float | None]:
-        """Return fraction and seconds left, by what is estimated now; `spent`: since the run began.
+    def show(
+        self, left: float | None, spent: float, now: float, anew: bool = False
+    ) -> tuple[float | None, float | None]:
+        """Return fraction and seconds left, by what is estimated now; `spent`: since the run began; `anew`: much more
+        is known than before, so that what was said then counts no longer.
 
         The seconds are never negative and do not rise by more than a tenth in a second; the fraction does not fall.
         """
@@ -129,7 +143,8 @@ class Forecast:
         if self._at is not None:
             gone = max(0.0, now - self._at)
             due = max(0.0, self._left - gone)
-            settled = due + (left - due) * (1 - math.exp(-gone / SETTLE_SECONDS))
+            settle_seconds = max(1e-3, min(SETTLE_SECONDS, SETTLE_SHARE * due))
+            settled = left if anew else due + (left - due) * (1 - math.exp(-gone / settle_seconds))
             left = min(settled, self._left + gone * (1 + MOST_RISE_PER_SECOND * self._left))
         self._at, self._left = now, left
         share = spent / (spent + left) if spent + left > 0 else 0.0

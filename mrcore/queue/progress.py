@@ -98,12 +98,14 @@ class Keeper:
     # --- the keeper's thread ---
 
     def _write_on(self) -> None:
-        runs, usual_after_map, failed = self._learn()
+        runs, usual_after_map = self._learn()
+        failed, known = False, 0
         while not self._ended:
             now = time.time()
             seen = self.progress(now)
             left = forecast.seconds_left(seen, runs, usual_after_map)
-            fraction, eta_seconds = self._forecast.show(left, now - self._started, now)
+            known, before = len(seen.phases), known
+            fraction, eta_seconds = self._forecast.show(left, now - self._started, now, anew=known > before)
             seen = replace(seen, fraction=fraction, eta_seconds=eta_seconds)
             try:
                 self._store.set_progress(seen)
@@ -119,18 +121,20 @@ class Keeper:
             self._wake.wait(WRITE_SECONDS)
             self._wake.clear()
 
-    def _learn(self) -> tuple[list[Past], float, bool]:
+    def _learn(self) -> tuple[list[Past], float]:
         """Return what earlier runs of the job took, and how SORT and REDUCE usually relate to MAP."""
         name = self._job["job_name"]
         try:
-            mine, all_ = ([*map(forecast.past, self._store.runs(of, PAST_RUNS))] for of in (name, None))
+            rows = self._store.runs(name, PAST_RUNS)
+            mine = [forecast.past(row, self._store.detail(name, row.run)) for row in rows]
+            all_ = [forecast.past(row) for row in self._store.runs(None, PAST_RUNS)]
         except Exception as error:  # noqa: BLE001  without a past there is less to tell, and no more
             log.warning("nothing is learnt from earlier runs: %s: %s", type_name(error), one_line(error, 300))
             mine = all_ = []
         runs = [run for run in mine if run]
         if self._job["job_type"] == "mapreduce" and self._job["reduce_function_name"] is None:
-            return runs, 0.0, False
-        return runs, forecast.after_map([run for run in all_ if run]), False
+            return runs, 0.0
+        return runs, forecast.after_map([run for run in all_ if run])
 
 
 def ended(seen: Progress, now: float) -> RunDetail:
