@@ -15,7 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from mmap import mmap
+from operator import index
 from typing import Any
+
+from mrcore.text import one_line
 
 job: str | None = None
 run: int | None = None
@@ -27,22 +30,43 @@ partition: int | None = None
 input_file: str | None = None
 
 NOTE_BYTES = 4096
+MAX_COUNTERS, MAX_COUNT = 100, 1 << 62  # different names in one task; the sum of one, up or down
+MAX_NAME, MAX_STATUS = 200, 500  # characters
 _offset: Callable[[], int] | None = None
 _note: mmap | None = None  # memory that the supervisor shares with this process
-
-
 counters: dict[str, int] = {}  # of this process, since its start
 said = ""  # the last status
 
 
 def count(name: str, amount: int = 1) -> None:
-    """Add `amount` to a counter of the run. Only tries of tasks that end well count. At most 100 names in a task."""
-    counters[name] = counters.get(name, 0) + amount
+    """Add `amount` to a counter of the run. Only tries of tasks that end well count; what a forked child adds is lost.
+
+    Raises ValueError for the 101st name in a task, or a sum beyond 2^62; TypeError for an amount that is no int.
+    """
+    amount = index(amount)
+    if name.__class__ is not str or name not in counters:
+        name = one_line(name, MAX_NAME - 50)[:MAX_NAME]  # the cut says what it left out
+        if name not in counters and len(counters) >= MAX_COUNTERS:
+            raise ValueError(
+                f"task.count({name!r}): a task has at most {MAX_COUNTERS} names of counters, and this is one more; "
+                "what takes so many values belongs into the output"
+            )
+        counters.setdefault(name, 0)
+    total = counters[name] + amount  # no call from here on, so no other thread comes in between
+    if not -MAX_COUNT <= total <= MAX_COUNT:
+        raise ValueError(f"task.count({name!r}): the sum is beyond 2^62")
+    counters[name] = total
 
 
 def status(text: str) -> None:
-    """Say what goes on at the moment, for whoever watches."""
-    globals()["said"] = text
+    """Say what goes on at the moment, for whoever watches; at most 500 characters."""
+    globals()["said"] = one_line(text, MAX_STATUS - 50)[:MAX_STATUS]
+
+
+def forget() -> None:
+    """Forget counters and status, where several tasks follow each other in one process (a trial, a test)."""
+    counters.clear()
+    status("")
 
 
 def __getattr__(name: str) -> Any:

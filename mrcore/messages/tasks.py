@@ -233,8 +233,9 @@ class PhaseBegun(Event, frozen=True, kw_only=True, tag="phase"):
 class Progressed(Event, frozen=True, kw_only=True, tag="progress"):
     """What a task has done since its start, about once a second; a newer one replaces one that was not fetched yet.
 
-    `bytes` and `records` are of `phase`: MAP: input read, and lines; SORT: of the partition fetched and merged; REDUCE:
-    of the partition's sources read by the merge, and values reduced.
+    `bytes` and `records` are of `phase`: MAP: input read, and lines; SORT: of the partition's spills, fetched or found
+    on this node, and none; REDUCE: of the partition's sources read by the merge, and values reduced. `spills`: written
+    so far, or passes of the merge.
     """
 
     phase: Literal["MAP", "SORT", "REDUCE"]

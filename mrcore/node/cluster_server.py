@@ -66,12 +66,13 @@ class _Task:
     end: Json | None = None  # the supervisor's last message
     finished: bool = False  # it has reported done or failed
     silenced: bool = False  # cancelled or replaced: nobody wants its events
+    progress: _Event | None = None  # its last
 
     def is_of(self, job: str, run: int) -> bool:
         return (self.identity.job, self.identity.run) == (job, run)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Event:
     number: int
     task: _Task
@@ -218,7 +219,12 @@ class ClusterServer:
             self._changed.wait_for(lambda: len(self._events) < MAX_EVENTS or task.silenced)
             if not task.silenced:
                 task.finished |= is_last
-                self._events.append(_Event(next(self._numbers), task, content, size))
+                event = _Event(next(self._numbers), task, content, size)
+                if isinstance(content, tasks.Progressed):
+                    if task.progress and task.progress in self._events:  # not acknowledged: only the newest counts
+                        self._events.remove(task.progress)
+                    task.progress = event
+                self._events.append(event)
                 self._changed.notify_all()
 
     def _listen(self, task: _Task) -> None:

@@ -225,6 +225,22 @@ def test_a_flood_of_events_is_bounded_and_complete(server: TaskServer) -> None:
     assert [event["number"] for event in listener.events if event["event"] == "count"] == list(range(25_000))
 
 
+def test_of_progress_that_nobody_fetched_the_newest_is_kept(server: TaskServer) -> None:
+    listener, identity = server.start("progress", count=15_000)
+
+    def all_told() -> Any:
+        ask = {"incarnation": listener.incarnation, "after": 0, "wait_seconds": 0.1}
+        told = [event for _, event in server.master.call(ANY_POLL, **ask)["events"]]
+        return told if told and told[-1]["event"] == "done" else None
+
+    progress, rest = [], []
+    for event in wait_until(all_told, 60):
+        (progress if event["event"] == "progress" else rest).append(event)
+    assert [event["event"] for event in rest] == ["started", "told", "done"]
+    (newest,) = progress
+    assert (newest["records"], newest["identity"]) == (15_000, identity)
+
+
 def test_cancel_frees_a_task_that_waits_for_its_events_to_be_read(server: TaskServer) -> None:
     server.start("flood", count=25_000)
     wait_until(lambda: server.held() == 10_000, 30)
