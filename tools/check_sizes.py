@@ -18,14 +18,14 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
 # Lines of code. `engine` and `cluster` together are what a newcomer reads in a day: at most 3,450.
 # Raise a number only together with what docs/architecture.md says of it. "": the modules of no package.
 BUDGETS = {
-    "": 250,
+    "": 290,
     "admin": 715,
     "cli": 800,
     "cluster": 960,
     "engine": 2_450,
     "launchers": 710,
     "messages": 470,
-    "node": 1_260,
+    "node": 1_310,
     "project": 210,
     "queue": 1_260,
     "settings": 440,
