@@ -116,7 +116,8 @@ class Process:
             return error
         if isinstance(error, MemoryError):
             return JobFault(
-                "the task ran out of memory: give the servers more (memory_bytes) or the job smaller groups"
+                "the task ran out of memory: give the servers more (memory_bytes) or the job smaller groups",
+                code="out_of_memory",
             )
         if isinstance(error, Interrupted):
             return TaskDied(
@@ -332,4 +333,4 @@ class Process:
         try:
             self._fetch(source, [{"part": {"job": self._run[0], "name": part.name}} for part in parts], sink)
         except Refused as error:
-            raise JobFault(f"the earlier output is not to be had: {error.message}") from error
+            raise JobFault(f"the earlier output is not to be had: {error.message}", code="ledger") from error
