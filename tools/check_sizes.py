@@ -18,16 +18,16 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
 # Lines of code. `engine` and `cluster` together are what a newcomer reads in a day: at most 3,450.
 # Raise a number only together with what docs/architecture.md says of it. "": the modules of no package.
 BUDGETS = {
-    "": 250,
+    "": 290,
     "admin": 715,
-    "cli": 800,
+    "cli": 1_000,
     "cluster": 1_000,
     "engine": 2_450,
     "launchers": 710,
     "messages": 470,
-    "node": 1_260,
+    "node": 1_300,
     "project": 210,
-    "queue": 1_500,
+    "queue": 1_880,
     "settings": 440,
     "state": 1_680,
     "system": 1_250,

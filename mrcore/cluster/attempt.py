@@ -196,11 +196,12 @@ class Attempt:
             case tasks.Failed():
                 why = decode_error(msgspec.to_builtins(event.error), server.node)
                 if isinstance(why, JobFault) or why.details.get("hold"):
+                    why.details |= _place(server, identity)
                     self._fail(why)
                 else:  # that it could not reach its data is no fault of the job; that its process gave up is
                     self._lose_task(server, why.message, _blame(why), **why.details)
             case tasks.Died():
-                self._lose_task(server, event.message, JobFault)
+                self._lose_task(server, event.message, JobFault, **event.details())
 
     def tick(self, now: float) -> None:
         """Look at the clock: work that only servers can do which have been away for too long ends the attempt."""
@@ -280,6 +281,7 @@ class Attempt:
         if task is None or self.fault:
             return
         kind = "map" if self.phase == "MAP" else "reduce"
+        place = _place(server, self._identity(task))
         self.results.deaths.append(f"{server.name}: {kind} task {task.number}: {because}")
         task.move("died", because)
         self.board.died(server.name, because)
@@ -290,7 +292,7 @@ class Attempt:
         if task.tries >= self.max_attempts:
             who = f"at last by {server.name} on node {server.node}"
             text = f"a task was tried {task.tries} times (max_attempts), {who}, and ended each time: {because}"
-            self._fail(blame(text, **details))
+            self._fail(blame(text, **{"code": "task_died"} | place | details))
 
     def _fail(self, fault: MrcoreError) -> None:
         self.fault = self.fault or fault
@@ -306,6 +308,12 @@ class Attempt:
         running = [task for task in self.maps + self.reduces if task.state == "running"]
         assert len(running) == sum(server.task is not None for server in self.servers.values())
         assert not (self.finished and (running or self.waiting)), "finished with work left"
+
+
+def _place(server: Server, identity: TaskIdentity) -> dict[str, str]:
+    """Return where a task ran, and its name as in the server's log."""
+    task = f"{identity.phase.lower()}-{identity.task}-{identity.try_}"
+    return {"server": server.name, "node": server.node, "task": task}
 
 
 def _blame(error: MrcoreError) -> type[MrcoreError]:

@@ -121,7 +121,8 @@ class Coordinator:
             least = min(1.0, (3 * SAMPLE_BLOCK_BYTES if total_bytes >= THIN_BY_LINES_BELOW else 300) / total_bytes)
             raise JobFault(
                 f"the sample of {wanted} of {total_bytes:,} bytes holds no line; the smallest useful "
-                f"downsample for this input is about {least:.2g}"
+                f"downsample for this input is about {least:.2g}",
+                code="sample",
             )
 
 

@@ -27,15 +27,17 @@ SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers 
 
 
 def _line_offset(offset: int, text: str, stream: Iterator[str]) -> Callable[[], int]:
-    """Return a function that works out the byte offset of the line that was read last from `stream`."""
-    known = 0  # the character at byte `offset`: only what follows it is encoded again
+    """Return a function that works out the byte offset of the line that was read last from `stream`; for any thread."""
+    place = offset, 0  # a byte, and which character stands there: only what follows it is encoded again
 
     def line_offset() -> int:
-        nonlocal known, offset
+        nonlocal place
+        known, character = place
         if isinstance(stream, io.StringIO):
             start = text.rfind("\n", 0, max(0, stream.tell() - 1)) + 1
-            offset, known = offset + len(text[known:start].encode()), start
-        return offset
+            known += len(text[character:start].encode()) if start >= character else -len(text[start:character].encode())
+            place = known, start
+        return known
 
     return line_offset
 
@@ -112,10 +114,14 @@ class Map:
                     forks.check()
                     self._sink.watch.look()  # its own thread may be kept waiting on a busy machine
                 self.lines, self._block = self.lines + lines, NO_BLOCK
+        task.in_hand(f"what map function {self._name} emitted up to the end of {path}")
         task.set_offset(None)
 
     def _note(self) -> None:
-        task.in_hand(f"map function {self._name}, the lines from byte {task.offset} of {task.input_file} on")
+        task.in_hand(self._in_hand(), self._in_hand)
+
+    def _in_hand(self) -> str:
+        return f"map function {self._name}, the lines from byte {task.offset} of {task.input_file} on"
 
     def _decode(self, path: str, offset: int, block: bytes) -> Iterator[tuple[int, str]]:
         try:

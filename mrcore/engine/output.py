@@ -191,7 +191,8 @@ class Parts:
             except Exception as error:  # two formats with error classes of their own
                 raise JobFault(
                     f"part {part.name} of the earlier output on {part.node} cannot be read ({error}): bring it "
-                    "back, or have all inputs read again by `mrcore ledger forget JOB`"
+                    "back, or have all inputs read again by `mrcore ledger forget JOB`",
+                    code="ledger",
                 ) from error
 
 

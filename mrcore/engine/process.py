@@ -114,7 +114,8 @@ class Process:
             return error
         if isinstance(error, MemoryError):
             return JobFault(
-                "the task ran out of memory: give the servers more (memory_bytes) or the job smaller groups"
+                "the task ran out of memory: give the servers more (memory_bytes) or the job smaller groups",
+                code="out_of_memory",
             )
         if isinstance(error, Interrupted):
             return TaskDied(
@@ -257,7 +258,8 @@ class Process:
         parts = reducer.reduce()
         self._seconds = {"sort": sorted_at - started, "reduce": time.monotonic() - sorted_at}
         counters = {"groups": reducer.groups, "values": reducer.values, "merge_passes": sorter.merge_passes} | merged
-        return {"counters": counters, "parts": parts, "fetched": fetched, "keys_kept": reducer.keys_kept}
+        made = {"counters": counters, "parts": parts, "fetched": fetched, "keys_kept": reducer.keys_kept}
+        return made | {"heavy": reducer.heavy()}
 
     def _fetch_spills(self, sorter: DiskSort, selector: Request) -> dict[str, int]:
         """Give the sorter its share of every spill: ranges on this node in place, the others fetched.
@@ -329,4 +331,4 @@ class Process:
         try:
             self._fetch(source, [{"part": {"job": self._run[0], "name": part.name}} for part in parts], sink)
         except Refused as error:
-            raise JobFault(f"the earlier output is not to be had: {error.message}") from error
+            raise JobFault(f"the earlier output is not to be had: {error.message}", code="ledger") from error

@@ -68,12 +68,14 @@ class Endings:
             return None
         fault = unforeseen(error) if error is not None else MrcoreError("it ended without a result")
         why = {
-            "failed": JobFault(f"timeout: ran longer than its timeout_seconds {execution.job['timeout_seconds']}"),
+            "failed": JobFault(
+                f"timeout: ran longer than its timeout_seconds {execution.job['timeout_seconds']}", code="timeout"
+            ),
             "cancelled": MrcoreError("cancelled by the user"),
             "handed back": MrcoreError("the Runner was stopped; the job runs again when one is started"),
         }.get(execution.why_stopped or "")
         if why:
-            why.details.update(fault.details)
+            why.details = fault.details | why.details
             fault = why
         # SIGTERM to a whole service reaches what it runs as well, perhaps before us.
         again = stopping or isinstance(fault, ClusterFault) or self._worth_another_try(execution, fault)

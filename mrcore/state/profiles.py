@@ -26,7 +26,7 @@ SUFFIXES = (".svg", ".speedscope.json")
 FRAME_CHARACTERS = 200
 LEAST_SHARE, MAX_FRAMES = 0.001, 1_500  # of what is drawn of a phase: narrower frames, and then the narrowest, are not
 WIDTH, ROW, MARGIN, CHARACTER = 1_200, 18, 12, 6.7  # pixels
-# Colours by who wrote the code, user code with its packages; the second numbers give room for a hue of each frame's own.
+# Colours by who wrote the code, packages with the user's; the second numbers: room for a hue of each frame's own.
 HUES = {"user": (8, 40), "python": (200, 30), "mrcore": (120, 30)}
 
 
