@@ -27,7 +27,7 @@ BUDGETS = {
     "messages": 470,
     "node": 1_300,
     "project": 210,
-    "queue": 1_880,
+    "queue": 2_140,
     "settings": 440,
     "state": 1_680,
     "system": 1_250,
