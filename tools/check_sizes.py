@@ -29,7 +29,7 @@ BUDGETS = {
     "project": 210,
     "queue": 2_150,
     "settings": 440,
-    "state": 1_420,
+    "state": 1_680,
     "system": 1_250,
     "transfer": 515,
     "web": 900,
