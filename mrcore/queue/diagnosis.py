@@ -342,8 +342,8 @@ def left_out(run: RunRow, spec: dict[str, Any]) -> list[LeftOut]:
         found.append(
             LeftOut("unfinished", text, "if nobody writes to them any more, they are cut off: upload them again")
         )
-    if replaced := counts.get("replaced_characters"):
-        text = f"{replaced:,} bytes that are not UTF-8 were replaced (on_bad_text: replace)"
+    if replaced := counts.get("replaced_lines"):
+        text = f"{replaced:,} lines that are not UTF-8 were read with replacement characters (on_bad_text)"
         found.append(LeftOut("bad_text", text, "mend the files, if these characters matter"))
     if spec.get("downsample", 1.0) < 1.0:
         text = f"it is a sample: of the lines {share(spec['downsample'])} were read (downsample)"
