@@ -7,6 +7,8 @@ import msgspec
 
 from mrcore.cli import common
 
+GROUP = "Queue"
+
 
 @click.command()
 @click.argument("job")

@@ -18,7 +18,7 @@ from mrcore.queue.cycle import needs_nodes
 from mrcore.queue.execution import Execution
 from mrcore.queue.hooks import Hooks
 from mrcore.settings.config import Settings
-from mrcore.state import manifest
+from mrcore.state import manifest, profiles
 from mrcore.state.store import Hold, JobRow, Store
 from mrcore.text import one_line, type_name
 
@@ -101,6 +101,8 @@ class Endings:
         name, left, after = spec["job_name"], list[str](), None
         with store.change("end"):
             store.end_run(name, run, ending, now, **facts)
+            if execution.detail:
+                store.set_detail(name, run, execution.detail)
             job = store.job(name)
             same = job if job and job.number == execution.number else None
             mine = same if same and same.state != "out" else None  # else replaced or deleted in the meantime
@@ -197,10 +199,11 @@ class Endings:
         return seconds
 
     def forget(self, names: Iterable[str]) -> None:
-        """Remove what was kept of runs that the history has forgotten: manifests, what scripts printed."""
+        """Remove what was kept of runs that the history has forgotten: manifests, profiles, what scripts printed."""
         for name in names:
             kept = self._store.run_numbers(name)
             scripts.prune(self._settings, name, kept)
+            profiles.prune(self._settings.state_dir, name, kept)
             try:
                 manifest.prune(self._settings.state_dir, name, kept)
             except UsageError as error:  # a damaged one: all of the job's stay until it is fixed

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -176,7 +177,7 @@ class Scheduler:
         progress = self.progress()
         row = self.store.job(job_name)
         if row is None:
-            raise _unknown(job_name, "is not known", self.store.last_runs())
+            raise _unknown(job_name, "is not known", self.store.last_runs(), self.settings.state_dir)
         return {
             "job_name": job_name,
             "state": row.state,
@@ -272,7 +273,7 @@ class Scheduler:
         """Return what a `hold_state` job has read: path, holder (a node; None: whichever), bytes, modified, run."""
         run, _, entries = ledger.read(self.store, job_name)
         if run is None:
-            raise _unknown(job_name, "has no ledger", ledger.job_names(self.store))
+            raise _unknown(job_name, "has no ledger", ledger.job_names(self.store), self.settings.state_dir)
         return [
             {
                 "path": path,
@@ -329,8 +330,10 @@ def _requeueable(job: JobRow, *states: str) -> bool:
     return job.state in states or job.cause in FALLEN
 
 
-def _unknown(name: str, problem: str, known: Iterable[str]) -> UsageError:
-    return UsageError(f"job {name!r} {problem}{nearest(name, known)}")
+def _unknown(name: str, problem: str, known: Iterable[str], where: Path | None = None) -> UsageError:
+    names = list(known)
+    more = f": nothing is in {where}" if where and not names else nearest(name, names)
+    return UsageError(f"job {name!r} {problem}{more}")
 
 
 def _answer(job: dict[str, Any], replaced: bool, active: bool) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class Tagger:
         tag = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {self._whose} | ".encode()
         return tag + data[:-1].replace(b"\n", b"\n" + tag) + b"\n"
 
+    @property
+    def begun(self) -> bool:
+        """Whether a line waits for its end."""
+        return bool(self._partial)
+
     def rest(self) -> bytes:
         """Return what is left at the end, as a line."""
         return self.lines(b"\n") if self._partial else b""
