@@ -21,22 +21,22 @@ BUDGETS = {
     "": 290,
     "admin": 715,
     "cli": 1_000,
-    "cluster": 1_240,
+    "cluster": 1_250,
     "engine": 2_450,
     "launchers": 710,
     "messages": 470,
     "node": 1_300,
     "project": 210,
-    "queue": 1_880,
+    "queue": 2_120,
     "settings": 440,
-    "state": 1_390,
+    "state": 1_400,
     "system": 1_250,
     "transfer": 515,
     "web": 900,
     "wire": 1_190,
 }
 DAY = ("engine", "cluster")
-MAX_DAY_LINES = 3_450
+MAX_DAY_LINES = 3_550
 
 
 def code_lines(path: Path) -> int:

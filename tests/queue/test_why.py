@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ from fake_cluster import FakeCluster
 from queues import job
 
 from mrcore.engine.disk_sort import group_too_large
-from mrcore.errors import JobFault, UsageError
+from mrcore.errors import ClusterFault, JobFault, UsageError
+from mrcore.launchers import local
+from mrcore.queue import printed
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.queue.why import Explanation
@@ -334,7 +337,8 @@ def out_of_memory(world: World) -> None:
     details |= {"signal": 9, "memory_bytes": 300 << 20, "in_hand": "map function m, the lines from byte 8 of /x on"}
     fail(world, JobFault("a task was tried 3 times", **details))
     lines = world.scheduler.why("it").lines
-    for line in ("the kernel ended it for its memory", "its memory then: 300.0 MiB", f"in hand: {details['in_hand']}"):
+    held, of = "it held 300.0 MiB at most", f"in hand: {details['in_hand']}"
+    for line in ("the kernel probably ended it for want of memory", held, of):
         assert line in lines
 
 
@@ -410,13 +414,9 @@ def left_out(counts: dict[str, Any], **keys: Any) -> Callable[[World], None]:
     return make
 
 
-case("`partial`, `skipped`", "but 3 files of its inputs were not read: 2 dotfile, 1 locked", "docs/jobs.md")(
-    left_out({"skipped": {"dotfile": 2, "locked": 1}})
-)
 case("`partial`, `unfinished`", "but 1 files end inside of a character", "upload them again")(
     left_out({"unfinished_characters": 1})
 )
-case("`partial`, `bad_text`", "but 7 lines that are not UTF-8", "mend the files")(left_out({"replaced_lines": 7}))
 case("`partial`, `sample`", "but it is a sample: of the lines 10 %", "downsample=1.0")(left_out({}, downsample=0.1))
 
 
@@ -469,6 +469,7 @@ class Failed:
         self.text("in.txt", b"one\ntwo\nthree\n")
         for name in ("more", "merged"):
             self.text(f"{name}/1.txt", b"a b\n")
+        self.text("more/.hidden", b"")
         self.scheduler = Scheduler(self.settings)
         more = [str(self.folder / "more")]
         held = {"hold_state": True, "delete_job_data": False, "reduce_function_name": "add_up", "input_dirs": more}
@@ -486,6 +487,8 @@ class Failed:
             *(self.job(name, map_function_name=name) for name in ("function", "bad_item", "no_function", "task_died")),
             *(self.job(name, project_name=name) for name in ("import", "project", "packages")),
             self.job("input_file", input_dirs=[self.text("latin.txt", b"caf\xe9\n")]),
+            self.job("bad_text", input_dirs=[str(self.folder / "latin.txt")], on_bad_text="replace"),
+            self.job("skipped", input_dirs=[str(self.folder / "more")]),
             self.job("inputs", input_dirs=[str(self.folder / "nowhere")]),
             self.job("sample", downsample=1e-9),
             self.job("auxiliary", auxiliary_data_name_mapper="stop"),
@@ -550,6 +553,8 @@ REAL = {
     "`failed`, `script`": ("exit status 3|status 3", "`mrcore logs script`"),
     "`failed`, `no_script`": ("there is no script", "put the script back"),
     "`failed`, `transfer`": ("input_dir .* does not exist", "mend what it says"),
+    "`partial`, `bad_text`": ("but 1 lines that are not UTF-8", "mend the files"),
+    "`partial`, `skipped`": (r"but \d files of its inputs were not read: \d dotfile", "docs/jobs.md"),
     "`succeeded`, `nothing_new`": ("there was nothing new to read", "nothing; `mrcore cat nothing_new`"),
 }
 
@@ -577,6 +582,34 @@ def test_a_failure_names_the_file_that_is_edited_the_input_and_the_line(failed: 
 
 def test_what_a_script_printed_last_is_told(failed: Failed) -> None:
     assert "  on my way" in failed.scheduler.why("script").lines
+
+
+def test_what_a_task_printed_last_is_told_without_what_others_printed(failed: Failed) -> None:
+    found = failed.scheduler.why("function", printed=True)
+    assert found.facts["printed"] == ["have read one", "have read two", "have read three"]
+    assert found.lines[-4:] == [f"it printed last (`mrcore logs {found.facts['failure']['server']}` has more):"] + [
+        f"  {line}" for line in found.facts["printed"]
+    ]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_node_that_does_not_answer_costs_little_time_and_no_answer(
+    hangs: bool, failed: Failed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+
+    def read_log(*_: object) -> bytes:
+        if hangs:
+            over.wait(60)
+        raise ClusterFault("w1 is away")
+
+    monkeypatch.setattr(local, "read_log", read_log)
+    monkeypatch.setattr(printed, "LOG_SECONDS", 0.1 if hangs else 60)
+    found = failed.scheduler.why("function", printed=True)
+    over.set()
+    why = r"node node-\d gave no answer in 0.1 s" if hangs else "w1 is away"
+    assert re.fullmatch(f"what it printed cannot be read: {why}", found.lines[-1])
+    check(found, "`failed`, `function`", *REAL["`failed`, `function`"])
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
