@@ -90,7 +90,8 @@ def sole_runner(state_dir: Path) -> Iterator[None]:
             holder = lock.read().strip() or "unknown"
             raise UsageError(
                 f"a Runner (process {holder}) already drains the queue of {state_dir}: "
-                f"one is enough; stop it with `kill {holder}`"
+                f"one is enough; stop it with `kill {holder}`",
+                runner=holder,
             ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
