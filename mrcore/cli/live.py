@@ -152,7 +152,8 @@ def _bar_line(phase: Phase, now: float) -> str:
     filled = round(BAR * share) if share is not None else 0
     full, empty = ("━", "─") if terminal.speaks_unicode(sys.stderr) else ("#", "-")
     percent = f"{share:4.0%}".replace("%", " %") if share is not None else ""
-    line = f"  {one_line(phase.name, 9):9} {full * filled}{empty * (BAR - filled)} {percent:>6} {seconds:6.1f} s"
+    bar = full * filled + empty * (BAR - filled) if share is not None else " " * BAR
+    line = f"  {one_line(phase.name, 9):9} {bar} {percent:>6} {seconds:6.1f} s"
     if phase.done and phase.unit == "bytes":
         total = f" of {size(phase.total)}" if phase.total else ""
         rate = f"  {size(phase.done / seconds)}/s" if seconds > 0.1 else ""

@@ -117,13 +117,13 @@ class Wait:
             if row["why"]["code"] in WAITS and row["why"]["code"] + row["job_name"] not in self._told:
                 self._told.add(row["why"]["code"] + row["job_name"])
                 self._tell(f"{row['job_name']} waits: {row['why']['text']}; Ctrl-C leaves it in the queue")
+        if rows and self._store.get("paused") and not self.awaited.running:
+            self._refuse_pause()
         codes = {row["why"]["code"] for row in rows}
         if "no_runner" in codes and not here:
             self._tell("no Runner drains this queue now: `mrcore run` does; this waits for one")
         if "hold" in codes and (hold := self._store.hold()):
             self._tell(f"the queue holds: {one_line(hold.reason)}")
-        if "paused" in codes and not self.awaited.running:
-            self._refuse_pause()
 
     def _refuse_pause(self) -> None:
         names = ", ".join(self.awaited.left)
