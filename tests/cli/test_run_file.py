@@ -1,4 +1,4 @@
-"""`mrcore run FILE` and `mrcore submit --wait`: jobs are queued, run or waited for, and the status says how they ended."""
+"""`mrcore run FILE`, `mrcore submit --wait`: jobs are run or waited for, and the status says how they ended."""
 
 from __future__ import annotations
 

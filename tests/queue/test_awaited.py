@@ -12,7 +12,7 @@ from queues import job
 from mrcore.queue.awaited import Awaited
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
-from mrcore.settings.config import Settings, load_settings
+from mrcore.settings.config import Settings
 
 
 @pytest.fixture
