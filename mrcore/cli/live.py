@@ -20,6 +20,7 @@ from rich.text import Text
 
 from mrcore.cli import common
 from mrcore.errors import MrcoreError
+from mrcore.messages.kinds import convert
 from mrcore.queue.cycle import duration
 from mrcore.state.progress import Phase, Progress, ServerNow
 from mrcore.system import terminal
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.5  # between two looks at the queue's file
 REFRESHES_PER_SECOND = 4
-BAR = 22  # characters
+BAR = 16  # characters
 MARGIN = 4  # columns left free: a terminal writes ^C behind what stands there
 MAX_COUNTERS = 6  # on the line of counters
 RECORDS = {"MAP": "lines", "SORT": "groups", "REDUCE": "values", "COMMIT": "items"}
@@ -62,6 +63,12 @@ def how_far(progress: Progress, now: float) -> str:
     name = one_line(phase.name, 20) if phase else ""
     first = f"{name} {share:.0%}".replace("%", " %") if share is not None else name
     return ", ".join(filter(None, (first, time_left(progress, now))))
+
+
+def running(phase: str | None, progress: dict[str, Any] | None) -> str:
+    """Return what a running job does, by its `progress` as listings have it: "running MAP 43 %, about 2 min left"."""
+    far = how_far(convert(Progress, progress), time.time()) if progress else phase or ""
+    return f"running {far}".strip()
 
 
 def current(progress: Progress) -> Phase | None:
@@ -137,7 +144,7 @@ def run_lines(progress: Progress, now: float) -> list[Line]:
         busy = sum(server.task is not None for server in up)
         text = f"  {busy} of {len(up)} servers at work"
         text += f", {len(progress.servers) - len(up)} away" if len(up) < len(progress.servers) else ""
-        text += f", {progress.deaths} tasks died and are tried again" if progress.deaths else ""
+        text += f", {progress.deaths} died and tried again" if progress.deaths else ""
         text += f", {progress.spills:,} spills" if progress.spills else ""
         lines.append(Line(text))
     if progress.counters:

@@ -17,6 +17,7 @@ from mrcore.cli import files as cli_files
 from mrcore.cli import jobs as cli_jobs
 from mrcore.cli import output as cli_output
 from mrcore.cli import queue as cli_queue
+from mrcore.cli import watch as cli_watch
 from mrcore.errors import UsageError
 from mrcore.system import terminal
 from mrcore.text import one_line
@@ -55,6 +56,6 @@ def cli(context: click.Context, config: str | None) -> None:
     context.obj, context.meta[common.ARGUMENTS] = config, given
 
 
-PARTS = (cli_jobs, cli_queue, cli_output, cli_cluster, cli_admin, cli_files)
+PARTS = (cli_jobs, cli_queue, cli_watch, cli_output, cli_cluster, cli_admin, cli_files)
 for command in [command for part in PARTS for command in part.COMMANDS]:
     cli.add_command(command)

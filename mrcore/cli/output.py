@@ -20,11 +20,12 @@ from mrcore.text import one_line
 @click.command()
 @click.argument("job")
 @click.option("--head", type=click.IntRange(1), metavar="N", help="Only the first N items.")
-def cat(job: str, head: int | None) -> None:
-    """Print a job's output, one common.JSON item per line, in the order of its parts."""
+@click.option("--run", type=click.IntRange(1), metavar="N", help="Only what that run added to the output.")
+def cat(job: str, head: int | None, run: int | None) -> None:
+    """Print a job's output, one JSON item per line, in the order of its parts."""
     sys.stdout.flush()
     out: Any = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
-    common.cluster_in_force().cat(job, out, head=head)
+    common.cluster_in_force().cat(job, out, head=head, run=run)
 
 
 @click.command(name="try")

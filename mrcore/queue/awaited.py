@@ -49,10 +49,10 @@ def outcome(job: JobRow | None, runs: Iterable[RunRow], number: int) -> Outcome 
 
 
 class Awaited:
-    """Jobs just submitted, of which the ends are waited for."""
+    """Jobs in the queue, of which the ends are waited for: of runs after `run`."""
 
-    def __init__(self, store: Store, names: Iterable[str]) -> None:
-        self._store = store
+    def __init__(self, store: Store, names: Iterable[str], run: int = 0) -> None:
+        self._store, self._run = store, run
         jobs = [job for name in names if (job := store.job(name))]
         self.left = {job.job_name: job.number for job in jobs}
         self.ended: list[Outcome] = []
@@ -61,7 +61,8 @@ class Awaited:
         """Return the ends that have come since the last look."""
         news = []
         for name, number in list(self.left.items()):
-            if found := outcome(self._store.job(name), self._store.runs(name, RUNS_LOOKED_AT), number):
+            runs = (row for row in self._store.runs(name, RUNS_LOOKED_AT) if row.run > self._run)
+            if found := outcome(self._store.job(name), runs, number):
                 del self.left[name]
                 news.append(found)
         self.ended += news

@@ -279,10 +279,12 @@ class Store(Database):
         """Return one run, or None when the history does not have it."""
         return next(iter(self._runs("WHERE job_name = ? AND run = ?", job_name, run)), None)
 
-    def runs(self, job_name: str | None, limit: int | None = None) -> list[RunRow]:
-        """Return the runs of a job, or of all, newest first."""
-        where, names = ("WHERE job_name = ?", [job_name]) if job_name else ("", [])
-        return self._runs(f"{where} ORDER BY id DESC LIMIT ?", *names, -1 if limit is None else limit)
+    def runs(self, job_name: str | None, limit: int | None = None, state: str | None = None) -> list[RunRow]:
+        """Return the runs of a job, or of all, newest first; with `state` only those."""
+        wanted = {"job_name": job_name, "state": state}
+        chosen = {key: value for key, value in wanted.items() if value is not None}
+        where = f"WHERE {' AND '.join(f'{key} = ?' for key in chosen)}" if chosen else ""
+        return self._runs(f"{where} ORDER BY id DESC LIMIT ?", *chosen.values(), -1 if limit is None else limit)
 
     def run_numbers(self, job_name: str) -> set[int]:
         """Return the numbers of a job's runs that are in the history."""

@@ -172,7 +172,7 @@ def test_on_a_terminal_the_run_is_shown_in_place_and_no_line_holds_two_things(sc
             "one: queued; it runs once",
             "two: queued; it runs once",
             "one run 1: N s",
-            f"  SCRIPT    {' ' * 29}    N s",
+            f"  SCRIPT    {' ' * 23}    N s",
         ]
         Path("go").touch()
         assert terminal.wait() == 0
