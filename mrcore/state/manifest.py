@@ -144,7 +144,7 @@ def output(state_dir: Path, job: str) -> list[Manifest]:
 
 
 def parts(state_dir: Path, job: str, run: int | None = None) -> list[PlacedPart]:
-    """Return the parts that make up a job's output, or that one run added to it. Raises UsageError when there is none."""
+    """Return the parts that make up a job's output, or those that one run added to it. UsageError: there are none."""
     kept = output(state_dir, job)
     if kept and run is not None:
         there = [manifest for manifest in kept if not manifest.removed]
