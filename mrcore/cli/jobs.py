@@ -17,6 +17,7 @@ from mrcore.text import one_line
 if TYPE_CHECKING:
     from mrcore.queue.scheduler import Scheduler
 
+GROUP = "Jobs"
 MAX_JOB_FILE_BYTES = 10 << 20
 
 
@@ -43,9 +44,9 @@ SET = click.option(
 @click.option("--wait", is_flag=True, help="Wait for the end of their next runs; status 1 when one does not succeed.")
 @common.JSON
 def submit(files: tuple[Path, ...], changes: tuple[str, ...], wait: bool, as_json: bool) -> None:
-    """Queue the jobs of YAML or JSON files (one job or a list each): all of them, or none if one has a fault.
+    """Queue the jobs of YAML or JSON files.
 
-    `-` reads standard input.
+    A file holds one job or a list. All jobs are queued, or none if one has a fault. `-` reads standard input.
     """
     batch = read_batch(files, changes)
     common.hand_over_jobs(batch, "submit", ["--json"] * as_json + ["--wait"] * wait)
@@ -116,10 +117,10 @@ def _read_jobs(file: Path) -> list[Any]:
 @SET
 @click.option("--once", is_flag=True, help="Without FILE: end after one cycle of the queue.")
 def run(files: tuple[Path, ...], changes: tuple[str, ...], once: bool) -> None:
-    """Run the jobs of these files to their ends; without FILE, drain the queue: the Runner.
+    """Run jobs, or the queue: the Runner.
 
-    With FILE: queues the jobs, and runs the queue here until they have run if there is no Runner; else waits for the
-    Runner that there is. Status 1 when a run does not succeed.
+    With FILE: queues these jobs and waits for the ends of their runs; status 1 if one does not succeed. If there is no
+    Runner, the queue is run here meanwhile.
 
     Ctrl-C or SIGTERM hand a run that is under way here back; a second one ends it at once. When the queue holds because
     of the cluster, this waits, also with --once; a paused queue it does not wait for.

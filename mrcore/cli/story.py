@@ -54,7 +54,8 @@ def _print_head(row: dict[str, Any]) -> None:
     if row["exception"]:
         click.echo(f"  {row['exception']['class']}: {row['exception']['message']}")
         details = dict(row["exception"]["details"])
-        frames = details.pop("traceback", None) or details.pop("internal_traceback", None)
+        kinds = ("traceback", "internal_traceback", "stack")
+        frames = next((details.pop(kind) for kind in kinds if details.get(kind)), None)
         for name, value in details.items():
             click.echo(f"  {name}: {one_line(value)}")
         if frames:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mrcore.queue.scheduler import Scheduler
     from mrcore.state.progress import Progress
 
+GROUP = "Queue"
 REFRESH_SECONDS = 1.0
 MAX_NEXT = 5  # jobs that come next, as they are shown
 PIPE_LINES, PIPE_COLUMNS = 10_000, 1_000  # of a snapshot in a pipe

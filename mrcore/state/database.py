@@ -22,6 +22,7 @@ from mrcore.system.paths import make_private
 
 SCHEMA_VERSION = 4
 BUSY_SECONDS = 60.0
+PEEK_SECONDS = 0.1  # for another's change
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -80,6 +81,18 @@ def upgrade(db: sqlite3.Connection) -> int:
     return max(version, SCHEMA_VERSION)
 
 
+def peek(state_dir: Path, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    """Return the rows of a SELECT without making, changing or waiting for a file: for completion, which may miss some.
+
+    Raises sqlite3.Error when there is no queue, or none that the caller may read. SQLite would make the files of a WAL
+    even to read: without them, nobody has the queue open, and it is read as what does not change.
+    """
+    file = state_dir / "queue.sqlite"
+    how = "mode=ro" if file.with_name(f"{file.name}-shm").exists() else "immutable=1"
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?{how}", uri=True, timeout=PEEK_SECONDS)) as db:
+        return db.execute(query, values).fetchall()
+
+
 @contextlib.contextmanager
 def sole_runner(state_dir: Path) -> Iterator[None]:
     """Be the one process that runs the queue of this folder; UsageError naming it if another does."""
@@ -98,6 +111,29 @@ def sole_runner(state_dir: Path) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
+
+
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """Return the queue of a file as it is now, of this version, without a byte of the file changed.
+
+    Where there is no file it is an empty one, and one of an earlier version is upgraded in memory.
+    """
+    memory = sqlite3.connect(":memory:", check_same_thread=False)
+    if not path.exists():
+        upgrade(memory)
+        return memory
+    # What is in use has a write-ahead log, in which the newest is; its readers share memory that is theirs to write.
+    modes = ["mode=ro&readonly_shm=1"] if Path(f"{path}-wal").exists() else []
+    for mode in [*modes, "immutable=1"]:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as file:
+            try:
+                file.backup(memory)
+                upgrade(memory)
+                break
+            except sqlite3.Error as error:
+                if mode == "immutable=1":
+                    raise ClusterFault(f"cannot read the queue {path}: {error}; check the file and the disk") from None
+    return memory
 
 
 class Database:
