@@ -1,7 +1,8 @@
 """What a run of a mapreduce job would read and take, as far as that is known without an order to any node.
 
 Nodes are asked for their health and for listings only, so that no byte on any disk is changed: no project is sent, no
-working folder made. Not even whether a node has the project: that question keeps it there for longer. What is estimated is computed here from plain numbers (`needed_bytes`, `expected_seconds`).
+working folder made. Not even whether a node has the project is asked, since that keeps it there for longer. What is
+estimated is computed here from plain numbers (`needed_bytes`, `expected_seconds`).
 """
 
 from __future__ import annotations
