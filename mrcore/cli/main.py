@@ -16,6 +16,7 @@ from mrcore.cli import common
 from mrcore.cli import completion as cli_completion
 from mrcore.cli import files as cli_files
 from mrcore.cli import jobs as cli_jobs
+from mrcore.cli import logs as cli_logs
 from mrcore.cli import output as cli_output
 from mrcore.cli import plan as cli_plan
 from mrcore.cli import queue as cli_queue
@@ -84,6 +85,7 @@ PARTS = (
     cli_plan,
     cli_output,
     cli_cluster,
+    cli_logs,
     cli_files,
     cli_admin,
     cli_completion,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from clusters import TestCluster
-from commands import mrcore
+from commands import MRCORE, UNFIT, mrcore
+from conditions import wait_until
 
 from mrcore.cluster.plan import GUESS, NodePlan, expected_seconds, needed_bytes
 from mrcore.messages.nodes import InputFile
@@ -34,6 +38,36 @@ def here(cluster: TestCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delenv("MRCORE_CONFIG", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+class Started:
+    """A command that runs beside the test, its output in files of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._out, self._err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        command = ["env", "--default-signal=INT", MRCORE, *arguments]
+        self.process = subprocess.Popen(command, stdout=self._out, stderr=self._err)
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+    def wait(self) -> int:
+        return self.process.wait(60)
+
+    def text(self) -> str:
+        return _read(self._out)
+
+    def errors(self) -> str:
+        return _read(self._err)
+
+
+def _read(stream: IO[str]) -> str:
+    """What is in a file, without moving where its writer writes."""
+    return os.pread(stream.fileno(), 1 << 20, 0).decode()
 
 
 def write(name: str, **keys: Any) -> str:
@@ -148,3 +182,81 @@ def test_estimates_from_plain_numbers() -> None:
     assert expected_seconds([run], 200) == (20.0, "the pace of 1 earlier runs")
     assert expected_seconds([run._replace(counts={})], 200) == (10.0, "the time of 1 earlier runs")
     assert expected_seconds([], 200)[0] is None
+
+
+PRINTING = """
+import os, sys, time
+from gates import gate
+
+def talk(line, auxiliary_data):
+    print("I read", line, flush=True)
+    print("\\x1b]0;title\\x07", file=sys.stderr, flush=True)
+    if line.startswith("GATE"):
+        gate("talk")
+    return [(line, 1)]
+"""
+
+
+def talking(cluster: TestCluster, name: str, text: str, **keys: Any) -> str:
+    """A job that prints each line that it reads."""
+    project = cluster.folder / "projects/talking"
+    if not project.exists():
+        project.mkdir()
+        (project / "map_functions.py").write_text(PRINTING)
+        (project / "gates.py").write_text((cluster.folder / "projects/gated/gates.py").read_text())
+    cluster.write_inputs({f"{name}-{number}": text for number in range(2)}, entry=f"in/{name}")
+    return write(name, project_name="talking", map_function_name="talk", reduce_function_name=None, **keys)
+
+
+@pytest.mark.slow
+def test_logs_of_a_job_are_its_own_lines_of_its_last_run_from_all_nodes(cluster: TestCluster, here: Path) -> None:
+    for name in ("quiet", "loud", "loud"):
+        code, _, err = mrcore("run", talking(cluster, name, f"line of {name}\n"))
+        assert code == 0, err
+    code, out, err = mrcore("logs", "loud")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert sum("| I read line of loud" in line for line in lines) == 2
+    assert all(" loud/2 map-" in line for line in lines) and "quiet" not in out
+    assert "\\x1b]0;title\\x07" in out and not UNFIT.search(out)
+    assert len(mrcore("logs", "loud", "--lines", "1")[1].splitlines()) == 1
+    assert "loud" in mrcore("logs", "nobody")[2]
+
+
+@pytest.mark.slow
+def test_logs_f_follows_a_job_to_the_end_of_its_run(cluster: TestCluster, here: Path) -> None:
+    cluster.close_gate("talk")
+    file = talking(cluster, "followed", "first\nGATE\nlast\n", run_once=False)
+    assert mrcore("submit", file)[0] == 0
+    with Started("logs", "-f", "followed") as follows, Started("run", file) as runs:
+        wait_until(lambda: follows.text().count("I read first") == 2, 60, "the lines before the gate")
+        assert "I read last" not in follows.text() and follows.process.poll() is None
+        cluster.open_gate("talk")
+        assert runs.wait() == 0
+        assert follows.wait() == 0
+        assert follows.text().count("I read last") == 2
+        assert "followed run 1: succeeded" in follows.errors()
+    assert mrcore("delete", "followed")[0] == 0
+    code, out, err = mrcore("logs", "-f", "followed")
+    assert code == 0 and "neither runs nor waits" in err and out.count("I read last") == 2
+
+
+@pytest.mark.slow
+def test_logs_f_follows_a_script_and_a_server(cluster: TestCluster, here: Path) -> None:
+    script = here / "s.py"
+    script.write_text("import os, time\nprint('begun', flush=True)\nwhile not os.path.exists('go'): time.sleep(.02)\n"
+                      "print('done')\n")  # fmt: skip
+    job = {"job_type": "script", "job_name": "script", "script_location": str(script), "run_once": True}
+    (here / "script.json").write_text(json.dumps(job))
+    server = cluster.settings.servers()[0].name
+    with Started("logs", "-f", server) as of_server, Started("run", "script.json") as runs:
+        wait_until(lambda: "begun" in mrcore("logs", "script")[1], 60, "the script")
+        with Started("logs", "-f", "script") as follows:
+            wait_until(lambda: follows.text() == "begun\n", 60, "what it printed before")
+            (here / "go").touch()
+            assert (runs.wait(), follows.wait()) == (0, 0)
+            assert follows.text() == "begun\ndone\n"
+        assert mrcore("run", talking(cluster, "seen", "seen by the server\n"))[0] == 0
+        wait_until(lambda: "I read seen by the server" in of_server.text(), 60, "the server's lines")
+        of_server.process.send_signal(signal.SIGINT)
+        assert of_server.wait() == 130
