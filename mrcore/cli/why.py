@@ -14,7 +14,10 @@ GROUP = "Queue"
 @click.argument("job")
 @common.JSON
 def why(job: str, as_json: bool) -> None:
-    """Say why a job waits, is slow or failed, what to do, and what is behind it."""
+    """Say why a job waits, is slow or failed, and what to do.
+
+    Also what is behind it: one cause leads to the next.
+    """
     found = common.scheduler_in_force().why(job, printed=True)
     common.print_json(msgspec.to_builtins(found)) if as_json else click.echo("\n".join(found.lines))
 
