@@ -55,7 +55,7 @@ def made() -> dict[str, str]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Have a folder in the navigation, `runbooks/`, be all its pages, its README first; what it leaves out comes last."""
+    """Have a folder in the navigation, `runbooks/`, be all its pages, README first; what is left out comes last."""
     every = {*places().values(), *made()}
     left = sorted(
         (place for place in every if place.endswith(".md")), key=lambda place: (Path(place).name != "README.md", place)
