@@ -248,6 +248,7 @@ class Store(Database):
             row = db.execute("SELECT state FROM runs WHERE job_name = ? AND run = ?", (name, run)).fetchone()
             if ((before := row and row["state"]), state) not in RUN_MOVES:
                 raise self._illegal(f"{name} run {run}", before, state, name)
+            self._add_to_totals(state)  # while its row says `running`: a first total counts the rows that have ended
             values = (self._phases(name, run, now), plain(counts or {}), plain(exception))
             db.execute(
                 "UPDATE runs SET state = ?, ended = ?, phases = ?, counts = ?, exception = ? "
@@ -255,6 +256,21 @@ class Store(Database):
                 (state, now, *map(json.dumps, values), name, run),
             )
             self.note(name, run, f"{state}: {exception['message']}" if exception else state, now)
+
+    def totals(self) -> dict[str, int]:
+        """Return how many runs ended how, and how many tasks died ("deaths"), since the queue's file was made.
+
+        It counts on when the history forgets; one of before counts from what its history had.
+        """
+        known = convert(dict[str, int], self.get("totals", {}))
+        if not known:
+            counted = self.rows("SELECT state, count(*) AS number FROM runs WHERE state != 'running' GROUP BY state")
+            known = {row["state"]: row["number"] for row in counted}
+        return dict.fromkeys((*ENDINGS, "deaths"), 0) | known
+
+    def _add_to_totals(self, name: str, number: int = 1) -> None:
+        totals = self.totals()
+        self.put("totals", totals | {name: totals[name] + number})
 
     def _runs(self, where: str, *values: Any) -> list[RunRow]:
         texts = ("phases", "counts", "exception")
@@ -316,6 +332,8 @@ class Store(Database):
     def set_detail(self, name: str, run: int, detail: RunDetail) -> None:
         """Keep what is known of a run, as long as its row is in the history."""
         with self.change() as db:
+            if detail.deaths and self.detail(name, run) is None:
+                self._add_to_totals("deaths", len(detail.deaths))
             value = msgspec.json.encode(detail).decode()
             db.execute("INSERT OR REPLACE INTO details VALUES (?, ?, ?)", (name, run, value))
 
