@@ -54,7 +54,7 @@ def keep(settings: Settings, found: Iterable[Finding], now: float) -> Kept:
     """Keep what was found in place of what was before; return it.
 
     The hook `on_findings` is called before, if something is found that was not then, or the other way round. So one
-    that was cut off is called again the next time. Place and code tell what is new: numbers in texts change all the time.
+    that was cut off is called again the next time. Place and code tell what is new: numbers in texts always change.
     """
     kept = Kept(now, [_kept(finding) for finding in itertools.islice(found, MAX_FINDINGS)])
     try:

@@ -193,6 +193,12 @@ class Store(Database):
         """Return the jobs that left, or wait, because of a failure, in order of submission."""
         return self._jobs(f"cause IN {FALLEN} ORDER BY number")
 
+    def job_counts(self) -> dict[str, int]:
+        """Return the number of jobs that are queued, held, and that left because of a failure ("failed")."""
+        of = "CASE state WHEN 'out' THEN 'failed' ELSE state END AS state, count(*) AS number FROM jobs"
+        rows = self.rows(f"SELECT {of} WHERE state != 'out' OR cause IN ('failed', 'group failed') GROUP BY 1")
+        return {"queued": 0, "held": 0, "failed": 0} | {row["state"]: row["number"] for row in rows}
+
     def group(self, name: str | None) -> list[JobRow]:
         """Return the jobs of a group, also those that have left the queue."""
         return self._jobs("group_name = ?", name)
@@ -299,6 +305,14 @@ class Store(Database):
         """Return the runs of a job, or of all, newest first."""
         where, names = ("WHERE job_name = ?", [job_name]) if job_name else ("", [])
         return self._runs(f"{where} ORDER BY id DESC LIMIT ?", *names, -1 if limit is None else limit)
+
+    def last_of_jobs(self, jobs: int, *states: str) -> list[RunRow]:
+        """Return the last run in one of these states of each of the `jobs` jobs that began a run last, but for those
+        that were deleted.
+        """
+        last = f"SELECT id FROM runs r WHERE r.job_name = j.job_name AND r.state IN ({', '.join('?' * len(states))})"
+        newest = "FROM jobs j WHERE j.cause IS NOT 'deleted' ORDER BY j.last_start DESC LIMIT ?"
+        return self._runs(f"WHERE id IN (SELECT ({last} ORDER BY r.run DESC LIMIT 1) {newest})", *states, jobs)
 
     def run_numbers(self, job_name: str) -> set[int]:
         """Return the numbers of a job's runs that are in the history."""

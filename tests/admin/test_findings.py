@@ -77,7 +77,9 @@ def test_a_damaged_file_is_named_and_written_again(home: Path, settings: Setting
     assert findings.last(settings) and [each["new"] for each in told(home)] == [[DISK._asdict()]]
 
 
-def test_a_hook_that_was_cut_off_is_called_again(home: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_that_was_cut_off_is_called_again(
+    home: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "no space left on device")
 
