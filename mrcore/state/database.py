@@ -49,7 +49,8 @@ CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), valu
 CREATE TABLE IF NOT EXISTS details (
     job_name TEXT, run INTEGER, value TEXT NOT NULL, PRIMARY KEY (job_name, run)) WITHOUT ROWID;
 """
-# Version 4 adds tables only. Version 3 has columns for what was read out of our own sentences before: here they are read for the last time.
+# Version 4 adds tables only.
+# Version 3 has columns for what was read out of our own sentences before: here they are read for the last time.
 _TO_3 = """
 ALTER TABLE jobs ADD COLUMN cause TEXT;
 ALTER TABLE jobs ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
