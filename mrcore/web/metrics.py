@@ -100,13 +100,15 @@ class _Master(Collector):
         made = backup["time"] if backup else None if settings.local else 0.0
         text = "When the last backup was made; 0: never. A local cluster may do without."
         yield _gauge("mrcore_last_backup_timestamp_seconds", text, [((), made)])
-        with contextlib.suppress(UsageError):  # a damaged file: the doctor's next turn writes it again
-            if kept := findings.last(settings):
-                codes = [finding.code for finding in kept.findings]
-                counted = [([code], codes.count(code)) for code in sorted(set(codes))]
-                yield _gauge("mrcore_doctor_findings", "What `mrcore doctor` found last, by its code.", counted, "code")
-                text = "When `mrcore doctor --keep` looked last."
-                yield _gauge("mrcore_doctor_last_run_timestamp_seconds", text, [((), kept.time)])
+        try:
+            kept = findings.last(settings)
+        except UsageError:  # a damaged file: the doctor's next turn writes it again
+            kept = None
+        codes = [finding.code for finding in kept.findings] if kept else []
+        counted = [([code], codes.count(code)) for code in sorted(set(codes))]
+        yield _gauge("mrcore_doctor_findings", "What `mrcore doctor` found last, by its code.", counted, "code")
+        text = "When `mrcore doctor --keep` looked last."
+        yield _gauge("mrcore_doctor_last_run_timestamp_seconds", text, [((), kept.time if kept else None)])
 
 
 def _queue(scheduler: Scheduler) -> Iterator[Metric]:

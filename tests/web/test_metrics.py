@@ -67,6 +67,7 @@ def once(settings: Settings) -> dict[str, int]:
     return Runner(settings, FakeCluster(settings)).run(once=True)
 
 
+@pytest.mark.slow
 def test_promtool_finds_nothing_to_object_to(settings: Settings, watch: health.NodeWatch) -> None:
     """In a queue where every metric has a sample."""
     everything(settings)
