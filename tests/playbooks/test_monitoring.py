@@ -1,4 +1,4 @@
-"""The role monitoring: rules and dashboard name metrics that there are; each alert fires when it should, and has a page."""
+"""The role monitoring: its queries name metrics that there are; each alert fires when it should, and has a page."""
 
 from __future__ import annotations
 
