@@ -19,7 +19,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
 # Raise a number only together with what docs/architecture.md says of it. "": the modules of no package.
 BUDGETS = {
     "": 290,
-    "admin": 715,
+    "admin": 760,
     "cli": 1_000,
     "cluster": 1_240,
     "engine": 2_450,
@@ -29,7 +29,7 @@ BUDGETS = {
     "project": 210,
     "queue": 1_880,
     "settings": 440,
-    "state": 1_390,
+    "state": 1_420,
     "system": 1_250,
     "transfer": 515,
     "web": 900,
