@@ -18,6 +18,7 @@ from mrcore.cli import files as cli_files
 from mrcore.cli import jobs as cli_jobs
 from mrcore.cli import output as cli_output
 from mrcore.cli import queue as cli_queue
+from mrcore.cli import web as cli_web
 from mrcore.cli import why as cli_why
 from mrcore.errors import UsageError
 from mrcore.system import terminal
@@ -74,7 +75,7 @@ def cli(context: click.Context, config: str | None) -> None:
 
 
 # A module's COMMANDS stand in the help under its GROUP, in this order; but for those that a newcomer types first.
-PARTS = (cli_jobs, cli_queue, cli_why, cli_output, cli_cluster, cli_files, cli_admin, cli_completion)
+PARTS = (cli_jobs, cli_queue, cli_why, cli_output, cli_cluster, cli_files, cli_web, cli_admin, cli_completion)
 FIRST, FIRST_STEPS = "First steps", ("demo", "new", "template", "try", "test")
 for command in [command for part in PARTS for command in part.COMMANDS]:
     cli.add_command(command)

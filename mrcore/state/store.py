@@ -314,6 +314,22 @@ class Store(Database):
         newest = "FROM jobs j WHERE j.cause IS NOT 'deleted' ORDER BY j.last_start DESC LIMIT ?"
         return self._runs(f"WHERE id IN (SELECT ({last} ORDER BY r.run DESC LIMIT 1) {newest})", *states, jobs)
 
+    def page_of_runs(self, text: str, state: str, limit: int, skip: int) -> tuple[list[RunRow], int]:
+        """Return runs of jobs whose name holds `text`, in `state` ("": any), newest first, and how many there are.
+
+        Only an index is searched, whatever the runs hold.
+        """
+        where = "FROM runs INDEXED BY runs_by_name WHERE instr(job_name, ?) AND ? IN (state, '')"
+        found = self.rows(f"SELECT id {where} ORDER BY id DESC LIMIT ? OFFSET ?", text, state, limit, skip)
+        numbers = ", ".join(str(row["id"]) for row in found)
+        count: int = self.rows(f"SELECT count(*) AS count {where}", text, state)[0]["count"]
+        return self._runs(f"WHERE id IN ({numbers}) ORDER BY id DESC"), count
+
+    def run_times(self, job_name: str, limit: int) -> list[dict[str, Any]]:
+        """Return run, state, started and seconds of a job's newest runs that have ended, newest first."""
+        query = "SELECT run, state, started, ended - started AS seconds FROM runs WHERE job_name = ? AND ended NOT NULL"
+        return self.rows(f"{query} ORDER BY run DESC LIMIT ?", job_name, limit)
+
     def run_numbers(self, job_name: str) -> set[int]:
         """Return the numbers of a job's runs that are in the history."""
         return {row["run"] for row in self.rows("SELECT run FROM runs WHERE job_name = ?", job_name)}
@@ -363,6 +379,11 @@ class Store(Database):
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return a job's story: time, run, text."""
         return self.rows("SELECT time, run, text FROM events WHERE job_name = ? ORDER BY id", name)
+
+    def last_event(self) -> int:
+        """Return a number that is another one when something has happened to any job."""
+        number: int = self.rows("SELECT coalesce(max(id), 0) AS last FROM events")[0]["last"]
+        return number
 
     def prune(self, keep_runs: int) -> list[str]:
         """Forget all but the newest `keep_runs` runs, and their events; return the names of the jobs they were of."""
