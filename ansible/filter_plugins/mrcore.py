@@ -84,7 +84,7 @@ VARIABLES: dict[str, Variable] = {
     "backup_copy_to": Variable(None, "the name of a node", lambda v: v is None or isinstance(v, str)),
     "monitoring": Variable(False, "true or false", lambda v: isinstance(v, bool)),
     "monitoring_install": Variable(False, "true or false", lambda v: isinstance(v, bool)),
-    "monitoring_target": Variable("127.0.0.1:8643", "an address and a port (10.0.0.11:8643)", lambda v: bool(
+    "monitoring_target": Variable(None, "an address and a port (10.0.0.11:8643)", lambda v: bool(
         isinstance(v, str) and TARGET.fullmatch(v))),
     "monitoring_alertmanagers": Variable([], "a list of addresses with ports", lambda v: isinstance(v, list) and all(
         isinstance(each, str) and TARGET.fullmatch(each) for each in v)),
@@ -127,6 +127,8 @@ def mrcore_cluster(hostvars: Mapping[str, Mapping[str, Any]], groups: Mapping[st
         common["backup_copy_to"] = next((name for name in nodes if name != master), nodes[0])
     if master and (target := common["backup_copy_to"]) is not None and target not in nodes:
         faults.append(f"mrcore_backup_copy_to names {target!r}, which is no host of the group nodes: name one of it.")
+    if master and common["monitoring_target"] is None:
+        common["monitoring_target"] = f"127.0.0.1:{common['dashboard_port']}"
     watchers = list(groups.get("monitoring", ())) or ([master] if common.get("monitoring") else [])
     faults += _watcher_faults(watchers, master, common)
     whole = {"faults": list(dict.fromkeys(faults)), "master": master, "nodes": nodes, "hosts": hosts}
@@ -134,13 +136,17 @@ def mrcore_cluster(hostvars: Mapping[str, Mapping[str, Any]], groups: Mapping[st
 
 
 def _watcher_faults(watchers: list[str], master: str | None, common: Json) -> list[str]:
-    away = [name for name in watchers if name != master]
-    if away and master and str(common["monitoring_target"]).startswith(("127.", "localhost:", "[::1]")):
-        return [
-            f"mrcore_monitoring_target is {common['monitoring_target']}, which {away[0]} of the group monitoring cannot "
-            "reach: say where it reaches the dashboard."
-        ]
-    return []
+    if not watchers or not master:
+        return []
+    faults, away = [], [name for name in watchers if name != master]
+    if not common["dashboard"]:
+        faults.append("Prometheus has nothing to scrape: set mrcore_dashboard to true, or mrcore_monitoring to false.")
+    if away and str(common["monitoring_target"]).startswith(("127.", "localhost:", "[::1]")):
+        faults.append(
+            f"mrcore_monitoring_target is {common['monitoring_target']}, the master's own, which {away[0]} of the "
+            "group monitoring cannot reach: say what leads there."
+        )
+    return faults
 
 
 def _group_faults(masters: list[str], nodes: list[str], everyone: list[str], groups: Mapping[str, Any]) -> list[str]:

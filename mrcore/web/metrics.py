@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -27,7 +26,6 @@ from mrcore.state.store import RunRow
 from mrcore.web.health import NodeWatch
 from mrcore.wire import pki
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 MAX_JOBS = 200  # jobs whose last runs are told: those that began a run last
 ENDED = ("succeeded", "failed", "cancelled")
 _watch = NodeWatch()
@@ -36,7 +34,7 @@ Sample = tuple[Sequence[str], float | None]
 
 
 def render(settings: Settings, watch: NodeWatch = _watch) -> bytes:
-    """Return all metrics in Prometheus' text format (CONTENT_TYPE). Raises ClusterFault when there is no queue.
+    """Return all metrics in Prometheus' text format 0.0.4. Raises ClusterFault when there is no queue.
 
     Nodes are not waited for (`web.health`).
     """

@@ -124,7 +124,8 @@ def test_the_settings_of_prometheus_are_such(tmp_path: Path, alertmanagers: list
         {"ansible.builtin.template": {"src": str(ROLE / f"templates/{name}.j2"), "dest": str(tmp_path / name)}}
         for name in ("prometheus.yml", "scrape.yml")
     ]
-    play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": given | {"ansible_python_interpreter": sys.executable}, "tasks": tasks}
+    given |= {"ansible_python_interpreter": sys.executable}
+    play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": given, "tasks": tasks}
     (tmp_path / "play.yml").write_text(json.dumps([play]))
     command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "localhost,", str(tmp_path / "play.yml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -161,7 +162,7 @@ def test_who_is_watched_from_where() -> None:
     away = {"mrcore_monitoring_target": "10.0.0.11:8643", "mrcore_dashboard": True}
     assert watchers(["p1"], **away) == (["p1"], [])
     _, (fault,) = watchers(["p1"], mrcore_dashboard=True)
-    assert "mrcore_monitoring_target is 127.0.0.1:8643, which p1 of the group monitoring cannot reach" in fault
+    assert "mrcore_monitoring_target is 127.0.0.1:8643, the master's own, which p1 of the" in fault
     _, faults = watchers(mrcore_monitoring="yes", mrcore_dashboard=True)
     assert "mrcore_monitoring of m1 is 'yes': it must be true or false." in faults
 

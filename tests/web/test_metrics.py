@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import PROJECT, module
 from clusters import TestCluster
 from conditions import wait_until
+from daemons import own_address
+from dashboards import dashboard, settings_of
 from fake_cluster import FakeCluster
 from prometheus_client.parser import text_string_to_metric_families
 from stores import job as queued_job
@@ -78,9 +84,9 @@ def test_promtool_finds_nothing_to_object_to(settings: Settings, watch: health.N
 
 def everything(settings: Settings) -> None:
     """Make a queue that holds, with a run under way, some behind it, findings and a backup."""
-    scheduler, now = Scheduler(settings), time.time()
-    store = scheduler.store
-    scheduler.submit_jobs([fake("done", run_once=False), fake("now"), fake("bad", "fail")])
+    store, now = Store(settings.state_dir), time.time()
+    for name in ("done", "now", "bad"):
+        store.submit(queued_job(name), now)
     for number, ending in enumerate(("succeeded", "succeeded", "failed")):
         run = store.start_run("done", now - 1000 + 100 * number)
         store.enter_phase("done", run, "MAP", now - 1000 + 100 * number)
@@ -99,6 +105,62 @@ def everything(settings: Settings) -> None:
     findings.keep(settings, [finding, finding._replace(where="node w3"), finding._replace(code="disk")], now - 5)
     backup.note(settings, {"time": now - 3600, "file": "/b"})
     store.close()
+
+
+def test_prometheus_token_opens_the_metrics_and_nothing_else(tmp_path: Path) -> None:
+    """As the playbooks derive it of the dashboard's token."""
+    derived = module("ansible/filter_plugins/mrcore.py").mrcore_metrics_token
+    everything(settings_of(tmp_path))
+    with dashboard(tmp_path, "--control") as shown:
+        bearer = f"Bearer {derived(shown.token + chr(10))}"
+        answer = shown.ask("/metrics", token=False, authorization=bearer)
+        assert (answer.status, answer.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+        assert "mrcore_queue_held 1.0" in answer.text
+        assert shown.ask("/metrics").status == 200
+        for path, method in (("/", "GET"), ("/history", "GET"), ("/metrics/", "GET"), ("/actions/pause", "POST")):
+            assert shown.ask(path, method, token=False, authorization=bearer).status == 403, path
+        assert shown.ask("/metrics", token=False).status == 403
+        assert shown.ask("/metrics", token=False, authorization="Bearer x").status == 403
+
+
+@pytest.mark.slow
+def test_a_real_prometheus_scrapes_and_its_alerts_fire(tmp_path: Path) -> None:
+    """With the role's rules, without their waiting: of a queue that holds, a node that is down and a failed job."""
+    derived = module("ansible/filter_plugins/mrcore.py").mrcore_metrics_token
+    everything(settings_of(tmp_path))
+    rules = (PROJECT / "roles/monitoring/files/mrcore.rules.yml").read_text()
+    (tmp_path / "rules.yml").write_text(re.sub(r"( for:) .*", r"\1 0s", rules))
+    address = f"{own_address()}:9090"
+    with dashboard(tmp_path) as shown:
+        target = {"targets": [urllib.parse.urlsplit(shown.url).netloc], "labels": {"cluster": "c"}}
+        job = {"job_name": "mrcore", "static_configs": [target], "authorization": {"credentials": derived(shown.token)}}
+        often = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        whole = {"global": often, "rule_files": [str(tmp_path / "rules.yml")], "scrape_configs": [job]}
+        (tmp_path / "prometheus.yml").write_text(json.dumps(whole))
+        command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+        with (tmp_path / "prometheus.log").open("w") as log:
+            process = subprocess.Popen([*command, f"--web.listen-address={address}"], stderr=log)
+        try:
+            wanted = {
+                "MrcoreQueueHeld",
+                "MrcoreRunnerDown",
+                "MrcoreNodeDown",
+                "MrcoreJobFailed",
+                "MrcoreDoctorFindings",
+            }
+            wait_until(lambda: firing(address) >= wanted, 60, "they fire")
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def firing(address: str) -> set[str]:
+    """The alerts that a Prometheus has; none before it answers."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/api/v1/alerts", timeout=10) as answer:
+            return {alert["labels"]["alertname"] for alert in json.load(answer)["data"]["alerts"]}
+    except OSError:
+        return set()
 
 
 def test_the_queue_the_run_under_way_and_what_was_last(settings: Settings, watch: health.NodeWatch) -> None:
