@@ -19,7 +19,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
 # Raise a number only together with what docs/architecture.md says of it. "": the modules of no package.
 BUDGETS = {
     "": 290,
-    "admin": 730,
+    "admin": 760,
     "cli": 1_000,
     "cluster": 1_260,
     "engine": 2_450,

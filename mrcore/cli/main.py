@@ -21,6 +21,7 @@ from mrcore.cli import output as cli_output
 from mrcore.cli import plan as cli_plan
 from mrcore.cli import queue as cli_queue
 from mrcore.cli import watch as cli_watch
+from mrcore.cli import web as cli_web
 from mrcore.cli import why as cli_why
 from mrcore.errors import UsageError
 from mrcore.system import terminal
@@ -87,6 +88,7 @@ PARTS = (
     cli_cluster,
     cli_logs,
     cli_files,
+    cli_web,
     cli_admin,
     cli_completion,
 )
