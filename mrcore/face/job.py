@@ -12,7 +12,7 @@ from mrcore.engine.records import as_key, loads
 from mrcore.errors import ClusterFault, MrcoreError, UsageError, from_dict
 from mrcore.face import tables
 from mrcore.face.draining import Draining
-from mrcore.face.shown import JobProgress, live
+from mrcore.face.shown import JobProgress, Why, live
 from mrcore.launchers import launcher_of
 from mrcore.queue.scheduler import Scheduler
 from mrcore.state import manifest, outputs
@@ -109,7 +109,8 @@ class JobHandle:
 
     def why(self) -> Why:
         """Return why the job waits, is slow or failed, as `mrcore why` tells it."""
-        explained = self._scheduler.why(self.name)
+        scheduler: Any = self._scheduler
+        explained = scheduler.why(self.name)
         return Why(code=explained.code, lines=tuple(explained.lines), next_step=explained.next_step)
 
     # --- what becomes of it ---

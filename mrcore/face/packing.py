@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 
 from mrcore.errors import UsageError
@@ -109,11 +110,21 @@ def _pickled(kind: str, functions: dict[str, Function], why: NotSource) -> tuple
             "its module, or install what else is needed: pip install 'mrcore[notebook]'"
         ) from None
     named = {key.removesuffix("_name"): function for key, function in functions.items()}
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        """One that keeps where a function was written, which errors name."""
+
+        def reducer_override(self, thing: Any) -> Any:
+            if type(thing) is not CodeType:
+                return super().reducer_override(thing)
+            make, parts = self.dispatch_table[CodeType](thing)
+            return make, tuple(place_of(thing.co_filename) if part == "<dynamic-code>" else part for part in parts)
+
+    buffer = io.BytesIO()
     try:
-        content: bytes = cloudpickle.dumps(named)
+        Pickler(buffer).dump(named)
     except Exception as error:  # noqa: BLE001  objects of the user's raise what they like
         raise UsageError(f"{kind} function: {why}, and cannot be pickled either: {error}") from None
-    cells = {file: place for file in _cells() if (place := place_of(file)) != file}
     lines = [
         f"# Written by mrcore: {why}, so {' and '.join(named)} cannot be written as source.",
         "",
@@ -121,20 +132,11 @@ def _pickled(kind: str, functions: dict[str, Function], why: NotSource) -> tuple
         "",
         "import cloudpickle",
         "",
-        "from mrcore.project import origin",
-        "",
         f'_functions = cloudpickle.loads(Path(__file__).with_name("{kind}.pickle").read_bytes())',
         *(f'{name} = _functions["{name}"]' for name in named),
-        f"origin.rename({cells!r})",
         "",
     ]
-    return "\n".join(lines), content
-
-
-def _cells() -> list[str]:
-    """Return the files that IPython's cells are compiled as."""
-    code = (getattr(thing, "__code__", None) for thing in vars(sys.modules["__main__"]).values())
-    return sorted({each.co_filename for each in code if each is not None})
+    return "\n".join(lines), buffer.getvalue()
 
 
 def write(packed: Packed, folder: Path, needed: set[str]) -> None:

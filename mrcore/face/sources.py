@@ -82,7 +82,8 @@ class Module:
         if not self._once(name, thing):
             return
         if isinstance(thing, ModuleType):
-            self._import(name, thing.__name__, f"import {thing.__name__}", thing.__name__ != name)
+            self.local |= modules.local(thing.__name__)
+            self._imports[name] = f"import {thing.__name__}" + (f" as {name}" if thing.__name__ != name else "")
         elif importable := _importable(thing):
             module, own = importable
             self.local |= modules.local(module)
@@ -108,16 +109,23 @@ class Module:
             if base.__name__ != name:
                 self._definitions[name] = f"{name} = {base.__name__}"
 
-    def _import(self, name: str, module: str, text: str, renamed: bool) -> None:
-        self.local |= modules.local(module)
-        top = module.partition(".")[0]
-        self._imports[name] = text if not renamed or name == top else f"{text} as {name}"
-
     def _define(self, name: str, found: Definition, scope: dict[str, Any]) -> None:
         for used in _names(found.text, "annotations" in self._imports):
             if used != name and used in scope:
                 self._use(used, scope[used], scope)
+                self._submodules(used, scope[used], found.text)
         self._definitions[name] = found
+
+    def _submodules(self, name: str, thing: Any, text: str) -> None:
+        """Import what `import xml.etree` loads beside `xml`, as far as a definition names it."""
+        if not isinstance(thing, ModuleType):
+            return
+        for chain in re.findall(rf"\b{name}((?:\.\w+)+)", text):
+            path = chain
+            while path and f"{thing.__name__}{path}" not in sys.modules:
+                path = path.rpartition(".")[0]
+            if path:
+                self._imports[f"{name}{path}"] = f"import {thing.__name__}{path}"
 
     def text(self) -> str:
         """Return the module's source, which ends with what lets errors name the places of origin."""
@@ -126,7 +134,7 @@ class Module:
             f"# {self._title}",
             "",
             *([_FUTURE, ""] if _FUTURE in imports else []),
-            "from mrcore.project import origin",
+            "from mrcore.project import origin as _origin",
         ]
         head += [line for line in imports if line != _FUTURE]
         lines = "\n".join([*head, *([""] if self._constants else []), *self._constants.values()]).split("\n")
@@ -140,7 +148,7 @@ class Module:
             pieces.append(Piece(len(lines) + 1, len(lines) + len(body), definition.place, definition.line))
             lines += body
         lines += ["", "", "# Errors name the places where these functions were written."]
-        lines += ["origin.restore(", "    __file__,", "    [", *(f"        {tuple(piece)!r}," for piece in pieces)]
+        lines += ["_origin.restore(", "    __file__,", "    [", *(f"        {tuple(piece)!r}," for piece in pieces)]
         return "\n".join([*lines, "    ],", ")", ""])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import linecache
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import CodeType, FunctionType
 from typing import NamedTuple
 
@@ -35,19 +35,9 @@ def restore(file: str, pieces: Sequence[tuple[int, int, str, int]]) -> None:
         there += ["\n"] * (piece.written + piece.last - piece.first - len(there))
         there[piece.written - 1 : piece.written + piece.last - piece.first] = lines[piece.first - 1 : piece.last]
         linecache.cache[piece.place] = (1, None, there, piece.place)  # without a time of change it is not looked for
-    _change(file, own)
-
-
-def rename(names: Mapping[str, str]) -> None:
-    """Let all functions that were compiled from one of these files say another name; lines stay."""
-    for file, name in names.items():
-        _change(file, [Piece(1, 1 << 30, name, 1)])
-
-
-def _change(file: str, pieces: Sequence[Piece]) -> None:
     for thing in gc.get_objects():
         if type(thing) is FunctionType and thing.__code__.co_filename == file:
-            thing.__code__ = _moved(thing.__code__, file, pieces)
+            thing.__code__ = _moved(thing.__code__, file, own)
 
 
 def _moved(code: CodeType, file: str, pieces: Sequence[Piece]) -> CodeType:
