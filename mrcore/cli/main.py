@@ -14,6 +14,7 @@ from mrcore.cli import admin as cli_admin
 from mrcore.cli import cluster as cli_cluster
 from mrcore.cli import common
 from mrcore.cli import files as cli_files
+from mrcore.cli import first as cli_first
 from mrcore.cli import jobs as cli_jobs
 from mrcore.cli import output as cli_output
 from mrcore.cli import queue as cli_queue
@@ -55,6 +56,6 @@ def cli(context: click.Context, config: str | None) -> None:
     context.obj, context.meta[common.ARGUMENTS] = config, given
 
 
-PARTS = (cli_jobs, cli_queue, cli_output, cli_cluster, cli_admin, cli_files)
+PARTS = (cli_first, cli_jobs, cli_queue, cli_output, cli_cluster, cli_admin, cli_files)
 for command in [command for part in PARTS for command in part.COMMANDS]:
     cli.add_command(command)

@@ -21,9 +21,7 @@ RUNNING = JobProgress(
 
 def test_progress_is_told_in_one_line() -> None:
     assert str(RUNNING) == "words: running, MAP, 12,345 records, 42%, about 1 min 15 s left"
-    assert (
-        str(JobProgress(name="words", state="queued", why="not before\nnoon")) == r"words: queued: not before\nnoon"
-    )
+    assert str(JobProgress(name="words", state="queued", why="not before\nnoon")) == r"words: queued: not before\nnoon"
 
 
 def test_progress_is_a_bar_with_phases_and_counters() -> None:
