@@ -7,7 +7,7 @@ unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
 export INVENTORY NODE DATA PURGE CONFIRM PROJECT CA ARGS
 UNIT = $(if $(PART),tests/$(PART)) $(ARGS)
-.PHONY: help demo test test-quick test-appliance check bench setup update-lock clean appliance deploy start stop kill status push-project wheels add-node remove-node upgrade rotate-certs doctor collect-logs reset
+.PHONY: help demo test test-quick test-appliance check bench docs setup update-lock clean appliance deploy start stop kill status push-project wheels add-node remove-node upgrade rotate-certs doctor collect-logs reset
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -41,6 +41,11 @@ bench: ## measure against a script by hand, PySpark, mrjob and Dask (installs th
 	$(PY) bench/merge_output.py
 	$(PY) bench/transfer.py
 
+docs: ## make the documents a site: site/index.html
+	@scripts/setup.sh dev,docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "see site/index.html"
+
 setup: ## only make .venv
 	@scripts/setup.sh dev,dashboard
 
@@ -49,7 +54,7 @@ update-lock: setup ## choose again the versions of all packages that make instal
 
 clean: ## end the demo's cluster and remove what make made: .venv, .mrcore, caches
 	@if [ -x .venv/bin/mrcore ] && [ -d .mrcore ]; then MRCORE_HOME=.mrcore .venv/bin/mrcore cluster kill; fi
-	rm -rf .venv .mrcore .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .mrcore .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 appliance: ## only make .venv with Ansible in it

@@ -11,7 +11,8 @@
 # (make itself ends with 2 in either case; it prints this status as "Error 3".)
 set -u
 cd "$(dirname "$0")/.."
-unit="strace sudo screen sshd=openssh-server zstd bzip2 xz=xz-utils chromium"
+unit="strace sudo screen sshd=openssh-server zstd bzip2 xz=xz-utils"
+slow="chromium" # for slow tests only
 containers="podman runc conmon iptables mmdebstrap ssh=openssh-client nft=nftables nsenter=util-linux ip=iproute2
 /usr/lib/podman/netavark=netavark /usr/lib/podman/aardvark-dns=aardvark-dns
 /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring"
@@ -37,7 +38,8 @@ judge() { # pytest's exit status
 }
 
 run_unit() {
-    prepare $unit # without them the tests that need them are left out, and told
+    case "$*" in *"not slow"*) needed=$unit ;; *) needed="$unit $slow" ;; esac
+    prepare $needed # without them the tests that need them are left out, and told
     # worksteal: a worker keeps whole modules, so that what a module shares, such as a cluster, is mostly started once
     .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
     judge $?
@@ -65,7 +67,7 @@ run_appliance() {
 }
 
 start_beside() { # the slow unit tests, with their name before each line, as run.py shows its scenarios
-    prepare $unit
+    prepare $unit $slow
     { # a shell has what it starts with & ignore Ctrl-C
         env --default-signal=INT PYTHONUNBUFFERED=1 .venv/bin/python -m pytest -n 2 --dist worksteal -m slow 2>&1
         echo $? >"$beside_status"

@@ -13,13 +13,17 @@ import click
 from mrcore.cli import common
 from mrcore.text import one_line
 
+GROUP = "Administration"
 JOBS_SHOWN = 100
 
 
 @click.command()
 @common.JSON
 def settings(as_json: bool) -> None:
-    """Print the settings in force, with all defaults, as YAML; exit status 2 names every fault of a file."""
+    """Print the settings in force, with all defaults, as YAML.
+
+    Exit status 2: a file has faults; every one is named.
+    """
     from mrcore.settings.validation import dump_yaml
 
     values = common.settings_of_caller().model_dump(mode="json")
@@ -30,7 +34,10 @@ def settings(as_json: bool) -> None:
 @click.option("--deep", is_flag=True, help="Also read all output of all jobs, as `mrcore cat` does.")
 @common.JSON
 def doctor(deep: bool, as_json: bool) -> int:
-    """Look for what is wrong or soon will be, and say what it means and what to do; exit status 1 if there is any."""
+    """Look for what is wrong or soon will be, and what to do.
+
+    Exit status 1: there is something.
+    """
     from mrcore.admin import doctor as examine
 
     facts = examine.gather(common.settings_in_force(), deep)
@@ -51,8 +58,11 @@ def doctor(deep: bool, as_json: bool) -> int:
 @click.option("--keep", type=click.IntRange(1), metavar="N", help="Remove older ones of such a name, here and there.")
 @click.option("--signed", is_flag=True, help="What standard input holds is the backup: keep that.")
 def backup(file: Path, node: str | None, keep: int | None, signed: bool) -> None:
-    """Copy queue, history, ledger and manifests into one file (-: standard output, not signed), also while a Runner
-    runs, and sign it: on a deployed master that takes root, and the file is user mrcore's all the same."""
+    """Copy queue, history, ledger and manifests into one FILE.
+
+    Also while a Runner runs; -: standard output. A FILE is signed: on a deployed master that takes root, and it is
+    user mrcore's all the same.
+    """
     from mrcore.admin import copies
     from mrcore.state import backup as backups
 
@@ -104,10 +114,10 @@ def _signed_by_root() -> None:
 @click.option("--unverified", is_flag=True, help="Also one whose signature is wrong or missing: see below.")
 @common.YES
 def restore(file: Path, force: bool, unverified: bool, yes: bool) -> None:
-    """Bring back queue, history, ledger and manifests from a backup. No Runner may run.
+    """Bring back queue, history and ledger from a backup.
 
-    Says which jobs would run, and asks. With --unverified whoever could write to FILE, such as every job on the node
-    that had it, decides what runs on the master.
+    Manifests, too. No Runner may run. Says which jobs would run, and asks. With --unverified whoever could write to
+    FILE, such as every job on the node that had it, decides what runs on the master.
     """
     from mrcore.state.backup import Restored
     from mrcore.state.backup import restore as read
@@ -127,7 +137,7 @@ def restore(file: Path, force: bool, unverified: bool, yes: bool) -> None:
     click.echo(f"restored as of {datetime.fromtimestamp(about['time']).astimezone().isoformat(timespec='seconds')}")
 
 
-@click.group()
+@click.group(cls=common.Group)
 def ledger() -> None:
     """What a job with hold_state has read of its inputs."""
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from mrcore.launchers.launcher import Launcher
     from mrcore.settings.config import Settings
 
+GROUP = "Cluster"
 
-@click.group()
+
+@click.group(cls=common.Group)
 def cluster() -> None:
     """Start, stop and look at the cluster's servers."""
 
@@ -59,9 +61,16 @@ def kill() -> None:
 @cluster.command()
 @common.JSON
 def status(as_json: bool) -> None:
-    """Show every node agent and cluster server; status 1 when a node gives no answer."""
-    answer = common.cluster_in_force().status()
-    common.print_rows(answer, {key: key.upper() for row in answer for key in row if key != "reason"}, as_json)
+    """Show every node agent and cluster server.
+
+    Exit status 1: a node gives no answer.
+    """
+    settings = common.settings_in_force()
+    answer = common.cluster_in_force(settings).status()
+    columns = {key: key.upper() for row in answer for key in row if key != "reason"}
+    common.print_rows(answer, columns, as_json, (("pid", None), ("port", None), ("address", None)))
+    if settings.local and not as_json and all(row["state"] == "absent" for row in answer):
+        click.echo(f"the local cluster of {one_line(settings.home)} is not started: `mrcore cluster start` starts it")
     reasons = {row["node"]: row["reason"] for row in answer if "reason" in row}
     _require_answers(reasons, len({row["node"] for row in answer}))
 
@@ -71,7 +80,10 @@ def status(as_json: bool) -> None:
 @click.option("--wait", type=click.FloatRange(0), default=0, metavar="SECONDS", help="For answers, all together.")
 @click.pass_context
 def check(context: click.Context, nodes: tuple[str, ...], wait: float) -> None:
-    """See whether all daemons (of these nodes) answer over TLS in the release of this command; else status 1."""
+    """See whether all daemons (of these NODEs) answer over TLS.
+
+    They must be of the release of this command; else exit status 1.
+    """
     from mrcore.launchers import health
 
     settings = common.settings_in_force()
@@ -87,7 +99,10 @@ def check(context: click.Context, nodes: tuple[str, ...], wait: float) -> None:
 @click.command()
 @click.argument("server")
 def attach(server: str) -> None:
-    """Show the screen window of a cluster server, such as S_3; Ctrl-a d leaves it."""
+    """Show the screen window of a cluster server, such as S_3.
+
+    Ctrl-a d leaves it.
+    """
     settings = common.settings_in_force()
     command = common.launcher_in_force(settings).attach_command(settings, server)
     os.execvp(command[0], command)
@@ -98,9 +113,10 @@ def attach(server: str) -> None:
 @click.option("--lines", type=click.IntRange(1), default=100, show_default=True, help="Last lines of each file.")
 @click.option("--raw", is_flag=True, help="Print the bytes as they are, control characters included.")
 def logs(name: str | None, lines: int, raw: bool) -> None:
-    """Print the end of a server's, an agent's or a job's log; without a name, list the logs.
+    """Print the end of a log: of a server, an agent or a job.
 
-    What a terminal would obey is shown as \\x1b and the like, since anybody's data may be in a log.
+    Without a name, list the logs. What a terminal would obey is shown as \\x1b and the like, since anybody's data may
+    be in a log.
     """
     settings = common.settings_in_force()
     launcher = common.launcher_in_force(settings)
@@ -147,6 +163,9 @@ def _daemon(settings: Settings, name: str) -> tuple[str, str] | None:
 
 def _list_logs(settings: Settings, launcher: Launcher, files: list[Path]) -> None:
     """Print sizes and paths, also of the files on the nodes of a deployed cluster."""
+    if settings.local and not files:
+        home = one_line(settings.home)
+        click.echo(f"there is no log of the cluster of {home} yet: `mrcore cluster start` starts it")
     for file in files:
         click.echo(f"{file.stat().st_size:>12} {one_line(file)}")
     of_nodes, errors = launcher.list_logs(settings)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mrcore.cli.tables import Row, Spare
+from mrcore.cli.tables import print_table as print_table
 from mrcore.errors import MrcoreError, UsageError
-from mrcore.system.terminal import raw, speaks_unicode
-from mrcore.text import json_text, one_line
+from mrcore.system.terminal import speaks_unicode
+from mrcore.text import json_text
 
 if TYPE_CHECKING:
     from mrcore.cluster.manage_cluster import ManageCluster
@@ -20,9 +22,30 @@ if TYPE_CHECKING:
     from mrcore.queue.scheduler import Scheduler
     from mrcore.settings.config import Settings
 
+MAX_SHORT_HELP = 1_000  # characters
 ARGUMENTS = "mrcore.arguments"  # of the call, without the options that come before the command
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+class Group(click.Group):
+    """Commands whose lines in the help are whole, however long: click cuts them."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"subcommand_metavar": "COMMAND …"} | options)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of all commands."""
+        self.write_commands(formatter, "Commands", self.list_commands(ctx))
+
+    def write_commands(self, formatter: click.HelpFormatter, title: str, names: Iterable[str]) -> None:
+        """Write a list of these commands, each with the first sentence of what its help says."""
+        known = [self.commands[name] for name in names if not self.commands[name].hidden]
+        if known:
+            widest = max(map(len, self.commands))  # so that all lists of one help are aligned
+            with formatter.section(title):
+                rows = [(str(each.name).ljust(widest), each.get_short_help_str(MAX_SHORT_HELP)) for each in known]
+                formatter.write_dl(rows)
 
 
 def settings_in_force() -> Settings:
@@ -99,23 +122,9 @@ def print_json(value: Any) -> None:
     click.echo(json_text(json.dumps(value, ensure_ascii=not speaks_unicode(sys.stdout), indent=2, default=str)))
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], columns: dict[str, str]) -> None:
-    """Print `{key: title}` of the rows: aligned and fitted on a terminal, whole in a pipe."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in columns.values():
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if row.get(key) is None else one_line(row[key])) for key in columns))
-    Console(file=raw(sys.stdout), width=None if sys.stdout.isatty() else 1000, soft_wrap=False).print(table)
-
-
-def print_rows(rows: Sequence[Mapping[str, Any]], columns: dict[str, str], as_json: bool) -> None:
-    """Print rows whole as JSON, or `{key: title}` of them as a table."""
-    print_json(rows) if as_json else print_table(rows, columns)
+def print_rows(rows: Sequence[Row], columns: Mapping[str, str], as_json: bool, spare: Spare = ()) -> None:
+    """Print rows whole as JSON, or `{key: title}` of them as a table (see `print_table`)."""
+    print_json(rows) if as_json else print_table(rows, columns, spare)
 
 
 def duration(value: float | None) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mrcore.admin.holdings import Holdings
     from mrcore.transfer.file_transfer import FileTransfer
 
+GROUP = "Files on the nodes"
+
 
 @contextlib.contextmanager
 def _bar() -> Iterator[tuple[Callable[..., None], Progress]]:
@@ -99,9 +101,10 @@ ONE_BY_ONE = click.option("--one-by-one", is_flag=True, help="Not several files 
 @common.YES
 @DRY_RUN
 def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: bool, yes: bool, dry_run: bool) -> None:
-    """Spread a LOCAL folder's files over the nodes' FOLDER, such as inputs/logs.
+    """Spread a LOCAL folder's files over the nodes' FOLDER.
 
-    Without --changed FOLDER is replaced: files that it has and LOCAL has not go, which is asked for first.
+    FOLDER is one under their base_dir, such as inputs/logs. Without --changed it is replaced: files that
+    it has and LOCAL has not go, which is asked for first.
     """
 
     def agree(answer: dict[str, Any]) -> None:
@@ -128,7 +131,10 @@ def upload(local: str, folder: str, changed: bool, compress: bool, one_by_one: b
 @click.option("--keep", is_flag=True, help="Keep what else lies in the LOCAL folder.")
 @ONE_BY_ONE
 def download(folder: str, local: str, keep: bool, one_by_one: bool) -> None:
-    """Fetch the nodes' FOLDER (such as JOB/reduce; wildcards count) into a LOCAL folder, which is cleared."""
+    """Fetch the nodes' FOLDER into a LOCAL one.
+
+    FOLDER is such as JOB/reduce; wildcards count. What else is in LOCAL goes, but with --keep.
+    """
     with _transfer(local, write=True) as transfer:
         counts = (transfer.download if one_by_one else transfer.download_bulk)(folder, local, not keep)
     _print_counts("downloaded", counts)
@@ -138,7 +144,7 @@ def download(folder: str, local: str, keep: bool, one_by_one: bool) -> None:
 @click.argument("file")
 @click.argument("name")
 def upload_auxiliary(file: str, name: str) -> None:
-    """Give every node a local common.JSON FILE as the auxiliary data NAME."""
+    """Give every node a JSON FILE as the auxiliary data NAME."""
     with _transfer(file) as transfer:
         _print_counts("uploaded", transfer.upload_auxiliary(file, name))
 
@@ -148,9 +154,10 @@ def upload_auxiliary(file: str, name: str) -> None:
 @common.YES
 @DRY_RUN
 def rm(path: str, yes: bool, dry_run: bool) -> None:
-    """Remove a file or folder under the nodes' base_dir; wildcards count.
+    """Remove a file or folder under the nodes' base_dir.
 
-    Asks before output that jobs have published goes, and before what a wildcard in the first part of PATH matches does.
+    Wildcards count. Asks before output that jobs have published goes, and before what a wildcard in the first part of
+    PATH matches does.
     """
 
     def agree(answer: dict[str, Any]) -> None:
@@ -176,9 +183,9 @@ def rm(path: str, yes: bool, dry_run: bool) -> None:
 @common.YES
 @common.JSON
 def drain(node: str, only_list: bool, wait: float, yes: bool, as_json: bool) -> None:
-    """Move all that a NODE holds, published output too, to the others; asks first, may be repeated.
+    """Move all that a NODE holds to the others.
 
-    Exit status 1: something is left.
+    Published output, too. Asks first; may be repeated. Exit status 1: something is left.
     """
     from mrcore.admin import drain as work
 

@@ -17,6 +17,7 @@ from mrcore.errors import MrcoreError, UsageError
 from mrcore.system import terminal
 from mrcore.text import escaped, one_line
 
+GROUP = "Jobs"
 MAX_JOB_FILE_BYTES = 10 << 20
 
 
@@ -34,9 +35,9 @@ def template(kind: str) -> None:
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a key of every job; VALUE is YAML.")
 @common.JSON
 def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> None:
-    """Queue the jobs of YAML or common.JSON files (one job or a list each): all of them, or none if one has a fault.
+    """Queue the jobs of YAML or JSON files.
 
-    `-` reads standard input.
+    A file holds one job or a list. All jobs are queued, or none if one has a fault. `-` reads standard input.
     """
     from mrcore.settings.validation import parse_yaml
 
@@ -82,7 +83,9 @@ def _read_jobs(file: Path) -> list[Any]:
 @click.command()
 @click.option("--once", is_flag=True, help="End after one cycle of the queue.")
 def run(once: bool) -> None:
-    """Drain the queue: the Runner. Ctrl-C or SIGTERM hand the run under way back; a second one ends it at once.
+    """Run the jobs of the queue: the Runner.
+
+    Ctrl-C or SIGTERM hand the run under way back; a second one ends it at once.
 
     When the queue holds because of the cluster, this waits, also with --once; a paused queue it does not wait for.
     """

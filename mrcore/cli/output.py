@@ -16,12 +16,17 @@ from mrcore.errors import UsageError
 from mrcore.system import terminal
 from mrcore.text import one_line
 
+GROUP = "Output"
+
 
 @click.command()
 @click.argument("job")
 @click.option("--head", type=click.IntRange(1), metavar="N", help="Only the first N items.")
 def cat(job: str, head: int | None) -> None:
-    """Print a job's output, one common.JSON item per line, in the order of its parts."""
+    """Print a job's output, one JSON item a line.
+
+    The items come in the order of the output's parts.
+    """
     sys.stdout.flush()
     out: Any = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
     common.cluster_in_force().cat(job, out, head=head)
@@ -44,7 +49,10 @@ def try_project(
     auxiliary: Path | None,
     as_root: bool,
 ) -> None:
-    """Run a project's functions over files in this one process, without a cluster: to develop them."""
+    """Try a project's functions over files, without a cluster.
+
+    All runs in this one process: to develop them.
+    """
     from mrcore.engine import trial
     from mrcore.project.packages import install_for_trial
 

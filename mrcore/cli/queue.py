@@ -12,13 +12,17 @@ import click
 from mrcore.cli import common
 from mrcore.text import one_line
 
+GROUP = "Queue"
 MAX_FALLEN = 10  # jobs and groups that left by a failure, as `queue` lists them
 
 
 @click.command()
 @common.JSON
 def queue(as_json: bool) -> None:
-    """List the queue in the order in which it will run, why each job waits, and what left by a failure."""
+    """List what waits in the queue, and what left by a failure.
+
+    The order is that in which it will run; WHY says what each job waits for.
+    """
     scheduler = common.scheduler_in_force()
     state, rows, fallen = scheduler.state(), scheduler.queue(), scheduler.fallen()
     estimates = scheduler.estimates()
@@ -36,9 +40,9 @@ def queue(as_json: bool) -> None:
     columns = {"job_name": "JOB", "state": "STATE", "group_name": "GROUP", "job_priority": "PRIORITY"}
     columns |= {"last_run": "RUNS", "estimate": "USUALLY", "why": "WHY"}
     if rows:
-        common.print_table(
-            rows, {key: title for key, title in columns.items() if any(row[key] is not None for row in rows)}
-        )
+        spare = (("job_priority", None), ("estimate", None), ("last_run", None), ("group_name", None))
+        columns = {key: title for key, title in columns.items() if any(row[key] is not None for row in rows)}
+        common.print_table(rows, columns, spare)
     else:
         click.echo(f"the queue of {one_line(where)} is empty: `mrcore submit FILE` queues a job")
     _print_fallen(fallen)
@@ -75,15 +79,23 @@ def _print_fallen(rows: list[dict[str, Any]]) -> None:
 @common.JSON
 def history(job: str | None, limit: int, as_json: bool) -> None:
     """List the runs of all jobs or of one, newest first."""
-    rows = common.scheduler_in_force().history(job, limit)
+    scheduler = common.scheduler_in_force()
+    rows = scheduler.history(job, limit)
     if as_json:
         return common.print_json(rows)
+    if not rows:
+        whose = f"{one_line(job)} has no run" if job else "there is no run"
+        click.echo(
+            f"{whose} in the history of {one_line(scheduler.settings.state_dir)}: `mrcore run` runs what is queued"
+        )
+        return None
     for row in rows:
         row["start"] = row["start_time"][:19].replace("T", " ")
+        row["day"] = row["start"][5:16]
         row["took"] = common.duration(row["seconds"])
         row["error"] = (row["exception"] or {}).get("message")
     columns = {"job_name": "JOB", "run": "RUN", "state": "STATE", "start": "START", "took": "TOOK", "error": "WHY"}
-    common.print_table(rows, columns)
+    common.print_table(rows, columns, (("start", "day"), ("took", None), ("start", None)))
     return None
 
 
@@ -91,7 +103,7 @@ def history(job: str | None, limit: int, as_json: bool) -> None:
 @click.argument("job")
 @common.JSON
 def show(job: str, as_json: bool) -> None:
-    """Tell a job's whole story: its keys, its runs, their phases, counts and errors."""
+    """Tell a job's story: its keys, runs, counts and errors."""
     story = common.scheduler_in_force().show(job)
     if as_json:
         return common.print_json(story)
@@ -109,7 +121,8 @@ def show(job: str, as_json: bool) -> None:
         if row["exception"]:
             click.echo(f"  {row['exception']['class']}: {row['exception']['message']}")
             details = dict(row["exception"]["details"])
-            frames = details.pop("traceback", None) or details.pop("internal_traceback", None)
+            kinds = ("traceback", "internal_traceback", "stack")
+            frames = next((details.pop(kind) for kind in kinds if details.get(kind)), None)
             for name, detail in details.items():
                 click.echo(f"  {name}: {one_line(detail)}")
             if frames:
@@ -121,7 +134,10 @@ def show(job: str, as_json: bool) -> None:
 @click.command()
 @click.argument("job")
 def delete(job: str) -> None:
-    """Take a job out of the queue, or off the list of those that left by a failure; a run under way goes on."""
+    """Take a job out of the queue; a run under way goes on.
+
+    Also off the list of those that left by a failure.
+    """
     common.scheduler_in_force().delete_job(job)
     click.echo(f"{job} is out of the queue; its output stays where it is")
 
@@ -129,7 +145,10 @@ def delete(job: str) -> None:
 @click.command()
 @click.argument("group")
 def requeue(group: str) -> None:
-    """Bring back the jobs of a group that left the queue by a failure, or one job by its name; a retry runs at once."""
+    """Bring back a job, or a group, that left by a failure.
+
+    What waits for a retry runs at once.
+    """
     click.echo(f"queued again: {', '.join(common.scheduler_in_force().requeue(group))}")
 
 

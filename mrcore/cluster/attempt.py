@@ -10,12 +10,14 @@ task lie on its node's disk and outlive its server. A fault of the job or the lo
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from mrcore.cluster.board import Board
 from mrcore.cluster.partitions import Partition, Partitioning
 from mrcore.cluster.results import Results
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
@@ -103,7 +105,7 @@ class Attempt:
 
     `servers` maps names of servers to their nodes, `bundles` nodes to their bundles (see `inputs.plan_bundles`).
     After every event: `instructions()` returns what to do, `fault` is set when the attempt has failed, and `finished`
-    when it has succeeded; `results` holds what it made.
+    when it has succeeded; `results` holds what it made, `board` how far it is.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Attempt:
         max_attempts: int,
         node_timeout_seconds: float,
         now: float,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.run, self.partitioning, self.map_only = run, partitioning, map_only
         self.servers = {name: Server(name, node, down_since=now) for name, node in servers.items()}
@@ -128,6 +131,7 @@ class Attempt:
         self.maps: list[Task] = []
         self.reduces: list[Task] = []
         self.results = Results()
+        self.board = Board(run, servers, bundles, self.results, clock)
         self._out: list[Instruction] = []
         self._tries: dict[int, int] = {}  # bundle id → tasks that died with it
 
@@ -138,12 +142,14 @@ class Attempt:
         server = self.servers[name]
         self._lose_task(server, "the cluster server was started afresh")
         server.up = True
+        self.board.up(name, True)
 
     def server_down(self, name: str, now: float) -> None:
         """A server has not answered for too long."""
         server = self.servers[name]
         if server.up:
             server.up, server.down_since = False, now
+            self.board.up(name, False)
             self._lose_task(server, "the cluster server does not answer")
             self._out.append(EndServer(name))
 
@@ -167,11 +173,16 @@ class Attempt:
             case tasks.Want():
                 more = self._next_bundles(server.node, 1)
                 task.bundles += more
+                self.board.give(name, more)
                 self._out.append(Give(name, identity, more, server.node not in self.waiting))
-            case tasks.BundleDone():
+            case tasks.BundleDone(id=number):
                 self.results.bundles_done += 1
-            case tasks.PhaseBegun() if self.phase == "SORT":
+                self.board.bundle_done(name, number)
+            case tasks.PhaseBegun() if task.partition is not None:
                 self.phase = "REDUCE"
+                self.board.sorted(name)
+            case tasks.Progressed():
+                self.board.progressed(name, event)
             case tasks.Done(result=result):
                 try:
                     check_result(result, identity, self.partitioning.count, server.node)
@@ -180,15 +191,17 @@ class Attempt:
                     return
                 server.task = None
                 task.move("done")
-                self.results.add(server.node, result)
+                self.results.add(server.node, identity, result)
+                self.board.done(name, result)
             case tasks.Failed():
                 why = decode_error(msgspec.to_builtins(event.error), server.node)
                 if isinstance(why, JobFault) or why.details.get("hold"):
+                    why.details |= _place(server, identity)
                     self._fail(why)
                 else:  # that it could not reach its data is no fault of the job; that its process gave up is
                     self._lose_task(server, why.message, _blame(why), **why.details)
             case tasks.Died():
-                self._lose_task(server, event.message, JobFault)
+                self._lose_task(server, event.message, JobFault, **event.details())
 
     def tick(self, now: float) -> None:
         """Look at the clock: work that only servers can do which have been away for too long ends the attempt."""
@@ -240,7 +253,9 @@ class Attempt:
         task.tries += 1
         task.move("start")
         no_more = server.node not in self.waiting
-        self._out.append(Start(server.name, self._identity(task), list(task.bundles), no_more, task.partition))
+        identity = self._identity(task)
+        self._out.append(Start(server.name, identity, list(task.bundles), no_more, task.partition))
+        self.board.start(server.name, identity, task.bundles, task.partition and task.partition.number)
 
     def _end_map(self) -> None:
         """Every split is mapped and sealed: cut the key space into partitions and make the reduce tasks."""
@@ -249,6 +264,8 @@ class Attempt:
         self.phase = "SORT"
         if not self.map_only:
             self.reduces = [Task(partition.number, partition) for partition in self.partitioning.plan(spills)]
+        sizes = self.partitioning.sizes(spills)
+        self.board.end_map({task.number: sizes[task.number] for task in self.reduces})
 
     def _identity(self, task: Task) -> TaskIdentity:
         run, phase = self.run, tasks.MAP if task.partition is None else tasks.REDUCE
@@ -264,8 +281,10 @@ class Attempt:
         if task is None or self.fault:
             return
         kind = "map" if self.phase == "MAP" else "reduce"
+        place = _place(server, self._identity(task))
         self.results.deaths.append(f"{server.name}: {kind} task {task.number}: {because}")
         task.move("died", because)
+        self.board.died(server.name, because)
         if task.bundles:
             self._tries.update((bundle.id, task.tries) for bundle in task.bundles)
             self.waiting.setdefault(server.node, deque()).extendleft(reversed(task.bundles))
@@ -273,7 +292,7 @@ class Attempt:
         if task.tries >= self.max_attempts:
             who = f"at last by {server.name} on node {server.node}"
             text = f"a task was tried {task.tries} times (max_attempts), {who}, and ended each time: {because}"
-            self._fail(blame(text, **details))
+            self._fail(blame(text, **{"code": "task_died"} | place | details))
 
     def _fail(self, fault: MrcoreError) -> None:
         self.fault = self.fault or fault
@@ -289,6 +308,12 @@ class Attempt:
         running = [task for task in self.maps + self.reduces if task.state == "running"]
         assert len(running) == sum(server.task is not None for server in self.servers.values())
         assert not (self.finished and (running or self.waiting)), "finished with work left"
+
+
+def _place(server: Server, identity: TaskIdentity) -> dict[str, str]:
+    """Return where a task ran, and its name as in the server's log."""
+    task = f"{identity.phase.lower()}-{identity.task}-{identity.try_}"
+    return {"server": server.name, "node": server.node, "task": task}
 
 
 def _blame(error: MrcoreError) -> type[MrcoreError]:

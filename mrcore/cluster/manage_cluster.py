@@ -62,8 +62,9 @@ class ManageCluster:
     ) -> dict[str, Any]:
         """Execute a validated mapreduce job and return the manifest of what it committed.
 
-        `progress(phase, **facts)` is called for every phase; setting `stop` ends the attempt. Raises JobFault (the
-        job's fault), ClusterFault (hand the run back, hold the queue); nothing of the attempt then is left on the
+        `progress(phase, **facts)` is called for every phase, and about once a second with `seen` (a `Progress`: how far
+        it is); at the attempt's end with its `detail` and `profiles`. Setting `stop` ends the attempt. Raises JobFault
+        (the job's fault), ClusterFault (hand the run back, hold the queue); nothing of the attempt then is left on the
         nodes. When a `hold_state` job has nothing new to read, nothing is committed: the result has "nothing_new" and
         counts only.
         """

@@ -97,7 +97,8 @@ class Preflight:
         job, settings = self._job, self._settings
         folder = settings.projects_of(job) / job["project_name"]
         if not folder.is_dir():
-            raise JobFault(f"project folder {folder} does not exist: create it, or submit the job where it is now")
+            text = f"project folder {folder} does not exist: create it, or submit the job where it is now"
+            raise JobFault(text, code="project")
         snapshot = project_hash(folder)
         with Shipment(folder, settings.state_dir) as packages:
             listings = self._agents.on_all(lambda node: self._prepare_node(node, snapshot, folder, packages))
@@ -113,7 +114,8 @@ class Preflight:
         total = sum(map(unread_bytes, files))
         if (splits := total // MAX_SPLIT_BYTES + len(files)) > MAX_SPLITS:
             raise JobFault(
-                f"{splits:,} splits of input are more than one run can take ({MAX_SPLITS:,}): read less in one"
+                f"{splits:,} splits of input are more than one run can take ({MAX_SPLITS:,}): read less in one",
+                code="inputs",
             )
         bundles: dict[str, list[Bundle]] = {}
         for node in settings.nodes:
@@ -159,7 +161,10 @@ class Preflight:
         for key in ("auxiliary_data_name_mapper", "auxiliary_data_name_reducer"):
             if job[key] is not None and not call(AUXILIARY, name=job[key]):
                 file = node.layout.auxiliary_dir / f"{job[key]}.data"
-                raise JobFault(f"auxiliary data {job[key]!r} is not on node {node.name}: {file} is missing; upload it")
+                raise JobFault(
+                    f"auxiliary data {job[key]!r} is not on node {node.name}: {file} is missing; upload it",
+                    code="auxiliary",
+                )
         # One job runs at a time: whatever else is there is of dead runs.
         call(SWEEP, keep=[list(this_run.values())], timeout_seconds=600)
         free = call(START_RUN, **this_run).disk_free_bytes
@@ -190,7 +195,7 @@ class Preflight:
                 "shared file system (each file is then read once), false if they only look alike"
             )
         if errors:
-            raise JobFault(listed(errors), faults=errors)
+            raise JobFault(listed(errors), faults=errors, code="inputs")
 
 
 def check_versions(node: NodeSettings, health: Versions) -> None:

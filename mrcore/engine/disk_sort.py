@@ -145,6 +145,11 @@ class DiskSort:
         if source.length:
             self._sources.append(source)
 
+    @property
+    def bytes_read(self) -> int:
+        """How much of the sources that are left the merge has read so far; for any thread."""
+        return sum(source.bytes_read for source in list(self._sources))
+
     def next_group(self, disk_based: bool = False) -> tuple[Key, list[Value] | DiskGroup] | None:
         """Return the next `(key, values)`, the values as a list or, `disk_based`, as a DiskGroup; None at the end.
 

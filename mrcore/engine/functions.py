@@ -30,7 +30,8 @@ def load_function(project_dir: Path, kind: str, name: str) -> Function:
         sys.path.insert(0, str(project_dir))
     module_name, file = f"{kind}_functions", project_dir / f"{kind}_functions.py"
     if not file.is_file():
-        raise JobFault(f"project {project_dir.name} has no {file.name}: create {file} with the function {name}")
+        text = f"project {project_dir.name} has no {file.name}: create {file} with the function {name}"
+        raise JobFault(text, code="no_function")
     try:
         module = importlib.import_module(module_name)
         factory = getattr(module, f"{kind.capitalize()}Functions", None)
@@ -39,13 +40,16 @@ def load_function(project_dir: Path, kind: str, name: str) -> Function:
         if not callable(function):
             near = difflib.get_close_matches(name, [n for n in dir(module) if callable(getattr(module, n))], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise JobFault(f"{file.name} of project {project_dir.name} has no function {name!r}{hint}")
+            raise JobFault(
+                f"{file.name} of project {project_dir.name} has no function {name!r}{hint}", code="no_function"
+            )
     except BaseException as error:
         if is_ours(error):
             raise
         if type(error) in (SyntaxError, IndentationError, TabError) and type(error.filename) is str:  # type: ignore[attr-defined]
-            raise JobFault(f"{error.filename}, line {error.lineno}: syntax error: {error.msg}") from error  # type: ignore[attr-defined]
-        raise user_fault(error, f"loading {name} from {file.name} failed") from error
+            where = {"code": "import", "code_file": error.filename, "code_line": error.lineno}  # type: ignore[attr-defined]
+            raise JobFault(f"{error.filename}, line {error.lineno}: syntax error: {error.msg}", **where) from error  # type: ignore[attr-defined]
+        raise user_fault(error, f"loading {name} from {file.name} failed", code="import") from error
     forks.check()
     result: Function = function
     try:
@@ -59,6 +63,7 @@ def load_function(project_dir: Path, kind: str, name: str) -> Function:
             f"{kind} function {name} of {file.name} cannot be called as f{_PARAMETERS[kind]}: its parameters are "
             f"{parameters} ({error})",
             function=name,
+            code="no_function",
         ) from None
     return result
 
@@ -71,9 +76,10 @@ def load_auxiliary(folder: Path, name: str | None) -> Any:
     try:
         return loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise JobFault(f"auxiliary data {name!r} is not on this node: {path} is missing; upload it first") from None
+        text = f"auxiliary data {name!r} is not on this node: {path} is missing; upload it first"
+        raise JobFault(text, code="auxiliary") from None
     except (OSError, ValueError) as error:
-        raise JobFault(f"auxiliary data {path} cannot be read as JSON: {error}") from error
+        raise JobFault(f"auxiliary data {path} cannot be read as JSON: {error}", code="auxiliary") from error
 
 
 def make_combiner(function: Function, name: str, auxiliary: Any) -> Callable[[Key, list[Value]], list[Value]]:

@@ -22,19 +22,22 @@ from mrcore.system.readers import unfinished_bytes
 from mrcore.text import clean
 
 LINES_PER_LOOK = 512  # at the memory
+NO_BLOCK: tuple[int, str, Iterator[str]] = (0, "", iter(()))
 SMALL_TEXT = 1024  # characters; longer values go the long way, which remembers that frames must be sized
 
 
 def _line_offset(offset: int, text: str, stream: Iterator[str]) -> Callable[[], int]:
-    """Return a function that works out the byte offset of the line that was read last from `stream`."""
-    known = 0  # the character at byte `offset`: only what follows it is encoded again
+    """Return a function that works out the byte offset of the line that was read last from `stream`; for any thread."""
+    place = offset, 0  # a byte, and which character stands there: only what follows it is encoded again
 
     def line_offset() -> int:
-        nonlocal known, offset
+        nonlocal place
+        known, character = place
         if isinstance(stream, io.StringIO):
             start = text.rfind("\n", 0, max(0, stream.tell() - 1)) + 1
-            offset, known = offset + len(text[known:start].encode()), start
-        return offset
+            known += len(text[character:start].encode()) if start >= character else -len(text[start:character].encode())
+            place = known, start
+        return known
 
     return line_offset
 
@@ -64,6 +67,7 @@ class Map:
         self._emit = self._to_shuffle if isinstance(sink, Shuffle) else self._to_parts
         self.lines = self.items = self.unfinished_characters = 0
         self._held = 0
+        self._block = NO_BLOCK  # in work: its bytes, its text, and the stream of its lines
 
     def map(self, splits: Sequence[Split]) -> dict[str, int]:
         """Map the splits of one bundle and return `{"lines", "items", "bytes"}` read and emitted by them.
@@ -75,6 +79,14 @@ class Map:
             self._since_spill.append(split)
             self._map_split(split, self._emit)
         return {"lines": self.lines - lines, "items": self.items - items, "bytes": self._reader.bytes_read - read}
+
+    def so_far(self) -> tuple[int, int]:
+        """Return the bytes of input and the lines that were mapped, about; for any thread, as the loop goes on."""
+        size, text, stream = self._block
+        read, lines, place = self._reader.bytes_read, self.lines, 0
+        if isinstance(stream, io.StringIO):
+            place = stream.tell()
+        return max(0, read - size * (len(text) - place) // (len(text) or 1)), lines + text.count("\n", 0, place)
 
     def finish(self) -> list[Spill] | list[Part]:
         """Seal the output and return its spills (or its parts, for a job without a reduce function)."""
@@ -95,16 +107,21 @@ class Map:
                 stream = io.StringIO(text, newline="\n") if lines > 1 else iter((text,))  # StringIO takes 4 bytes/char
                 task.set_offset(_line_offset(offset, text, stream))
                 forks.read_from(stream if isinstance(stream, io.StringIO) else None)
+                self._block = len(block), text, stream
                 for _ in range(0, lines, LINES_PER_LOOK):
                     self._note()
                     emit(islice(stream, LINES_PER_LOOK))
                     forks.check()
                     self._sink.watch.look()  # its own thread may be kept waiting on a busy machine
-                self.lines += lines
+                self.lines, self._block = self.lines + lines, NO_BLOCK
+        task.in_hand(f"what map function {self._name} emitted up to the end of {path}")
         task.set_offset(None)
 
     def _note(self) -> None:
-        task.in_hand(f"map function {self._name}, the lines from byte {task.offset} of {task.input_file} on")
+        task.in_hand(self._in_hand(), self._in_hand)
+
+    def _in_hand(self) -> str:
+        return f"map function {self._name}, the lines from byte {task.offset} of {task.input_file} on"
 
     def _decode(self, path: str, offset: int, block: bytes) -> Iterator[tuple[int, str]]:
         try:

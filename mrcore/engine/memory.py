@@ -15,6 +15,8 @@ import sys
 import threading
 from collections.abc import Sized
 
+from mrcore import task
+
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 POLL_SECONDS = 0.002  # keys that jump from 50 bytes to 1 MB outrun any count of items
 SPILL_SHARE = 0.8  # of the budget: the rest is for sorting, encoding and what the user's code holds
@@ -57,7 +59,9 @@ class MemoryWatch:
     def look(self) -> None:
         """Set `due` when memory is short: past the threshold, or the growing dict's next doubling would not fit."""
         held = self.anonymous_bytes()
-        self.peak_bytes = max(self.peak_bytes, held)
+        if held > self.peak_bytes:
+            self.peak_bytes = held
+            task.note_memory(held, self.budget_bytes)
         growth = 2 * sys.getsizeof(self._grown)
         if held > SPILL_SHARE * self.budget_bytes or held + growth > GROWTH_SHARE * self.budget_bytes:
             # Less than this much fresh data is not worth a spill: it would not free what is missing.
@@ -85,3 +89,4 @@ class MemoryWatch:
     def _watch(self) -> None:
         while not self._end.wait(POLL_SECONDS):
             self.look()
+            task.refresh()

@@ -123,6 +123,8 @@ class PartWriter:
 class DirectOutput:
     """Stands where Shuffle stands in a job without a reduce function: items go to parts, unsorted."""
 
+    spills = 0
+
     def __init__(self, parts: PartWriter, watch: MemoryWatch) -> None:
         self._parts, self.watch = parts, watch
         self._nodes = 0
@@ -150,12 +152,13 @@ class DirectOutput:
         return self._parts.close()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parts:
     """The earlier output of one partition, which is merged as if it were a spill: its parts, in order of their keys."""
 
     paths: Sequence[Path]
     parts: Sequence[PlacedPart]
+    bytes_read: int = 0  # by `blocks`, of `length`
 
     @property
     def length(self) -> int:
@@ -179,6 +182,7 @@ class Parts:
                     while block := stream.read(min(part.batch_bytes, READ_BYTES)):
                         block += stream.readline()
                         checksum = crc32(block, checksum)
+                        self.bytes_read += len(block)
                         yield _grouped(loads(b"[" + block[:-1].replace(b"\n", b",") + b"]"))
                 if checksum != part.crc32:
                     raise ValueError("its checksum is not the committed one")
@@ -187,7 +191,8 @@ class Parts:
             except Exception as error:  # two formats with error classes of their own
                 raise JobFault(
                     f"part {part.name} of the earlier output on {part.node} cannot be read ({error}): bring it "
-                    "back, or have all inputs read again by `mrcore ledger forget JOB`"
+                    "back, or have all inputs read again by `mrcore ledger forget JOB`",
+                    code="ledger",
                 ) from error
 
 

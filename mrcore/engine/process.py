@@ -1,7 +1,7 @@
 """What a task process does: obey one order, report on it, end.
 
 Messages are JSON lines on `connection`, its end of a socket pair with the cluster server:
-  task → server  an event of `messages.tasks`: want, bundle_done, phase, done, failed
+  task → server  an event of `messages.tasks`: want, bundle_done, phase, progress, done, failed
   server → task  a `messages.tasks.More`
 One map process pulls bundles of splits until there are no more, so imports and auxiliary data are loaded once.
 """
@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from mrcore.engine.inputs import Reader, Sample
 from mrcore.engine.mapper import Map
 from mrcore.engine.memory import MemoryWatch
 from mrcore.engine.output import DirectOutput, Parts, PartWriter
+from mrcore.engine.progress import Progress
 from mrcore.engine.reducer import Reduce
 from mrcore.engine.shuffler import Combine, Shuffle
 from mrcore.engine.spills import DamagedFrame, Segment, select
@@ -62,6 +64,9 @@ class Process:
         self._task_name = f"{identity.phase.lower()}-{identity.task}-{identity.try_}"
         self._folder = layout.run_dir(*self._run) / self._task_name
         self._seconds: dict[str, float] = {}
+        self._sending = threading.Lock()
+        self._progress = Progress(self._report)
+        self._fetched_bytes = 0
 
     def process(self) -> None:
         """Obey and report "done" or "failed"; never raises for what the order or the user's code does wrong."""
@@ -83,19 +88,24 @@ class Process:
             folder.mkdir(parents=True, exist_ok=True)
         os.chdir(self._folder)  # a file that user code opens by a relative name goes when the task goes
         gc.disable()  # the hot loops make no cycles; collections happen at each spill
-        with MemoryWatch(order.memory_bytes) as watch:
+        with MemoryWatch(order.memory_bytes) as watch, self._progress:
             try:
                 made = self._map(watch) if phase == "MAP" else self._reduce(watch)
             finally:
                 forks.check()  # the folder is the parent's
                 os.chdir("/")
                 remove_tree(self._folder)
-            return TaskResult(**made, peak_bytes=watch.peak_bytes, seconds=self._seconds)
+        made["user_counters"] = task.counters
+        return TaskResult(**made, peak_bytes=watch.peak_bytes, seconds=self._seconds)
 
     def _report(self, event: tasks.TaskEvent) -> None:
         forks.check()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server is gone, and we with it
-            self._connection.sendall(json.dumps(msgspec.to_builtins(event)).encode() + b"\n")
+        line = json.dumps(msgspec.to_builtins(event)).encode() + b"\n"
+        with (
+            self._sending,
+            contextlib.suppress(BrokenPipeError, ConnectionResetError),
+        ):  # the server is gone, we with it
+            self._connection.sendall(line)
 
     def _as_ours(self, error: BaseException) -> MrcoreError:
         """Return what ended the task as one of our errors: its class decides whether the task is tried again."""
@@ -104,7 +114,8 @@ class Process:
             return error
         if isinstance(error, MemoryError):
             return JobFault(
-                "the task ran out of memory: give the servers more (memory_bytes) or the job smaller groups"
+                "the task ran out of memory: give the servers more (memory_bytes) or the job smaller groups",
+                code="out_of_memory",
             )
         if isinstance(error, Interrupted):
             return TaskDied(
@@ -164,6 +175,7 @@ class Process:
         gc.collect()
         gc.freeze()
         started = time.monotonic()
+        self._progress.begin("MAP", lambda: (*mapper.so_far(), sink.spills))
         totals = {"lines": 0, "items": 0, "bytes": 0}
         for bundle in self._bundles():
             counters = mapper.map(bundle.pieces)
@@ -224,6 +236,7 @@ class Process:
         gc.collect()
         gc.freeze()
         task.in_hand(f"the runs of partition {partition}, to be fetched and merged")
+        self._progress.begin("SORT", lambda: (self._fetched_bytes, 0, sorter.merge_passes))
         by_range = job["partitioner"] == "range"
         fetched = self._fetch_spills(sorter, {"low": low, "high": high} if by_range else {"partition": partition})
         merged = self._add_earlier_output(sorter)
@@ -241,10 +254,12 @@ class Process:
         reducer.sort()
         sorted_at = time.monotonic()
         self._report(tasks.PhaseBegun(phase="REDUCE"))
+        self._progress.begin("REDUCE", lambda: (sorter.bytes_read, reducer.values, sorter.merge_passes))
         parts = reducer.reduce()
         self._seconds = {"sort": sorted_at - started, "reduce": time.monotonic() - sorted_at}
         counters = {"groups": reducer.groups, "values": reducer.values, "merge_passes": sorter.merge_passes} | merged
-        return {"counters": counters, "parts": parts, "fetched": fetched, "keys_kept": reducer.keys_kept}
+        made = {"counters": counters, "parts": parts, "fetched": fetched, "keys_kept": reducer.keys_kept}
+        return made | {"heavy": reducer.heavy()}
 
     def _fetch_spills(self, sorter: DiskSort, selector: Request) -> dict[str, int]:
         """Give the sorter its share of every spill: ranges on this node in place, the others fetched.
@@ -261,6 +276,7 @@ class Process:
                     for start, length in select(runs_dir, spill.id, selector):
                         sorter.add_spill(Segment(runs_dir / f"{spill.id}.data", start, length, spill.max_decoded))
                         offset += length
+                self._fetched_bytes += offset
             else:
                 requests = [{"run": {"job": job, "run": run, "id": spill.id} | selector} for spill in source.runs]
                 lengths = self._fetch_into(path, source, requests)
@@ -279,6 +295,7 @@ class Process:
 
                 def sink(index: int, chunk: memoryview, first: int = first) -> None:
                     lengths[first + index] += len(chunk)
+                    self._fetched_bytes += len(chunk)
                     if lengths[first + index] > source.runs[first + index].most_bytes:
                         raise Refused(f"a spill run on {source.node} is longer than it was said to be")
                     stream.write(chunk)
@@ -314,4 +331,4 @@ class Process:
         try:
             self._fetch(source, [{"part": {"job": self._run[0], "name": part.name}} for part in parts], sink)
         except Refused as error:
-            raise JobFault(f"the earlier output is not to be had: {error.message}") from error
+            raise JobFault(f"the earlier output is not to be had: {error.message}", code="ledger") from error

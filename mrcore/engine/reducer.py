@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mrcore.engine.output import BATCH_ITEMS, BATCH_NODES, PartWriter
 from mrcore.engine.records import NUMBERISH, BadItem, Key, Snapshot, Value, check_item, describe, nodes_of
 from mrcore.engine.user_errors import NOTHING, flaw_of, user_fault
 from mrcore.errors import JobFault
-from mrcore.messages.tasks import Part
+from mrcore.messages.tasks import MAX_HEAVY, HeavyGroup, Part
 from mrcore.system import forks
 
 _UNCHECKED = object()  # stands for the value of an item that is not simply (this key, something)
@@ -49,6 +50,9 @@ class Reduce:
         self._snapshot = Snapshot()
         self._batch: list[tuple[Key, Value]] = []
         self._large = 0
+        self._key: Key = None  # of the group in work
+        self._heavy: list[tuple[int, int, str]] = []  # a heap: values, number of the group, its key described
+        self._least_heavy = 1  # a group of more values is one of the heavy ones so far
         self.groups = self.values = self.items = 0
         self.keys_kept = True  # every item carries its group's key, in ascending order: `merge_output` relies on it
 
@@ -59,11 +63,13 @@ class Reduce:
     def reduce(self) -> list[Part]:
         """Reduce all groups and return the finished parts. Raises JobFault naming function and key."""
         for key, values in self._sorter.groups(self._disk_based_input):
+            self._key = key
             if self.groups % GROUPS_PER_NOTE == 0 or len(values) > LARGE_GROUP:
-                what = f"the groups from key {describe(key)} on of partition {task.partition}"
-                task.in_hand(f"reduce function {self._name}, {what}")
+                task.in_hand(self._in_hand(), self._in_hand)
             self.groups += 1
             self.values += len(values)
+            if len(values) > self._least_heavy:
+                self._note_heavy(key, len(values))
             if isinstance(values, list):
                 if len(values) > LARGE_GROUP and not self._watch.fits(len(values) * PAIR_BYTES):
                     raise group_too_large(key, len(values), self._watch.budget_bytes)
@@ -75,6 +81,20 @@ class Reduce:
                 self._watch.release()  # its new floor keeps this from happening at every group
         self._flush(None)
         return self._parts.close()
+
+    def _in_hand(self) -> str:
+        what = f"the groups from key {describe(self._key)} on of partition {task.partition}"
+        return f"reduce function {self._name}, {what}"
+
+    def _note_heavy(self, key: Key, count: int) -> None:
+        heapq.heappush(self._heavy, (count, self.groups, describe(key)))
+        if len(self._heavy) > MAX_HEAVY:
+            heapq.heappop(self._heavy)
+            self._least_heavy = self._heavy[0][0]
+
+    def heavy(self) -> list[HeavyGroup]:
+        """Return the groups with the most values, these first; of groups with one value none."""
+        return [HeavyGroup(key=key, values=count) for count, _, key in sorted(self._heavy, reverse=True)]
 
     def _reduce_group(self, key: Key, group: Any) -> None:
         auxiliary = (DiskList(self._folder), self._auxiliary) if self._disk_based_output else self._auxiliary

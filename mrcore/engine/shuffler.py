@@ -64,6 +64,11 @@ class Shuffle:
         self._snapshot = Snapshot()
         watch.watch_growth(self.groups)
 
+    @property
+    def spills(self) -> int:
+        """How many spills are written so far."""
+        return len(self._spills)
+
     def add(self, item: Any) -> None:
         """Take one item of any shape, checked. Raises BadItem."""
         key, value = check_item(item, self._snapshot)

@@ -229,7 +229,7 @@ def select(folder: Path, spill_id: str, selector: Mapping[str, Any]) -> list[tup
     return [(sum(lengths[:first]), length)] if length > 0 else []
 
 
-@dataclass(frozen=True)
+@dataclass
 class Segment:
     """A byte range of a file that holds whole frames in key order.
 
@@ -240,6 +240,7 @@ class Segment:
     offset: int
     length: int
     max_decoded: int
+    bytes_read: int = 0  # by `blocks`, of `length`
 
     def blocks(self) -> Iterator[Block]:
         """Read the frames in order. Raises DamagedFrame naming file and offset when one is damaged or cut off."""
@@ -258,5 +259,6 @@ class Segment:
                     block = decode_payload(payload, count, checksum)
                 except DamagedFrame as error:
                     raise DamagedFrame(f"{self.path}: frame at byte {position}: {error}") from None
-                yield block
                 position += FRAME_HEADER.size + length
+                self.bytes_read = position - self.offset
+                yield block

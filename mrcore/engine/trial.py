@@ -60,6 +60,9 @@ def print_trial(request: Request) -> None:
     project, names = Path(request.project_dir), (request.map_name, request.reduce_name)
     for item in try_job(project, *names, request.inputs, combine=request.combine, auxiliary=auxiliary):
         sys.stdout.write(json_text(json.dumps(item, ensure_ascii=not terminal.speaks_unicode(sys.stdout))) + "\n")
+    sys.stdout.flush()
+    for counter, total in task.counters.items():
+        print(f"counter {counter}: {total:,}", file=sys.stderr)
 
 
 def main(request: Request) -> int:
@@ -88,6 +91,7 @@ def try_job(
     Without a reduce function the map function's items come as they are, in order. `memory_bytes` is the budget of
     this process. Raises JobFault as a cluster would report it.
     """
+    task.forget()
     task.set_surroundings(job="trial", run=0, attempt=0, phase="MAP", server="local", node="local")
     with tempfile.TemporaryDirectory(prefix="mrcore-try-") as name, MemoryWatch(memory_bytes) as watch, forks.guarded():
         folder = Path(name)

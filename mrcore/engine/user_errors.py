@@ -42,6 +42,8 @@ def user_fault(error: BaseException, what: str, **details: Any) -> JobFault:
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     text = one_line(error, 300)
     message = f"{what}: {type_name(error)}{': ' if text else ''}{text}{where}"
+    if frames:
+        details |= {"code_file": frames[-1].filename, "code_line": frames[-1].lineno}
     return JobFault(message, traceback=_traceback(error, [MAX_EXCEPTIONS]), **details)
 
 

@@ -109,8 +109,7 @@ class JobHandle:
 
     def why(self) -> Why:
         """Return why the job waits, is slow or failed, as `mrcore why` tells it."""
-        scheduler: Any = self._scheduler
-        explained = scheduler.why(self.name)
+        explained = self._scheduler.why(self.name)
         return Why(code=explained.code, lines=tuple(explained.lines), next_step=explained.next_step)
 
     # --- what becomes of it ---

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from mrcore.errors import Malformed
@@ -233,8 +234,9 @@ class PhaseBegun(Event, frozen=True, kw_only=True, tag="phase"):
 class Progressed(Event, frozen=True, kw_only=True, tag="progress"):
     """What a task has done since its start, about once a second; a newer one replaces one that was not fetched yet.
 
-    `bytes` and `records` are of `phase`: MAP: input read, and lines; SORT: of the partition fetched and merged; REDUCE:
-    of the partition's sources read by the merge, and values reduced.
+    `bytes` and `records` are of `phase`: MAP: input read, and lines; SORT: of the partition's spills, fetched or found
+    on this node, and none; REDUCE: of the partition's sources read by the merge, and values reduced. `spills`: written
+    so far, or passes of the merge.
     """
 
     phase: Literal["MAP", "SORT", "REDUCE"]
@@ -258,11 +260,25 @@ class Failed(Event, frozen=True, kw_only=True, tag="failed"):
 
 
 class Died(Event, frozen=True, kw_only=True, tag="died"):
-    """The task process ended without a result: the server's own word."""
+    """The task process ended without a result: the server's own word, of which `message` tells most.
+
+    `in_hand`: what user code was at. `memory_bytes`: anonymous memory that it held at most, of `budget_bytes`. `oom`:
+    the kernel probably killed it for want of memory. `stack`: Python's, of a crash, most recent call first.
+    """
 
     message: Line
     signal: Count | None = None
     status: Count | None = None
+    in_hand: Line = ""
+    memory_bytes: Count = 0
+    budget_bytes: Count = 0
+    oom: bool = False
+    stack: Line = ""
+
+    def details(self) -> dict[str, Any]:
+        """Return what there is beside the message, as details of an error."""
+        facts = msgspec.structs.asdict(self)
+        return {name: fact for name, fact in facts.items() if fact and name not in ("identity", "message")}
 
 
 TaskEvent = Want | BundleDone | PhaseBegun | Progressed | Done | Failed | Died

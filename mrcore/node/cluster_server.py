@@ -51,8 +51,7 @@ MAX_LINE_BYTES = 24 << 20  # one message of a task; must fit a frame of the wire
 MAX_POLL_SECONDS = 30.0
 TASK_DEADLINE_SECONDS = 8.0  # to start or to end one: beyond the supervisor's own, below the callers'
 SEND_SECONDS = 5
-MAX_CONTROL_BYTES = 16 << 10  # one message of the supervisor, with what a task had in hand
-STACK_SIGNALS = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # of faulthandler
+MAX_CONTROL_BYTES = 64 << 10  # one message of the supervisor, with what a task had in hand and its stack
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +65,13 @@ class _Task:
     end: Json | None = None  # the supervisor's last message
     finished: bool = False  # it has reported done or failed
     silenced: bool = False  # cancelled or replaced: nobody wants its events
+    progress: _Event | None = None  # its last
 
     def is_of(self, job: str, run: int) -> bool:
         return (self.identity.job, self.identity.run) == (job, run)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Event:
     number: int
     task: _Task
@@ -119,7 +119,8 @@ class ClusterServer:
             self._task = self._open[task.serial] = task
             left = max(procfs.MIN_TASK_BYTES, (self._spec.memory_bytes or 0) - self._own_bytes())
             data = msgspec.json.encode(msgspec.structs.replace(order, memory_bytes=left))
-            socket.send_fds(self._control, [json.dumps({"spawn": task.serial}).encode()], [theirs.fileno()])
+            spawn = {"spawn": task.serial, "whose": _whose(task.identity)}
+            socket.send_fds(self._control, [json.dumps(spawn).encode()], [theirs.fileno()])
             theirs.close()
             threading.Thread(target=self._listen, args=(task,), name=f"task {task.serial}", daemon=True).start()
             try:
@@ -218,7 +219,12 @@ class ClusterServer:
             self._changed.wait_for(lambda: len(self._events) < MAX_EVENTS or task.silenced)
             if not task.silenced:
                 task.finished |= is_last
-                self._events.append(_Event(next(self._numbers), task, content, size))
+                event = _Event(next(self._numbers), task, content, size)
+                if isinstance(content, tasks.Progressed):
+                    if task.progress and task.progress in self._events:  # not acknowledged: only the newest counts
+                        self._events.remove(task.progress)
+                    task.progress = event
+                self._events.append(event)
                 self._changed.notify_all()
 
     def _listen(self, task: _Task) -> None:
@@ -236,15 +242,8 @@ class ClusterServer:
                 self._kill(task)  # it hung up without a result: nothing more can come of it
             self._changed.wait_for(lambda: task.end)
         if not task.finished and task.end:
-            note, stack = task.end.get("in_hand"), task.end.get("signal") in STACK_SIGNALS
-            text = (
-                f"the task process {task.end['message']} without a result"
-                + (f"; it had in hand: {note}" if note else "")
-                + f"; {'the Python stack at its end is in' if stack else 'see'} the log of {self._name}: "
-                f"mrcore logs {self._name}"
-            )
-            how = {"signal": task.end.get("signal"), "status": task.end.get("status")}
-            self._add(task, tasks.Died(message=text, identity=task.identity, **how), len(text), is_last=True)
+            died = _died(task.identity, task.end, self._name)
+            self._add(task, died, len(died.message) + len(died.stack), is_last=True)
         task.connection.close()
 
     def receive_events(self) -> None:
@@ -260,6 +259,25 @@ class ClusterServer:
                     with contextlib.suppress(OSError):  # what it wrote is still read, then comes the end
                         task.connection.shutdown(socket.SHUT_RD)
                 self._changed.notify_all()
+
+
+def _whose(identity: tasks.TaskIdentity) -> str:
+    return f"{identity.job}/{identity.run} {identity.phase.lower()}-{identity.task}-{identity.try_}"
+
+
+def _died(identity: tasks.TaskIdentity, end: Json, server: str) -> tasks.Died:
+    """Return what the supervisor says of the end of a task that reported none."""
+    known = {name: end[name] for name in tasks.Died.__struct_fields__ if name in end}
+    died = msgspec.structs.replace(convert(tasks.Died, known | {"event": "died"}), identity=identity)
+    held = f"{died.memory_bytes >> 20:,} MiB at most, of {died.budget_bytes >> 20:,}"
+    text = (
+        f"the task process {died.message} without a result"
+        + (", probably by the kernel for want of memory" if died.oom else "")
+        + (f"; it held {held}" if died.signal and died.budget_bytes else "")
+        + (f"; it had in hand: {died.in_hand}" if died.in_hand else "")
+        + f"; {'the Python stack at its end is in' if died.stack else 'see'} the log of {server}: mrcore logs {server}"
+    )
+    return msgspec.structs.replace(died, message=text)
 
 
 def serve(spec: Spec, control: socket.socket) -> None:

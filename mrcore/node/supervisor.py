@@ -8,11 +8,13 @@ Why three processes: a parent-death signal fires when the forking *thread* ends,
 handlers; and orphans of a task (setsid, daemons) are only sure to be found by a parent that is their subreaper.
 
 Messages on the control socket (SOCK_SEQPACKET, one JSON object each; `serial` tells tasks of one server apart):
-  server → supervisor  {"ready": port} · {"spawn": serial} with the task's end of its connection · {"kill": serial}
-  supervisor → server  {"spawned": serial, "pid"} · {"ended": serial, "status"|"signal", "message", "in_hand"}
+  server → supervisor  {"ready": port} · {"kill": serial}
+                       {"spawn": serial, "whose": "JOB/RUN map-0-1"} with the task's end of its connection
+  supervisor → server  {"spawned": serial, "pid"} · {"ended": serial, "status"|"signal", "message", …} (see `traces`)
 A task gets its order as the first thing on its connection: 4 bytes of length (big-endian), then JSON.
 
-What server and task print comes by a pipe, and the supervisor writes it into its own log, which so stays bounded.
+What server and tasks print comes by pipes, one for each, and the supervisor writes it into its own log, which so stays
+bounded; lines of a task are tagged with whose they are.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import faulthandler
 import gc
 import json
 import logging
-import mmap
 import os
 import select
 import signal
@@ -31,18 +32,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mrcore import task
 from mrcore.errors import interrupt
+from mrcore.node.traces import Traces
 from mrcore.system import logs, procfs
 from mrcore.system.subreaper import SWEEP_SECONDS, describe, reap, sweep
-from mrcore.text import one_line
 
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 30.0
 GRACE_SECONDS = 3.0
-MAX_NOTE = 1000  # characters of what a task had in hand
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Json = dict[str, Any]
@@ -67,7 +67,7 @@ class Supervisor:
         self._terminal = os.isatty(0)
         self._log = logs.take_over(log_bytes)
         self._printed, self._print_to = logs.open_pipe()
-        self._note = mmap.mmap(-1, task.NOTE_BYTES)  # shared with the tasks: what the one that runs has in hand
+        self._traces: Traces | None = None  # of the task that runs
         self._wake, wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         procfs.become_subreaper()
         for number in (*_STOP_SIGNALS, signal.SIGCHLD):
@@ -85,10 +85,17 @@ class Supervisor:
         self._start_server()
         while self._server and not self._stopping:
             ours = [self._wake, self._control.fileno(), self._printed]
-            readable, _, _ = select.select(ours, [], [], logs.WINDOW_SECONDS if self._log.held else None)
+            if self._traces and self._traces.is_open:
+                ours.append(self._traces.printed)
+            waits = self._log.held or (self._terminal and self._traces and self._traces.begun)
+            readable, _, _ = select.select(ours, [], [], logs.WINDOW_SECONDS if waits else None)
             if self._printed in readable:
                 self._log.write(os.read(self._printed, logs.READ_BYTES))
-            elif not readable:
+            if self._traces and self._traces.printed in readable:
+                self._traces.read()
+            elif self._traces and self._terminal and not readable:
+                self._traces.finish_line()  # somebody is asked something there
+            if not readable:
                 self._log.settle()
             if self._wake in readable:
                 with contextlib.suppress(BlockingIOError):
@@ -110,7 +117,7 @@ class Supervisor:
     def _start_server(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._starts.append(time.monotonic())
-        self._server = self._fork(theirs, lambda: self._serve(theirs))
+        self._server = self._fork({theirs.fileno()}, self._print_to, lambda: self._serve(theirs))
         theirs.close()
         partial = self._record.with_suffix(".partial")
         partial.write_text(json.dumps({"pid": self._server, "start_ticks": procfs.start_ticks(self._server)}))
@@ -135,7 +142,7 @@ class Supervisor:
         message = json.loads(data or b"{}")
         if "spawn" in message:
             self._end_task("replaced by a newer order")
-            self._spawn(message["spawn"], socket.socket(fileno=handles[0]))
+            self._spawn(message["spawn"], message["whose"], socket.socket(fileno=handles[0]))
         elif message.get("kill") == self._serial:
             self._end_task("cancelled")
         elif "ready" in message:
@@ -148,8 +155,8 @@ class Supervisor:
 
     # ---- the task
 
-    def _fork(self, kept: socket.socket, life: Callable[[], None]) -> int:
-        """Fork a child that dies with us, prints to our log, holds no other descriptor but `kept`, lives and ends."""
+    def _fork(self, kept: set[int], print_to: int, life: Callable[[], None]) -> int:
+        """Fork a child that dies with us, prints there, holds no other descriptors but `kept`, lives and ends."""
         parent = os.getpid()
         sys.stdout.flush()
         if pid := os.fork():
@@ -161,9 +168,9 @@ class Supervisor:
             for number in (*_STOP_SIGNALS, signal.SIGCHLD, signal.SIGTTOU):
                 signal.signal(number, signal.SIG_DFL)
             for standard in (1, 2):
-                os.dup2(self._print_to, standard)
-            os.closerange(3, kept.fileno())
-            os.closerange(kept.fileno() + 1, 1 << 20)  # the kernel's usual ceiling for any process
+                os.dup2(print_to, standard)
+            for low, high in pairwise(sorted({2, 1 << 20} | kept)):  # the kernel's usual ceiling for any process
+                os.closerange(low + 1, high)
             life()
             code = 0
         except SystemExit as error:
@@ -178,21 +185,26 @@ class Supervisor:
                 stream.flush()
         os._exit(code & 0xFF)  # at once: the exit handlers are the parent's
 
-    def _spawn(self, serial: int, connection: socket.socket) -> None:
+    def _spawn(self, serial: int, whose: str, connection: socket.socket) -> None:
         self._serial = serial
-        self._note[:1] = b"\0"
         try:
-            self._task = pid = self._fork(connection, lambda: self._be_task(connection))
+            self._traces = traces = Traces(whose, self._log)
+            kept = {connection.fileno(), traces.dump}
+            self._task = pid = self._fork(kept, traces.print_to, lambda: self._be_task(connection, traces))
         except OSError as error:
+            if self._traces:
+                self._traces.close()
+                self._traces = None
             self._send(ended=serial, message=f"cannot fork a task process: {error}")
         else:
+            traces.close(traces.print_to)
             with contextlib.suppress(OSError):  # here and in the child, so that neither has to wait for the other
                 os.setpgid(pid, pid)
             self._give_terminal(pid)
             self._send(spawned=serial, pid=pid)
         connection.close()
 
-    def _be_task(self, connection: socket.socket) -> None:
+    def _be_task(self, connection: socket.socket, traces: Traces) -> None:
         """The life of a task process."""
         os.setpgid(0, 0)
         if self._terminal:
@@ -206,8 +218,8 @@ class Supervisor:
             os.close(nothing)
             sys.breakpointhook = self._no_breakpoint
         signal.signal(signal.SIGINT, interrupt)
-        faulthandler.enable(2)  # a crash in C leaves the Python stack in the log
-        task.set_note(self._note)
+        faulthandler.enable(traces.dump)
+        traces.share()
         with contextlib.suppress(OSError):  # short of memory, the kernel is to choose user code, not its guard
             Path("/proc/self/oom_score_adj").write_text("500")
         if hasattr(sys.stdout, "reconfigure"):
@@ -239,12 +251,13 @@ class Supervisor:
             status = reap(pid, SWEEP_SECONDS)
         sweep({self._server})
         logs.drain(self._printed, self._log)
-        if pid:
+        if pid and self._traces:
             self._give_terminal(os.getpgrp())
             ending = {"message": "does not end: stuck in the kernel"} if status is None else describe(status)
-            note = self._note[:].partition(b"\0")[0].decode("utf-8", "surrogateescape")  # written by user's process
-            what = {"message": reason or ending["message"], "in_hand": one_line(note, MAX_NOTE)}
-            self._send(ended=self._serial, **{**ending, **what})
+            left = self._traces.end(ending.get("signal"))
+            left["oom"] = left["oom"] and not reason  # else it was us who killed it
+            self._send(ended=self._serial, **{**ending, **left, "message": reason or ending["message"]})
+        self._traces = None
 
     def _reap(self) -> None:
         """Handle every child that has ended, orphans of tasks too."""

@@ -63,7 +63,7 @@ def environment_hash(project: Path) -> str | None:
     Raises JobFault when there are no wheels.
     """
     if error := missing(project):
-        raise JobFault(error)
+        raise JobFault(error, code="packages")
     if not is_wanted(project):
         return None
     state = hashlib.sha256("{}.{}\n".format(*sys.version_info).encode())
@@ -129,7 +129,7 @@ def install(source: Path, target: Path, project: str, node: str) -> None:
         target.mkdir(parents=True, exist_ok=True)  # also when all that is asked for is not for this machine
         done = json.loads(_pip([*command, "--report", "-"], project, node))
         if errors := conflicts({item["metadata"]["name"]: item["metadata"]["version"] for item in done["install"]}):
-            raise JobFault(f"project {project}: {'; '.join(errors)}")
+            raise JobFault(f"project {project}: {'; '.join(errors)}", code="packages")
     except BaseException:
         remove_tree(target)
         raise
@@ -180,7 +180,8 @@ def _pip(arguments: list[str], project: str, node: str) -> str:
     lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     raise JobFault(
         f"the packages of project {project} cannot be installed on {node}: {' '.join(lines) or done.stderr[-500:]}; "
-        f"wheels are missing or made for another Python: {_how_to_fetch(project)}"
+        f"wheels are missing or made for another Python: {_how_to_fetch(project)}",
+        code="packages",
     )
 
 

@@ -30,20 +30,23 @@ def project_files(folder: Path) -> Iterator[tuple[str, Path]]:
         for name in sorted(name for name in files if not name.startswith(".") and not name.endswith(".pyc")):
             path = Path(base, name)
             if why := unfit(str(path)):
-                raise JobFault(f"the name of the project file {str(path)!r} {why}: rename it")
+                raise JobFault(f"the name of the project file {str(path)!r} {why}: rename it", code="project")
             if not path.resolve().is_relative_to(root):
-                raise JobFault(f"project file {path} is a link that leads out of the project: copy the file instead")
+                text = f"project file {path} is a link that leads out of the project: copy the file instead"
+                raise JobFault(text, code="project")
             if reason := blocked(path):
-                raise JobFault(f"project file: {reason}")
+                raise JobFault(f"project file: {reason}", code="project")
             try:
                 with open(open_regular(path), "rb") as stream:
                     total += os.fstat(stream.fileno()).st_size
             except OSError as error:
-                raise JobFault(f"project file {path} cannot be read: {error.strerror}: remove it") from None
+                text = f"project file {path} cannot be read: {error.strerror}: remove it"
+                raise JobFault(text, code="project") from None
             if total > MAX_PROJECT_BYTES:
                 raise JobFault(
                     f"project folder {folder}: with {path} it is larger than {MAX_PROJECT_BYTES >> 20} MiB: put data "
-                    "into input_dirs or auxiliary data"
+                    "into input_dirs or auxiliary data",
+                    code="project",
                 )
             yield str(path.relative_to(folder)), path
 

@@ -108,16 +108,25 @@ def until_retry(rows: list[JobRow], now: float) -> float | None:
     return min((row.retry_at - now for row in rows if row.retry_at), default=None)
 
 
+def allowed(rows: list[JobRow], state: State) -> list[JobRow]:
+    """Return the jobs that a hold lets start: all, without one."""
+    return rows if not state.hold else without_nodes(rows, state.cycle) if state.hold.nodes else []
+
+
+def in_line(rows: list[JobRow], state: State, now: float) -> list[JobRow]:
+    """Return the jobs that run one after another once the run under way ends, in that order."""
+    return ready([row for row in allowed(rows, state) if row.job_name != state.running], state.cycle, now)
+
+
 def reasons(rows: list[JobRow], state: State, now: float) -> list[Why]:
     """Return why each queued job does not start now.
 
     A job's own time comes first, then what holds the whole queue, then the job before it.
     """
     hold, running = state.hold, state.running
-    allowed = without_nodes(rows, state.cycle) if hold and hold.nodes else [] if hold else rows
-    free, groups = {row.job_name for row in allowed}, retrying(rows)
+    free, groups = {row.job_name for row in allowed(rows, state)}, retrying(rows)
     before, last = dict[str, str | None](), running
-    for row in ready([row for row in allowed if row.job_name != running], state.cycle, now):
+    for row in in_line(rows, state, now):
         before[row.job_name], last = last, row.job_name
 
     def why(row: JobRow) -> Why:

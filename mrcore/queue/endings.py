@@ -18,7 +18,7 @@ from mrcore.queue.cycle import needs_nodes
 from mrcore.queue.execution import Execution
 from mrcore.queue.hooks import Hooks
 from mrcore.settings.config import Settings
-from mrcore.state import manifest
+from mrcore.state import manifest, profiles
 from mrcore.state.store import Hold, JobRow, Store
 from mrcore.text import one_line, type_name
 
@@ -68,12 +68,14 @@ class Endings:
             return None
         fault = unforeseen(error) if error is not None else MrcoreError("it ended without a result")
         why = {
-            "failed": JobFault(f"timeout: ran longer than its timeout_seconds {execution.job['timeout_seconds']}"),
+            "failed": JobFault(
+                f"timeout: ran longer than its timeout_seconds {execution.job['timeout_seconds']}", code="timeout"
+            ),
             "cancelled": MrcoreError("cancelled by the user"),
             "handed back": MrcoreError("the Runner was stopped; the job runs again when one is started"),
         }.get(execution.why_stopped or "")
         if why:
-            why.details.update(fault.details)
+            why.details = fault.details | why.details
             fault = why
         # SIGTERM to a whole service reaches what it runs as well, perhaps before us.
         again = stopping or isinstance(fault, ClusterFault) or self._worth_another_try(execution, fault)
@@ -99,6 +101,8 @@ class Endings:
         name, left, after = spec["job_name"], list[str](), None
         with store.change("end"):
             store.end_run(name, run, ending, now, **facts)
+            if execution.detail:
+                store.set_detail(name, run, execution.detail)
             job = store.job(name)
             same = job if job and job.number == execution.number else None
             mine = same if same and same.state != "out" else None  # else replaced or deleted in the meantime
@@ -195,10 +199,11 @@ class Endings:
         return seconds
 
     def forget(self, names: Iterable[str]) -> None:
-        """Remove what was kept of runs that the history has forgotten: manifests, what scripts printed."""
+        """Remove what was kept of runs that the history has forgotten: manifests, profiles, what scripts printed."""
         for name in names:
             kept = self._store.run_numbers(name)
             scripts.prune(self._settings, name, kept)
+            profiles.prune(self._settings.state_dir, name, kept)
             try:
                 manifest.prune(self._settings.state_dir, name, kept)
             except UsageError as error:  # a damaged one: all of the job's stay until it is fixed

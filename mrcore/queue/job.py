@@ -25,7 +25,7 @@ from mrcore.text import clean, listed
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"  # it becomes a folder: no separator, no leading dot
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 MAX_RETRY_SECONDS = 3600.0  # a delay that doubles stops there
-_FILLED = ("projects_dir", "start_time", "end_time", "exception", "current_phase")
+FILLED = ("projects_dir", "start_time", "end_time", "exception", "current_phase")
 
 
 def _duration(value: Any) -> Any:
@@ -180,7 +180,7 @@ def job_template_yaml(kind: str) -> str:
     values = template(kind)
     lines = [f"# A {kind} job. {' '.join((_model(kind).__doc__ or '').split())}"]
     for key, field in _model(kind).model_fields.items():
-        if key not in _FILLED:
+        if key not in FILLED:
             note = f"  # {field.description}" if field.description else ""
             lines.append(f"{key}: {json.dumps(values[key])}".ljust(44) + note)
     return "\n".join(lines) + "\n"
@@ -193,7 +193,7 @@ def validate(job: dict[str, Any], projects_dir: str | os.PathLike[str] | None = 
     """
     if not isinstance(job, dict):
         raise UsageError(f"a job is a mapping of keys to values, got {type(job).__name__}; see `mrcore template`")
-    plain = {clean(key): value for key, value in job.items() if key not in _FILLED}
+    plain = {clean(key): value for key, value in job.items() if key not in FILLED}
     plain["job_type"] = model_type = clean(plain.get("job_type") or "mapreduce")
     model = _model(model_type)
     errors: list[str] = []
@@ -211,7 +211,7 @@ def validate(job: dict[str, Any], projects_dir: str | os.PathLike[str] | None = 
         name = brief(plain["job_name"]) if plain.get("job_name") else "without a name"
         lines = errors if len(errors) == 1 else [f"({n}) {text}" for n, text in enumerate(errors, 1)]
         raise UsageError(f"job {name} refused: {listed(lines)}", faults=errors)
-    return with_absolute_paths(values) | dict.fromkeys(_FILLED)
+    return with_absolute_paths(values) | dict.fromkeys(FILLED)
 
 
 def with_absolute_paths(job: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,11 +17,13 @@ import msgspec
 from mrcore.errors import UsageError
 from mrcore.queue import cycle
 from mrcore.queue import job as jobs
+from mrcore.queue.printed import with_printed
 from mrcore.queue.runner import Runner
+from mrcore.queue.why import Explanation, Known, explain
 from mrcore.settings import sudo
 from mrcore.settings.config import Settings, load_settings
 from mrcore.settings.validation import nearest
-from mrcore.state import ledger
+from mrcore.state import ledger, manifest
 from mrcore.state.doorbell import Doorbell
 from mrcore.state.progress import Progress
 from mrcore.state.store import FALLEN, JobRow, RunRow, Store
@@ -30,6 +33,7 @@ from mrcore.text import listed, one_line
 __all__ = ["Runner", "Scheduler"]
 
 ESTIMATE_RUNS = 20
+EXPLAINED_RUNS = 20  # newest runs of a job that `why` looks at
 
 
 class Scheduler:
@@ -173,7 +177,7 @@ class Scheduler:
         progress = self.progress()
         row = self.store.job(job_name)
         if row is None:
-            raise _unknown(job_name, "is not known", self.store.last_runs())
+            raise _unknown(job_name, "is not known", self.store.last_runs(), self.settings.state_dir)
         return {
             "job_name": job_name,
             "state": row.state,
@@ -184,6 +188,56 @@ class Scheduler:
             "progress": msgspec.to_builtins(progress) if progress and progress.job_name == job_name else None,
             "events": [event | {"time": _moment(event["time"])} for event in self.store.events(job_name)],
         }
+
+    def why(self, job_name: str, printed: bool = False) -> Explanation:
+        """Return why a job waits, is slow, failed, or what its last run left out: see `queue.why`.
+
+        With `printed` also what the task, or the script, printed last, which may take `printed.LOG_SECONDS`.
+        """
+        store, now, state = self.store, time.time(), self._state()
+        job, running = store.job(job_name), store.running()
+        if job is None:
+            raise _unknown(job_name, "is not known", store.last_runs())
+        rows = sorted(store.queued(), key=cycle.order)
+        reasons = zip(rows, cycle.reasons(rows, state, now), strict=True)
+        in_line = cycle.in_line(rows, state, now)
+        place = next((place for place, row in enumerate(in_line) if row.job_name == job_name), None)
+        runs, state_dir, drain = store.runs(job_name, EXPLAINED_RUNS), self.settings.state_dir, store.get("drain")
+        details = ((run.run, store.detail(job_name, run.run)) for run in runs)
+        detailed, detail = next((pair for pair in details if pair[1]), (None, None))
+        group = [mate for mate in store.group(job.group_name) if mate.job_name != job_name]
+        explanation = explain(
+            Known(
+                job=job,
+                why=next((reason for row, reason in reasons if row.job_name == job_name), None),
+                state=state,
+                ahead=in_line[:place],
+                running=running,
+                progress=self.progress(),
+                committed=bool(running and manifest.path_of(state_dir, running.job_name, running.run).exists()),
+                runs=runs,
+                detail=detail,
+                detailed=detailed,
+                usual=self.estimates(),
+                group=group,
+                culprit=self._culprit(job, group),
+                cut_off_drain=drain["source"] if drain and drain["moves"] else None,
+                settings=self.settings,
+                now=now,
+            )
+        )
+        return with_printed(explanation, self.settings) if printed else explanation
+
+    def _culprit(self, job: JobRow, group: list[JobRow]) -> RunRow | None:
+        """Return the failed run for which a job left the queue, or was skipped, with its group."""
+        if job.cause != "group failed":
+            return None
+        failed = [
+            run for mate in group for run in self.store.runs(mate.job_name, EXPLAINED_RUNS) if run.state == "failed"
+        ]
+        # It left in the transaction that ended that run.
+        failed.sort(key=lambda run: (run.ended == job.left_at, run.ended or 0), reverse=True)
+        return failed[0] if failed else None
 
     def requeue(self, group: str) -> list[str]:
         """Bring back the jobs of a group that left because of a failure (or one job by its name); return the names.
@@ -219,7 +273,7 @@ class Scheduler:
         """Return what a `hold_state` job has read: path, holder (a node; None: whichever), bytes, modified, run."""
         run, _, entries = ledger.read(self.store, job_name)
         if run is None:
-            raise _unknown(job_name, "has no ledger", ledger.job_names(self.store))
+            raise _unknown(job_name, "has no ledger", ledger.job_names(self.store), self.settings.state_dir)
         return [
             {
                 "path": path,
@@ -276,8 +330,10 @@ def _requeueable(job: JobRow, *states: str) -> bool:
     return job.state in states or job.cause in FALLEN
 
 
-def _unknown(name: str, problem: str, known: Iterable[str]) -> UsageError:
-    return UsageError(f"job {name!r} {problem}{nearest(name, known)}")
+def _unknown(name: str, problem: str, known: Iterable[str], where: Path | None = None) -> UsageError:
+    names = list(known)
+    more = f": nothing is in {where}" if where and not names else nearest(name, names)
+    return UsageError(f"job {name!r} {problem}{more}")
 
 
 def _answer(job: dict[str, Any], replaced: bool, active: bool) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def run(
     """
     script, name = Path(job["script_location"]), job["job_name"]
     if not script.is_file():
-        raise JobFault(f"there is no script {script}: put it back, then `mrcore requeue {job['group_name'] or name}`")
+        text = f"there is no script {script}: put it back, then `mrcore requeue {job['group_name'] or name}`"
+        raise JobFault(text, code="no_script")
     mark = f"{settings.state_dir} {name} {run}"
     command = [interpreter(job, settings), str(script), *map(str, job["script_arguments"])]
     log_file = log_of(settings, name, run)

@@ -22,6 +22,7 @@ from mrcore.system.paths import make_private
 
 SCHEMA_VERSION = 4
 BUSY_SECONDS = 60.0
+PEEK_SECONDS = 0.1  # for another's change
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -49,7 +50,8 @@ CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), valu
 CREATE TABLE IF NOT EXISTS details (
     job_name TEXT, run INTEGER, value TEXT NOT NULL, PRIMARY KEY (job_name, run)) WITHOUT ROWID;
 """
-# Version 4 adds tables only. Version 3 has columns for what was read out of our own sentences before: here they are read for the last time.
+# Version 4 adds tables only.
+# Version 3 has columns for what was read out of our own sentences before: here they are read for the last time.
 _TO_3 = """
 ALTER TABLE jobs ADD COLUMN cause TEXT;
 ALTER TABLE jobs ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
@@ -77,6 +79,18 @@ def upgrade(db: sqlite3.Connection) -> int:
             f"BEGIN IMMEDIATE; {steps} INSERT OR REPLACE INTO meta VALUES ('schema', {SCHEMA_VERSION}); COMMIT;"
         )
     return max(version, SCHEMA_VERSION)
+
+
+def peek(state_dir: Path, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    """Return the rows of a SELECT without making, changing or waiting for a file: for completion, which may miss some.
+
+    Raises sqlite3.Error when there is no queue, or none that the caller may read. SQLite would make the files of a WAL
+    even to read: without them, nobody has the queue open, and it is read as what does not change.
+    """
+    file = state_dir / "queue.sqlite"
+    how = "mode=ro" if file.with_name(f"{file.name}-shm").exists() else "immutable=1"
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?{how}", uri=True, timeout=PEEK_SECONDS)) as db:
+        return db.execute(query, values).fetchall()
 
 
 @contextlib.contextmanager

@@ -140,6 +140,7 @@ def plan(
             f"of what was read before, {'; '.join(news.changed[:NAMED_FILES])}{more}. Set on_changed_input: "
             "reprocess_all to read all files again, or ignore to leave these alone",
             files=news.changed[:100],
+            code="changed_input",
         )
     nothing_new = not again and not any(news.files.values())
     latest = manifest.newest(state_dir, job["job_name"])
@@ -168,7 +169,8 @@ def _refuse_rewritten(files: Mapping[str, Sequence[InputFile]], base_dirs: Mappi
         if (latest := manifest.newest(state_dir, job)) and latest.merge_output:
             raise JobFault(
                 f"input_dirs holds the output of {job}, a job with merge_output, which writes all of it again in each "
-                f"run: leave out hold_state here, or let {job} accumulate (delete_job_data: false)"
+                f"run: leave out hold_state here, or let {job} accumulate (delete_job_data: false)",
+                code="inputs",
             )
 
 
@@ -194,7 +196,8 @@ def _earlier(job: Job, run: int | None, latest: Manifest | None, nodes: set[str]
         why = f"part of its earlier output lies on {', '.join(sorted(gone))}, no node of the cluster any more"
     if why:
         forget = f"`mrcore ledger forget {job['job_name']}`"
-        raise JobFault(f"{why}: this run cannot go on from it. {forget} makes the next run read all its inputs again")
+        text = f"{why}: this run cannot go on from it. {forget} makes the next run read all its inputs again"
+        raise JobFault(text, code="ledger")
     return latest if latest.parts else None
 
 

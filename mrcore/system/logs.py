@@ -21,6 +21,7 @@ import sys
 import threading
 from pathlib import Path
 from time import monotonic
+from typing import Protocol
 
 from mrcore.system.deadline import Deadline
 
@@ -203,7 +204,17 @@ def open_pipe() -> tuple[int, int]:
     return read, write
 
 
-def drain(source: int, log: BoundedLog) -> None:
+class Writer(Protocol):
+    """A log, or what passes on to one."""
+
+    def write(self, data: bytes) -> None:
+        """Write what there is room for."""
+
+    def settle(self) -> None:
+        """Write what was held back."""
+
+
+def drain(source: int, log: Writer) -> None:
     """Write to the log what a pipe of `open_pipe` holds just now, the last lines before an end."""
     with contextlib.suppress(BlockingIOError):
         for _ in range(PIPE_BYTES // READ_BYTES):  # others may go on printing

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -117,9 +119,8 @@ def anonymous_bytes(pid: int | str = "self") -> int:
     return 0
 
 
-def machine_memory_bytes(root: Path = Path("/")) -> int:
-    """Return what this machine, or our control group (v1 or v2, the tightest of its ancestors), may use."""
-    limits = [int((root / "proc/meminfo").read_text().split(maxsplit=2)[1]) * 1024]
+def _group_files(root: Path, name: str, name_v1: str) -> Iterator[Path]:
+    """Yield the files of that name (in v1: the other) of our memory control group and its ancestors, nearest first."""
     try:
         groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -127,13 +128,27 @@ def machine_memory_bytes(root: Path = Path("/")) -> int:
     for _, controllers, path in groups:
         if controllers not in ("", "memory") and "memory" not in controllers.split(","):
             continue
-        top, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        top, called = ("memory", name_v1) if controllers else ("", name)
         inside = Path(path.lstrip("/"))
         for folder in (inside, *inside.parents):  # in a container the path may be the host's: its top still counts
-            limit = root / "sys/fs/cgroup" / top / folder / name
-            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-                limits.append(int(text))
-    return min(limits)
+            if (file := root / "sys/fs/cgroup" / top / folder / called).is_file():
+                yield file
+
+
+def machine_memory_bytes(root: Path = Path("/")) -> int:
+    """Return what this machine, or our control group (v1 or v2, the tightest of its ancestors), may use."""
+    limits = [int((root / "proc/meminfo").read_text().split(maxsplit=2)[1]) * 1024]
+    texts = (file.read_text().strip() for file in _group_files(root, "memory.max", "memory.limit_in_bytes"))
+    return min(limits + [int(text) for text in texts if text.isdigit()])
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """Return how many processes of our control group, else of the machine, the kernel killed for want of memory."""
+    for file in (*_group_files(root, "memory.events", "memory.oom_control"), root / "proc/vmstat"):
+        with contextlib.suppress(OSError):
+            if found := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE):
+                return int(found[1])
+    return 0
 
 
 def budget_bytes(total_bytes: int | None, servers: int) -> int:

@@ -21,7 +21,6 @@ class Ending(TypedDict):
 
     status: NotRequired[int]
     signal: NotRequired[int]
-    in_hand: NotRequired[str]  # what a task was doing
     message: str
 
 

@@ -235,8 +235,14 @@ def test_only_what_is_the_clusters_ends_an_attempt_as_the_clusters_fault(
             attempt.task_event("S_0", tasks.Failed(identity=start.identity, error=plain(error)))
         attempt.check()
     assert type(attempt.fault) is kind and error.message in str(attempt.fault)
-    if not refused:
-        assert attempt.fault is not None and attempt.fault.details == error.details
+    assert attempt.fault is not None
+    assert attempt.fault.details == where(start.identity) | ({} if refused else error.details)
+
+
+def where(identity: TaskIdentity) -> dict[str, Any]:
+    """What the error of a task that died for the last time says of it."""
+    task = f"{identity.phase.lower()}-{identity.task}-{identity.try_}"
+    return {"code": "task_died", "server": "S_0", "node": "n0", "task": task}
 
 
 def test_a_task_that_always_dies_fails_the_job_after_max_attempts() -> None:

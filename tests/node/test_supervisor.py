@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from task_servers import STANDIN, TaskServer, order
 
 from mrcore.errors import Refused, Unreachable
 from mrcore.system import procfs
+from mrcore.system.tags import parse_tag
 
 
 @pytest.fixture
@@ -96,8 +98,11 @@ def test_what_a_task_process_finds(server: TaskServer) -> None:
     listener, _ = server.start("look")
     result = listener.until("done")["result"]
     assert result["stdin"] == "" and result["usual"]
-    assert len(set(result["descriptors"]) - {0, 1, 2, result["kept"]}) == 1  # that of the listing itself
-    wait_until(lambda: "printed by the task" in server.log.read_text())
+    # Beside these that of the listing itself, and the memory for the stack of a crash.
+    assert len(set(result["descriptors"]) - {0, 1, 2, result["kept"]}) == 2
+    line = wait_until(lambda: re.search(".*printed by the task", server.log.read_text()))
+    tag = parse_tag(line[0])
+    assert tag and (tag.job, tag.run, tag.task, tag.text) == ("j", 1, "map-0-1", "printed by the task")
 
 
 def test_breakpoint_without_a_terminal_fails_by_name(server: TaskServer) -> None:
@@ -223,6 +228,22 @@ def test_a_flood_of_events_is_bounded_and_complete(server: TaskServer) -> None:
     done = listener.until("done", 60)
     assert done["result"] == {}
     assert [event["number"] for event in listener.events if event["event"] == "count"] == list(range(25_000))
+
+
+def test_of_progress_that_nobody_fetched_the_newest_is_kept(server: TaskServer) -> None:
+    listener, identity = server.start("progress", count=15_000)
+
+    def all_told() -> Any:
+        ask = {"incarnation": listener.incarnation, "after": 0, "wait_seconds": 0.1}
+        told = [event for _, event in server.master.call(ANY_POLL, **ask)["events"]]
+        return told if told and told[-1]["event"] == "done" else None
+
+    progress, rest = [], []
+    for event in wait_until(all_told, 60):
+        (progress if event["event"] == "progress" else rest).append(event)
+    assert [event["event"] for event in rest] == ["started", "told", "done"]
+    (newest,) = progress
+    assert (newest["records"], newest["identity"]) == (15_000, identity)
 
 
 def test_cancel_frees_a_task_that_waits_for_its_events_to_be_read(server: TaskServer) -> None:

@@ -23,7 +23,7 @@ ORIGINAL_KEYS = (
 NEW_KEYS = (
     "combine_function_name sort_values partitioner number_of_partitions merge_output shared_input sample_seed "
     "max_attempts timeout_seconds every not_before on_bad_text on_changed_input max_line_bytes "
-    "on_failure retries retry_delay projects_dir"
+    "on_failure retries retry_delay projects_dir profile"
 )
 
 

@@ -129,6 +129,12 @@ def act(spec: Spec, content: bytes, connection: socket.socket) -> None:
             if what.get("crash"):
                 os.kill(os.getpid(), signal.SIGSEGV)
             say("done", result={})
+        case "progress":
+            for done in range(1, what["count"] + 1):  # events of the real kind
+                told = {"event": "progress", "phase": "MAP", "bytes": 10 * done, "records": done}
+                connection.sendall(json.dumps(told).encode() + b"\n")
+            say("told")
+            say("done", result={})
         case "flood":
             for number in range(what["count"]):
                 say("count", number=number)

@@ -27,6 +27,8 @@ DOCUMENTS = sorted(
     [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("projects/*/README.md")],
     key=lambda path: str(path),
 )
+EVERY = sorted({*DOCUMENTS, *PROJECT.glob("docs/**/*.md"), *PROJECT.glob("mrcore/*/README.md")}, key=str)
+EVERY += sorted(PROJECT.glob("roles/*/README.md"))
 UNITS = {"": 1, "s": 1, "KiB": 1 << 10, "MiB": 1 << 20}
 
 
@@ -146,7 +148,8 @@ def test_every_command_is_documented(command: str) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_no_document_names_a_command_or_option_that_does_not_exist(path: Path) -> None:
     known = set(commands(cli))
-    call = re.compile(r"^(?:\w+=\S+ )?mrcore (?:--config \S+ )?((?:(?:cluster|ledger) )?[a-z-]+)([^\n]*)", re.MULTILINE)
+    words = r"(?:(?:cluster|ledger) )?[a-z][a-z-]*"
+    call = re.compile(rf"^(?:\w+=\S+ )?mrcore (?:--config \S+ )?({words})([^\n]*)", re.MULTILINE)
     for found in call.finditer("\n".join(code_of(path))):
         command = f"mrcore {found[1]}"
         if found[1] == "cluster":
@@ -168,11 +171,25 @@ def code_of(path: Path) -> list[str]:
     return re.findall(r"`([^`\n]+)`", text) + re.findall(r"^    (.*)$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
-def test_relative_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
-        if not re.match(r"[a-z]+:", target):
-            assert (path.parent / target).exists(), target
+def anchors(path: Path) -> set[str]:
+    """The places in a document that a link may name, as GitHub and the site make them of its titles."""
+    plain = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"^#+ (.*)$", plain, re.MULTILINE)]
+    slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+    assert len(set(slugs)) == len(slugs) or path.name in ("CHANGELOG.md", "promises.md"), "two titles are the same"
+    return set(slugs)
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_links_and_their_anchors_lead_somewhere(path: Path) -> None:
+    plain = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", plain):
+        if re.match(r"[a-z]+:", target):
+            continue
+        aim = path.parent / target if target else path
+        assert aim.exists(), target
+        if anchor:
+            assert anchor in anchors(aim), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))

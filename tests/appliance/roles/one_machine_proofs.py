@@ -59,6 +59,7 @@ def test_the_user_has_no_password(host: Host) -> None:
         ("/etc/sudoers.d/mrcore", 0o440, "root"),
         ("/etc/sudoers.d/mrcore-users", 0o440, "root"),
         ("/opt/mrcore/bin/units", 0o755, "root"),
+        ("/usr/local/share/bash-completion/completions/mrcore", 0o644, "root"),
         ("/var/lib/mrcore/.ssh/id_ed25519", 0o600, "mrcore"),
         ("/srv/mrcore/projects", 0o2770, "mrcore"),
         ("/srv/mrcore", 0o755, "root"),
@@ -70,6 +71,11 @@ def test_the_user_has_no_password(host: Host) -> None:
 def test_who_may_what_with_files(host: Host, path: str, mode: int, owner: str) -> None:
     file = host.file(path)
     assert (file.mode, file.user) == (mode, owner), (oct(file.mode), file.user)
+
+
+def test_bash_completes_the_commands_words(host: Host) -> None:
+    read = "source /usr/local/share/bash-completion/completions/mrcore && complete -p mrcore"
+    assert "_mrcore_completion" in host.check_output(f"bash -c '{read}'")
 
 
 def test_the_authority_key_is_not_on_the_machine(host: Host) -> None:

@@ -1,0 +1,22 @@
+"""The command that explains: why a job waits, is slow or failed."""
+
+from __future__ import annotations
+
+import click
+import msgspec
+
+from mrcore.cli import common
+
+GROUP = "Queue"
+
+
+@click.command()
+@click.argument("job")
+@common.JSON
+def why(job: str, as_json: bool) -> None:
+    """Say why a job waits, is slow or failed, what to do, and what is behind it."""
+    found = common.scheduler_in_force().why(job, printed=True)
+    common.print_json(msgspec.to_builtins(found)) if as_json else click.echo("\n".join(found.lines))
+
+
+COMMANDS = (why,)
