@@ -21,8 +21,11 @@ GROUP = "First steps"
 )
 @click.option("--address", help="Of the first node; by default the first of 127.0.0.1, 127.0.1.1, … free.")
 def demo(folder: Path, home: Path | None, source: Path | None, address: str | None) -> int:
-    """Start a cluster of two nodes here, count and index the names in Python's own library, show what came out, and
-    stop it."""
+    """Show what mrcore does, on a cluster made here for it.
+
+    Two nodes on loopback addresses count and index the names in Python's own library, then run a workflow of six jobs.
+    Every command is printed, and what to type next. The cluster is stopped at the end; its output stays.
+    """
     from mrcore.demo import demo as show
 
     return show.main(folder, home, source, address)
@@ -31,7 +34,10 @@ def demo(folder: Path, home: Path | None, source: Path | None, address: str | No
 @click.command()
 @click.argument("project")
 def new(project: str) -> None:
-    """Make a PROJECT that works as it is: functions, tests, a job, a sample."""
+    """Make a PROJECT that works as it is, to begin with.
+
+    Functions, tests, a job file, a sample of input and a README.md. Nothing is overwritten.
+    """
     from mrcore.demo import skeleton
 
     settings = common.settings_of_caller()
@@ -45,8 +51,11 @@ def new(project: str) -> None:
 @click.argument("project")
 @click.option("--as-root", is_flag=True, help="As root, run also code that others may change.")
 def test(project: str, as_root: bool) -> int:
-    """Run a PROJECT's tests by pytest or, without tests, its job over its sample in one process; exit status 1 if
-    something fails."""
+    """Run a PROJECT's tests, or its job over its sample.
+
+    By pytest if it has files test_*.py and pytest is there; else the job of its job.yml, in one process, over the files
+    in sample/ or the absolute input_dirs. Exit status: 0, 1 (something fails), 2 (there is nothing to test).
+    """
     from mrcore.demo import testing
 
     folder = output.project_folder(project)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkout import text_of
 from conditions import wait_until
 from daemons import own_address
 
@@ -214,11 +215,69 @@ def test_a_project_by_name_and_what_is_wrong_with_a_call(home: Path, tmp_path: P
     assert spec["run_once"] is True and spec["group_name"] == "g"
     again = made.submit(map=_first, inputs="x", name="mine")
     assert job.state == "replaced" and again.state == "queued"
+    assert again.why().code == "no_runner" and str(again.why()).startswith("mine"), again.why()
     again.cancel()
     with pytest.raises(mrcore.MrcoreError, match="job mine was deleted"):
         again.wait(5)
     projects = made.settings.home / "notebooks"
     assert [path.name for path in projects.iterdir()] == [spec["project_name"]]
+
+
+def test_the_same_job_again_has_the_same_name(home: Path) -> None:
+    made = mrcore.connect(home=home, address=own_address())
+    first, again = (made.submit(map=_first, inputs="x") for _ in range(2))
+    assert again.name == first.name and first.state == "replaced" and again.state == "queued"
+    others = [made.submit(map=_first, inputs="y"), made.submit(map=_first, inputs="x", compress=True)]
+    assert len({first.name, *(other.name for other in others)}) == 3
+
+
+def test_functions_for_a_deployed_cluster_go_into_its_projects(home: Path, tmp_path: Path) -> None:
+    node = {"name": "w1", "address": "127.0.0.1", "servers": 1, "compute_dir": str(tmp_path / "compute")}
+    settings = {"home": str(home), "projects_dir": str(tmp_path / "projects"), "nodes": [node]}
+    (tmp_path / "cluster.json").write_text(json.dumps(settings))
+    made = mrcore.connect(config=tmp_path / "cluster.json")
+    assert not made.settings.local
+    made.submit(map=_first, inputs="x", name="mine")
+    project = mrcore.Scheduler(made.settings).show("mine")["job"]["project_name"]
+    assert [path.name for path in (tmp_path / "projects").iterdir()] == [project]
+    n = 1
+    with pytest.raises(mrcore.UsageError, match="map function: the lambda closes over n"):
+        made.submit(map=lambda line, auxiliary_data: [(line, n)], inputs="x")
+
+
+def test_a_damaged_part_gives_no_item(home: Path, text: Path) -> None:
+    with cluster(home) as made:
+        job = made.submit(map=_first, inputs=text, name="mine").wait(60)
+        (part, *_) = home.glob("nodes/*/cluster/mine/reduce/*.data")
+        content = bytearray(part.read_bytes())
+        content[-3] ^= 1  # in its last item
+        part.write_bytes(content)
+        with pytest.raises(mrcore.ClusterFault, match="damaged"):
+            next(job.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+def test_examples_of_the_documents_run(home: Path, tmp_path: Path, document: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", text_of(document), re.DOTALL)
+    (code,) = [block for block in blocks if "mrcore.connect(" in block]
+    address = own_address()
+    own_address()  # of the second node
+    (tmp_path / "example.py").write_text(code.replace("local=True", f"local=True, address={address!r}"))
+    try:
+        done = subprocess.run(
+            [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    finally:
+        mrcore.connect(home=home).stop()
+    licences = [file.read_text() for file in Path("/usr/share/common-licenses").iterdir() if not file.is_symlink()]
+    words = Counter(re.findall("[a-z]+", "".join(licences).lower()))
+    common = {word: count for word, count in words.items() if count > 700}
+    head, *rest = done.stdout.splitlines()
+    assert head.startswith("[(") and len(common) > 3
+    if document != "README.md":
+        assert {word: int(count) for word, count in (line.split() for line in rest)} == common
 
 
 def test_columns_of_a_table_and_a_column_that_is_none() -> None:
