@@ -15,6 +15,7 @@ from mrcore.cli import cluster as cli_cluster
 from mrcore.cli import common
 from mrcore.cli import completion as cli_completion
 from mrcore.cli import files as cli_files
+from mrcore.cli import first as cli_first
 from mrcore.cli import jobs as cli_jobs
 from mrcore.cli import logs as cli_logs
 from mrcore.cli import output as cli_output
@@ -79,6 +80,7 @@ def cli(context: click.Context, config: str | None) -> None:
 
 # A module's COMMANDS stand in the help under its GROUP, in this order; but for those that a newcomer types first.
 PARTS = (
+    cli_first,
     cli_jobs,
     cli_queue,
     cli_watch,
