@@ -10,8 +10,9 @@ task lie on its node's disk and outlive its server. A fault of the job or the lo
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,6 +23,7 @@ from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
 from mrcore.messages import tasks
 from mrcore.messages.methods import decode_error
 from mrcore.messages.tasks import Bundle, TaskEvent, TaskIdentity, check_result
+from mrcore.state.board import Board
 
 BUNDLES_AHEAD = 2  # one in work, one in hand: a server never waits for the next
 
@@ -103,7 +105,7 @@ class Attempt:
 
     `servers` maps names of servers to their nodes, `bundles` nodes to their bundles (see `inputs.plan_bundles`).
     After every event: `instructions()` returns what to do, `fault` is set when the attempt has failed, and `finished`
-    when it has succeeded; `results` holds what it made.
+    when it has succeeded; `results` holds what it made, `board` how far it is.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Attempt:
         max_attempts: int,
         node_timeout_seconds: float,
         now: float,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.run, self.partitioning, self.map_only = run, partitioning, map_only
         self.servers = {name: Server(name, node, down_since=now) for name, node in servers.items()}
@@ -128,6 +131,7 @@ class Attempt:
         self.maps: list[Task] = []
         self.reduces: list[Task] = []
         self.results = Results()
+        self.board = Board(run, servers, bundles, clock)
         self._out: list[Instruction] = []
         self._tries: dict[int, int] = {}  # bundle id → tasks that died with it
 
@@ -138,12 +142,14 @@ class Attempt:
         server = self.servers[name]
         self._lose_task(server, "the cluster server was started afresh")
         server.up = True
+        self.board.up(name, True)
 
     def server_down(self, name: str, now: float) -> None:
         """A server has not answered for too long."""
         server = self.servers[name]
         if server.up:
             server.up, server.down_since = False, now
+            self.board.up(name, False)
             self._lose_task(server, "the cluster server does not answer")
             self._out.append(EndServer(name))
 
@@ -167,11 +173,16 @@ class Attempt:
             case tasks.Want():
                 more = self._next_bundles(server.node, 1)
                 task.bundles += more
+                self.board.give(name, more)
                 self._out.append(Give(name, identity, more, server.node not in self.waiting))
-            case tasks.BundleDone():
+            case tasks.BundleDone(id=number):
                 self.results.bundles_done += 1
-            case tasks.PhaseBegun() if self.phase == "SORT":
+                self.board.bundle_done(name, number)
+            case tasks.PhaseBegun() if task.partition is not None:
                 self.phase = "REDUCE"
+                self.board.sorted(name)
+            case tasks.Progressed():
+                self.board.progressed(name, event)
             case tasks.Done(result=result):
                 try:
                     check_result(result, identity, self.partitioning.count, server.node)
@@ -181,6 +192,7 @@ class Attempt:
                 server.task = None
                 task.move("done")
                 self.results.add(server.node, result)
+                self.board.done(name, result)
             case tasks.Failed():
                 why = decode_error(msgspec.to_builtins(event.error), server.node)
                 if isinstance(why, JobFault) or why.details.get("hold"):
@@ -241,7 +253,9 @@ class Attempt:
         task.tries += 1
         task.move("start")
         no_more = server.node not in self.waiting
-        self._out.append(Start(server.name, self._identity(task), list(task.bundles), no_more, task.partition))
+        identity = self._identity(task)
+        self._out.append(Start(server.name, identity, list(task.bundles), no_more, task.partition))
+        self.board.start(server.name, identity, task.bundles, task.partition and task.partition.number)
 
     def _end_map(self) -> None:
         """Every split is mapped and sealed: cut the key space into partitions and make the reduce tasks."""
@@ -250,6 +264,8 @@ class Attempt:
         self.phase = "SORT"
         if not self.map_only:
             self.reduces = [Task(partition.number, partition) for partition in self.partitioning.plan(spills)]
+        sizes = self.partitioning.sizes(spills)
+        self.board.end_map({task.number: sizes[task.number] for task in self.reduces})
 
     def _identity(self, task: Task) -> TaskIdentity:
         run, phase = self.run, tasks.MAP if task.partition is None else tasks.REDUCE
@@ -268,6 +284,7 @@ class Attempt:
         place = _place(server, self._identity(task))
         self.results.deaths.append(f"{server.name}: {kind} task {task.number}: {because}")
         task.move("died", because)
+        self.board.died(server.name, because)
         if task.bundles:
             self._tries.update((bundle.id, task.tries) for bundle in task.bundles)
             self.waiting.setdefault(server.node, deque()).extendleft(reversed(task.bundles))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from msgspec.structs import replace
@@ -22,6 +23,7 @@ from mrcore.state.outputs import node_of
 from mrcore.wire.tls import Pki
 
 TICK_SECONDS = 0.5
+PROGRESS_SECONDS = 1.0  # between two words on how far an attempt is
 
 Job = dict[str, Any]
 Progress = Callable[..., None]
@@ -48,11 +50,11 @@ class Coordinator:
         """Return the attempt when it has succeeded. Raises the error that ended it, Stopped when asked to stop."""
         attempt = self.attempt
         bundles = sum(map(len, self._plan.bundles.values()))
-        with Links(self._settings, self._pki, attempt) as links:
+        with Links(self._settings, self._pki, attempt) as links, clock.told_at_the_end(attempt):
             while True:
                 for instruction in attempt.instructions():
                     self._carry_out(instruction, links)
-                clock.enter(attempt.phase, bundles_done=attempt.results.bundles_done, bundles=bundles)
+                clock.enter(attempt.phase, attempt, bundles_done=attempt.results.bundles_done, bundles=bundles)
                 if attempt.finished or attempt.fault:
                     break
                 links.take_events(TICK_SECONDS)
@@ -125,19 +127,33 @@ class Coordinator:
 
 
 class PhaseClock:
-    """Notes when each phase began, and reports to `progress` it and what was counted, whenever one of them changes."""
+    """Notes when each phase began, and tells `progress` when one begins and, of an attempt, how far it is."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._begun: dict[str, float] = {}
-        self._last: tuple[str, dict[str, int]] | None = None
+        self._phase, self._told = "", 0.0
 
-    def enter(self, phase: str, **facts: int) -> None:
-        """A phase goes on, or begins."""
-        self._begun.setdefault(phase, time.monotonic())
-        if (phase, facts) != self._last:
-            self._last = (phase, facts)
-            self._progress(phase, **facts)
+    def enter(self, phase: str, attempt: Attempt | None = None, **facts: int) -> None:
+        """A phase begins, or goes on: then it is told once in PROGRESS_SECONDS."""
+        now = time.monotonic()
+        self._begun.setdefault(phase, now)
+        if phase != self._phase or now - self._told >= PROGRESS_SECONDS:
+            self._phase, self._told = phase, now
+            self._progress(phase, **facts, **({"seen": attempt.board.view()} if attempt else {}))
+
+    @contextlib.contextmanager
+    def told_at_the_end(self, attempt: Attempt) -> Iterator[None]:
+        """Tell what stays known of an attempt, whatever ends it."""
+        try:
+            yield
+        finally:
+            self._progress(
+                self._phase or attempt.phase,
+                seen=attempt.board.view(),
+                detail=attempt.board.detail(),
+                profiles=attempt.board.profiles,
+            )
 
     def seconds(self) -> dict[str, float]:
         """Return the wall time of each phase so far."""

@@ -62,8 +62,9 @@ class ManageCluster:
     ) -> dict[str, Any]:
         """Execute a validated mapreduce job and return the manifest of what it committed.
 
-        `progress(phase, **facts)` is called for every phase; setting `stop` ends the attempt. Raises JobFault (the
-        job's fault), ClusterFault (hand the run back, hold the queue); nothing of the attempt then is left on the
+        `progress(phase, **facts)` is called for every phase, and about once a second with `seen` (a `Progress`: how far
+        it is); at the attempt's end with its `detail` and `profiles`. Setting `stop` ends the attempt. Raises JobFault
+        (the job's fault), ClusterFault (hand the run back, hold the queue); nothing of the attempt then is left on the
         nodes. When a `hold_state` job has nothing new to read, nothing is committed: the result has "nothing_new" and
         counts only.
         """
@@ -105,12 +106,13 @@ class ManageCluster:
 
     # --- output ---
 
-    def cat(self, job_name: str, out: BinaryIO, head: int | None = None) -> int:
+    def cat(self, job_name: str, out: BinaryIO, head: int | None = None, run: int | None = None) -> int:
         """Write a job's output to `out` in part order, one JSON item a line, at most `head` lines; return their number.
 
-        Parts are fetched from the nodes and checked. Raises UsageError when the job has no output.
+        With `run` only what that run added to it. Parts are fetched from the nodes and checked. Raises UsageError when
+        there is no such output.
         """
-        return outputs.cat(self.settings, self._pki, job_name, out, head)
+        return outputs.cat(self.settings, self._pki, job_name, out, head, run)
 
 
 def require_answers(settings: Settings, ask: Callable[[NodeSettings], object]) -> None:

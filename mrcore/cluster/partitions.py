@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 from collections import Counter
@@ -40,10 +41,7 @@ class Partitioning:
         """Return the partitions in the order in which they are to be reduced: of a hash, the largest first."""
         spills = list(spills)
         if not self.by_range:
-            weights = Counter({number: sum(part.bytes for part in parts) for number, parts in self.earlier.items()})
-            for spill in spills:
-                weights.update({int(number): length for number, length in spill.partitions.items()})
-            return [Partition(number) for number, _ in weights.most_common()]
+            return [Partition(number) for number, _ in self.sizes(spills).most_common()]
         if self.cuts is None:
             samples = [(read_key(key), weight) for spill in spills for key, weight in spill.samples]
             self.cuts = range_cuts(samples, self.count)
@@ -51,6 +49,18 @@ class Partitioning:
             return []
         borders = [None, *map(json.dumps, self.cuts), None]
         return [Partition(number, *ends) for number, ends in enumerate(itertools.pairwise(borders))]
+
+    def sizes(self, spills: Iterable[Spill]) -> Counter[int]:
+        """Return the bytes of each partition, earlier output among them; of ranges, once planned, as samples say."""
+        sizes = Counter({number: sum(part.bytes for part in parts) for number, parts in self.earlier.items()})
+        cuts = [order_key(cut) for cut in self.cuts or ()]
+        for spill in spills:
+            if self.by_range:
+                for key, length in spill.samples:
+                    sizes[bisect.bisect_right(cuts, order_key(read_key(key)))] += length
+            else:
+                sizes.update({int(number): length for number, length in spill.partitions.items()})
+        return sizes
 
     def lies_on(self, partition: int, node: str) -> bool:
         """Whether a node has earlier output of a partition."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mrcore.errors import MrcoreError
 from mrcore.queue import scripts
 from mrcore.settings.config import Settings
+from mrcore.state.progress import RunDetail
 from mrcore.text import one_line, type_name
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Execution:
     why_stopped: str | None = None  # the ending that the Runner asked for
     counts: Counts | None = None
     error: BaseException | None = None
+    detail: RunDetail | None = None  # what stays known of it
 
     def start(self, kinds: Kinds, progress: Progress, ring: Callable[[], object]) -> None:
         """Begin, and return at once; `done` is set at the end, then `ring` is called."""

@@ -19,7 +19,8 @@ from typing import Any
 from mrcore.errors import ClusterFault, MrcoreError, unforeseen
 from mrcore.queue import cycle, scripts
 from mrcore.queue.endings import Endings
-from mrcore.queue.execution import Execution, Kinds, Progress
+from mrcore.queue.execution import Execution, Kinds
+from mrcore.queue.progress import Keeper, ended
 from mrcore.settings import sudo
 from mrcore.settings.config import Settings, load_settings
 from mrcore.state import backup, manifest
@@ -67,6 +68,7 @@ class Runner:
             backup.complete(self.settings.state_dir)
             self._endings.forget(path.name for path in self.settings.state_dir.glob("manifests/*"))
             self._endings.forget(path.name for path in self.settings.logs_dir.glob("scripts/*"))
+            self._endings.forget(path.name for path in self.settings.state_dir.glob("profiles/*"))
             self._doorbell.wait(0)
             self._begin_cycle()
             while not self._stopping:
@@ -117,7 +119,7 @@ class Runner:
             self._endings.hold(reason, now, nodes=True)
             hold = self.store.hold()
         elif not hold and (before := self.store.hold()) and before.nodes:
-            self.store.set_hold(None)
+            self._endings.release(now)
         ready = cycle.ready(cycle.without_nodes(rows, number) if hold else rows, number, now)
         if ready:
             self._execute(ready[0].job_name, now)
@@ -167,11 +169,13 @@ class Runner:
             run = self.store.start_run(name, now)
         execution = Execution(job.spec, run, job.number)
         self._report("started", job_name=name, run=run)
-        execution.start(self._kinds, self._progress(name, run), self._doorbell.ring)
         try:
-            self._watch(execution, now + (execution.job["timeout_seconds"] or float("inf")))
+            with Keeper(self.store, execution.job, run, self._report) as keeper:
+                execution.start(self._kinds, keeper, self._doorbell.ring)
+                self._watch(execution, now + (execution.job["timeout_seconds"] or float("inf")))
         finally:
             execution.stop.set()  # nothing may go on that nobody watches
+        execution.detail = keeper.detail(time.time(), self.settings)
         try:
             self._conclude(execution, time.time())
         except ClusterFault:
@@ -196,17 +200,6 @@ class Runner:
                 if execution.why_stopped:
                     execution.stop.set()
 
-    def _progress(self, name: str, run: int) -> Progress:
-        last: list[str] = []
-
-        def progress(phase: str, **facts: Any) -> None:
-            if last != [phase]:
-                last[:] = [phase]
-                self.store.enter_phase(name, run, phase, time.time())
-            self._report("progress", job_name=name, run=run, phase=phase, **facts)
-
-        return progress
-
     def _conclude(self, execution: Execution, now: float) -> None:
         self._count(self._endings.conclude(execution, self._stopping, now))
 
@@ -220,6 +213,8 @@ class Runner:
         assert running
         name, run = running.job_name, running.run
         execution = Execution(self.store.running_spec(), run, running.number)
+        if seen := self.store.progress():
+            execution.detail = ended(seen, now)
         if self._endings.committed(name, run):
             try:
                 made = manifest.read(self.settings.state_dir, name, run)

@@ -59,6 +59,7 @@ class Access:
         self._token, self._names = token, {*ALWAYS, *(name.lower() for name in names)}
         self.cookie = f"mrcore_{port}"  # browsers share cookies between the ports of a machine
         self._session, self.form_token = (self._derived(what) for what in ("session", "form"))
+        self._metrics = self._derived("metrics")  # what Prometheus is given: it opens nothing else
 
     def _derived(self, what: str) -> str:
         return hmac.digest(self._token.encode(), what.encode(), "sha256").hex()
@@ -78,7 +79,8 @@ class Access:
         """Return whether a request brings the token, or the cookie that it was exchanged for."""
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
-            return self.is_token(given.strip())
+            of_metrics = request.url.path == "/metrics" and _same(given.strip(), self._metrics)
+            return of_metrics or self.is_token(given.strip())
         return _same(request.cookies.get(self.cookie, ""), self._session)
 
     def may_act(self, request: Request, form: dict[str, str]) -> bool:
