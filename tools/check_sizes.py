@@ -34,7 +34,7 @@ BUDGETS = {
     "state": 1_680,
     "system": 1_250,
     "transfer": 515,
-    "web": 900,
+    "web": 1_040,
     "wire": 1_190,
 }
 DAY = ("engine", "cluster")
