@@ -63,12 +63,15 @@ class Live:
         self._task: asyncio.Task[None] | None = None
 
     async def _watch(self) -> None:
+        told = ""  # of an error that stays, once
         try:
             while self.viewers:
                 try:
                     self._now, self._rendered = await run_in_threadpool(self._look, self._now), {}
                 except MrcoreError as error:
-                    log.warning("%s", error.message)
+                    if error.message != told:
+                        log.warning("%s", error.message)
+                    told = error.message
                 self._wake()
                 await asyncio.sleep(LOOK_SECONDS)
         finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dashboards import Dashboard
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = [
@@ -26,6 +26,13 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
+def _agree(dialog: Dialog, faults: list[str]) -> None:
+    """Say yes to what a button of ours asks; anything else is a fault."""
+    if dialog.type != "confirm" or not dialog.message.startswith(("Delete ", "Cancel ")):
+        faults.append(f"dialog {dialog.message}")
+    dialog.accept()
+
+
 @contextlib.contextmanager
 def visitor(browser: Browser, shown: Dashboard, **options: Any) -> Iterator[tuple[Page, list[str]]]:
     """A page of a browser that has opened the address with the token, and a list of what goes wrong in it."""
@@ -33,7 +40,7 @@ def visitor(browser: Browser, shown: Dashboard, **options: Any) -> Iterator[tupl
     page, faults = context.new_page(), list[str]()
     page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("dialog", lambda dialog: faults.append(f"dialog {dialog.message}"))
+    page.on("dialog", lambda dialog: _agree(dialog, faults))
     page.on("request", lambda request: None if request.url.startswith(shown.url) else faults.append(request.url))
     page.goto(f"{shown.url}?token={shown.token}")
     yield page, faults
