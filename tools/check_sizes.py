@@ -32,7 +32,7 @@ BUDGETS = {
     "queue": 2_150,
     "settings": 440,
     "state": 1_680,
-    "system": 1_250,
+    "system": 1_290,
     "transfer": 515,
     "web": 900,
     "wire": 1_190,
