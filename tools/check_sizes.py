@@ -27,7 +27,7 @@ BUDGETS = {
     "messages": 470,
     "node": 1_300,
     "project": 210,
-    "queue": 2_120,
+    "queue": 2_180,
     "settings": 440,
     "state": 1_400,
     "system": 1_250,

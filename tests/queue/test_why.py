@@ -17,6 +17,7 @@ import pytest
 from checkout import text_of
 from clusters import TestCluster
 from fake_cluster import FakeCluster
+from msgspec.structs import replace
 from queues import job
 
 from mrcore.engine.disk_sort import group_too_large
@@ -27,7 +28,7 @@ from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.queue.why import Explanation
 from mrcore.settings.config import Settings
-from mrcore.state.progress import HeavyKey, Phase, Progress, RunDetail, ServerNow, TaskRow
+from mrcore.state.progress import HeavyKey, Phase, Progress, RunDetail, ServerNow, ServerShare, TaskRow
 
 SECTION = text_of("docs/operations.md").split("## Why does it not run?")[1].split("\n## ")[0]
 ROWS = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)?) \|", SECTION, re.MULTILINE)
@@ -54,6 +55,7 @@ class World:
         """Successful runs of an hour ago."""
         for took in seconds:
             run = self.store.start_run(name, self.now - 3600)
+            self.store.enter_phase(name, run, "MAP", self.now - 3600)
             self.store.end_run(name, run, "succeeded", self.now - 3600 + took, counts)
             if detail:
                 self.store.set_detail(name, run, detail)
@@ -233,7 +235,7 @@ def running(world: World) -> None:
     world.submit(job("it", run_once=False))
     world.past_runs("it", 10, 12)
     world.start("it", 5, fraction=0.4, eta_seconds=7.0, servers=[server("S_0", status="page 3"), server("S_1")])
-    assert "says: page 3" in world.scheduler.why("it").lines[2]
+    assert "says: page 3" in world.scheduler.why("it").lines[3]
     world.scheduler.submit_job(job("it", "fail", run_once=False))
     assert "the job was replaced meanwhile" in world.scheduler.why("it").lines[-1]
     world.scheduler.delete_job("it")
@@ -258,17 +260,21 @@ def runner_died(world: World) -> None:
     world.start("it", 5)
     world.runner._doorbell.close()
     assert "handed back, and runs again" in world.scheduler.why("it").lines[2]
+    assert world.scheduler.queue()[0]["why"]["code"] == "no_runner"
 
 
 @case("`output_pending`", "run 1 of it is committed, and waits for its output", "`mrcore doctor`")
 def output_pending(world: World) -> None:
     world.submit(job("it", "half"))
     world.step()
+    world.store.set_hold(replace(world.store.hold(), until=time.time() + 60))  # type: ignore[type-var]
+    assert world.scheduler.queue()[0]["why"]["code"] == "hold"
 
 
 @case("`slow`", r"run 3 of it takes longer than usual: MAP; usually 11 s, now 2:00", "`mrcore watch it`")
 def slow(world: World) -> None:
     world.slow()
+    assert "MAP usually takes 11 s, now 2:00 so far" in world.scheduler.why("it").lines
 
 
 @case("`slow`, `servers_down`", "takes longer than usual", "`mrcore cluster start`")
@@ -306,6 +312,19 @@ def skew(world: World) -> None:
     lines = world.scheduler.why("it").lines
     assert "in the last run the largest partition was 10 times the median (90.0 MiB)" in lines
     assert "  key 'the': 12,345 values" in lines
+
+
+@case("`slow`, `slow_server`", "takes longer than usual", "see what else runs on w1")
+def slow_server(world: World) -> None:
+    shares = [
+        ServerShare(phase="MAP", server=f"S_{number}", node=f"w{number}", tasks=1, seconds=10, bytes=size, records=1)
+        for number, size in enumerate((100 << 20, 20 << 20, 100 << 20))
+    ]
+    task = TaskRow(phase="MAP", task=7, try_=1, server="S_1", node="w1", started=1.0, seconds=70)
+    world.slow(detail=RunDetail(servers=shares, slowest=[task]))
+    lines = world.scheduler.why("it").lines
+    assert "in the last run S_1 on w1 mapped 2.0 MiB a second, the others 10.0 MiB" in lines
+    assert "slowest in the last run: MAP task 7 on S_1, 1:10" in lines
 
 
 @case("`slow`, `more_input`", "takes longer than usual", "wait: it has more to do")
