@@ -29,7 +29,7 @@ BUDGETS = {
     "messages": 470,
     "node": 1_310,
     "project": 250,
-    "queue": 2_180,
+    "queue": 2_240,
     "settings": 440,
     "state": 1_680,
     "system": 1_250,
