@@ -113,11 +113,15 @@ def _waiting(known: Known, why: cycle.Why) -> _Chain:
         found = _failure(known, failed)
         of = "its run" if failed is last else "it was skipped in this cycle, since run"
         text += f"; {of} {failed.run}{'' if failed is last else f' of {failed.job_name}'} failed: {found.lines[0]}"
+        if why.code in ("cycle", "every", "behind", "next"):
+            step = f"`mrcore requeue {job.group_name or job.job_name}` runs it at once"
         return _Chain(text, f"{found.next_step}; {step}", (*found.lines[1:], *more), found.cause, facts + _facts(found))
     if last and last.state == "handed back":
         found = _failure(known, last)
         more += (f"its run {last.run} was handed back, and runs again: {found.lines[0]}",)
         return _Chain(text, step, more, cause or "handed_back", facts)
+    if last and last.state == "cancelled":
+        more += (f"its run {last.run} was cancelled by a user {known.ago(last.ended)}",)
     if last and last.state == "succeeded":
         chain = _ended_well(known, last)
         return _Chain(text, step, (*more, chain.text, *chain.more), cause or chain.cause, facts)
@@ -185,7 +189,11 @@ def _hold(known: Known, why: cycle.Why) -> _Chain:
     hold = known.state.hold
     assert hold
     again = f"again in {known.until(hold.until)}" if hold.until > known.now else "again now"
-    meanwhile = "script jobs go on" if hold.nodes else "no job starts: the cluster is at fault, not a job"
+    meanwhile = (
+        "script jobs go on, but not before the jobs of their group"
+        if hold.nodes
+        else "no job starts: the cluster is at fault, not a job"
+    )
     more = (f"it holds for {clock(known.now - hold.since)}, tried {hold.tries} times, and tries {again}; {meanwhile}",)
     step = "`mrcore doctor` says what to mend; then it goes on by itself, `mrcore resume` tries at once"
     if hold.nodes:

@@ -631,6 +631,45 @@ def test_a_node_that_does_not_answer_costs_little_time_and_no_answer(
     check(found, "`failed`, `function`", *REAL["`failed`, `function`"])
 
 
+# --- What goes together ----------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_failed_and_stays_and_those_skipped_with_it_say_so(world: World) -> None:
+    world.submit(*(job(name, does, group_name="g", run_once=False) for name, does in (("a", "fail"), ("it", "ok"))))
+    world.step()
+    world.step()
+    for name, of in (("a", "its run 1 failed"), ("it", "it was skipped in this cycle, since run 1 of a failed")):
+        found = world.scheduler.why(name)
+        assert (found.code, found.cause) == ("cycle", "other")
+        assert re.search(f"its next cycle begins in .*; {of}: map failed", found.lines[0])
+        assert found.next_step.endswith("; `mrcore requeue g` runs it at once")
+
+
+def test_what_holds_the_whole_queue_is_told_beside_a_jobs_own_reason(world: World) -> None:
+    CASES["`not_before`"].make(world)
+    world.scheduler.pause()
+    world.runner._doorbell.close()
+    besides = [line for line in world.scheduler.why("it").lines if line.startswith("besides, ")]
+    assert [line.split(": ")[0] for line in besides] == [
+        "besides, no Runner runs the queue",
+        "besides, the queue is paused",
+    ]
+
+
+def test_a_run_that_was_cancelled_is_told_of_a_job_that_recurs(world: World) -> None:
+    world.submit(job("it", run_once=False))
+    world.store.start_run("it", world.now)
+    world.store.cancel_running()
+    world.step()
+    assert any(line.startswith("its run 1 was cancelled by a user") for line in world.scheduler.why("it").lines)
+
+
+def test_a_deployed_cluster_is_told_how_its_runner_is_started(world: World) -> None:
+    CASES["`no_runner`"].make(world)
+    world.scheduler.settings = world.settings.model_copy(update={"local": False})
+    assert re.search("systemctl start mrcore-runner.*make start INVENTORY=", world.scheduler.why("it").next_step)
+
+
 # --- The table -------------------------------------------------------------------------------------------------------
 
 
