@@ -105,8 +105,7 @@ def _waiting(known: Known, why: cycle.Why) -> _Chain:
     job, last = known.job, known.runs[0] if known.runs else None
     text, step, more, cause, facts = _WAITS[why.code](known, why)
     facts += (("until", why.until), ("behind", why.behind))
-    if why.code in ("retry", "not_before", "every", "group", "cycle"):
-        more += tuple(f"besides, {what}: {then}" for what, then in _obstacles(known))
+    more += tuple(f"besides, {what}: {then}" for what, then in _obstacles(known, why.code))
     text = f"{job.job_name} waits: {text}"
     failed = known.culprit if job.cause == "group failed" else last if job.cause == "failed" else None
     if failed:
@@ -128,18 +127,12 @@ def _waiting(known: Known, why: cycle.Why) -> _Chain:
     return _Chain(text, step, more, cause, facts)
 
 
-def _obstacles(known: Known) -> Iterator[tuple[str, str]]:
-    """Yield what holds the whole queue, and what ends it, beside a job's own reason to wait."""
+def _obstacles(known: Known, code: str) -> Iterator[tuple[str, str]]:
+    """Yield what else holds the whole queue, and what ends it, beside the reason with this code."""
     state = known.state
-    stop = cycle.Why("", "")
-    for holds, chain in (
-        (not state.runner, _no_runner),
-        (state.paused, _paused),
-        (state.drain, _drain),
-        (state.hold, _hold),
-    ):
-        if holds:
-            yield chain(known, stop)[:2]
+    holds = {"no_runner": not state.runner, "paused": state.paused, "drain": state.drain, "hold": state.hold}
+    for name in (name for name, true in holds.items() if true and name != code):
+        yield _WAITS[name](known, cycle.Why(name, ""))[:2]
 
 
 def _retry(known: Known, why: cycle.Why) -> _Chain:

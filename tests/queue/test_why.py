@@ -656,6 +656,15 @@ def test_what_holds_the_whole_queue_is_told_beside_a_jobs_own_reason(world: Worl
     ]
 
 
+def test_what_the_runner_does_meanwhile_makes_no_answer_fail(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.submit(job("it", run_once=False))
+    world.start("it", 5)
+    before = world.scheduler._state()
+    world.store.end_run("it", 1, "succeeded", world.now)
+    monkeypatch.setattr(world.scheduler, "_state", lambda: before)
+    assert (before.running, world.scheduler.why("it").code) == ("it", "next")
+
+
 def test_a_run_that_was_cancelled_is_told_of_a_job_that_recurs(world: World) -> None:
     world.submit(job("it", run_once=False))
     world.store.start_run("it", world.now)
