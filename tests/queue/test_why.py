@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from checkout import text_of
+from checkout import PROJECT, text_of
 from clusters import TestCluster
 from fake_cluster import FakeCluster
 from msgspec.structs import replace
@@ -23,7 +23,8 @@ from queues import job
 from mrcore.engine.disk_sort import group_too_large
 from mrcore.errors import ClusterFault, JobFault, UsageError
 from mrcore.launchers import local
-from mrcore.queue import printed
+from mrcore.queue import printed, why
+from mrcore.queue.diagnosis import STEPS
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.queue.why import Explanation
@@ -32,7 +33,6 @@ from mrcore.state.progress import HeavyKey, Phase, Progress, RunDetail, ServerNo
 
 SECTION = text_of("docs/operations.md").split("## Why does it not run?")[1].split("\n## ")[0]
 ROWS = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)?) \|", SECTION, re.MULTILINE)
-Parts = tuple[str, str]  # what the first line says, and the next step
 
 
 class World:
@@ -685,6 +685,16 @@ def test_a_deployed_cluster_is_told_how_its_runner_is_started(world: World) -> N
 def test_each_row_has_a_test_and_each_test_a_row() -> None:
     assert len(ROWS) == len(set(ROWS)) > 50
     assert set(ROWS) == {*CASES, *REAL} and not CASES.keys() & REAL.keys()
+
+
+def test_every_code_of_the_queue_and_of_an_error_has_its_row() -> None:
+    told = {tuple(re.findall(r"`([a-z_]+)`", row)) for row in ROWS}
+    assert {("failed", cause) for cause in STEPS.keys() - {"cluster"}} <= told, "a cluster's fault fails no job"
+    assert why._WAITS.keys() <= {code for code, *_ in told}
+    packages = ("engine", "cluster", "state", "project", "queue")
+    texts = (path.read_text() for name in packages for path in (PROJECT / "mrcore" / name).glob("*.py"))
+    codes = {code for text in texts for code in re.findall(r'\bcode"?[=:] ?"([a-z_]+)"', text)}
+    assert codes and codes <= STEPS.keys()
 
 
 def test_an_unknown_job_is_an_error_that_names_the_nearest(world: World) -> None:
