@@ -25,7 +25,7 @@ BUDGETS = {
     "engine": 2_450,
     "launchers": 710,
     "messages": 470,
-    "node": 1_300,
+    "node": 1_310,
     "project": 210,
     "queue": 2_140,
     "settings": 440,
