@@ -183,8 +183,8 @@ class Process:
             counters = mapper.map(bundle.pieces)
             totals = {key: totals[key] + counters[key] for key in totals}
             self._report(tasks.BundleDone(id=bundle.id))
-        if mapper.unfinished_characters:
-            totals["unfinished_characters"] = mapper.unfinished_characters
+        odd = {name: getattr(mapper, name) for name in ("unfinished_characters", "replaced_lines")}
+        totals |= {name: count for name, count in odd.items() if count}
         mapped = time.monotonic()
         sealed = mapper.finish()
         self._seconds = {"map": mapped - started, "seal": time.monotonic() - mapped}
