@@ -109,7 +109,7 @@ def test_counters_and_detail_of_a_run_that_lost_a_task(tmp_path: Path) -> None:
     detail = scheduler.run("busy", run["run"])["detail"]
     assert run["counts"]["task_deaths"] == 1 and run["counts"]["counters"] == detail["counters"] == counters
     (death,) = detail["deaths"]
-    assert (death["phase"], death["outcome"]) == ("MAP", "died") and "signal 9" in death["why"], death
+    assert (death["phase"], death["outcome"]) == ("MAP", "died") and "SIGKILL" in death["why"], death
     assert sum(share["tasks"] for share in detail["servers"] if share["phase"] == "MAP") >= 2
     assert detail["heavy_keys"][0]["values"] >= detail["heavy_keys"][-1]["values"] > 0
     svg, scope = profiles.paths(scheduler.settings.state_dir, "busy", run["run"])
