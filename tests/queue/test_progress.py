@@ -149,6 +149,19 @@ def test_what_a_dead_runner_left_stays_known(settings: Settings, scheduler: Sche
     assert detail["phases"][0]["done"] == 4 and detail["phases"][0]["ended"] and detail["counters"] == {"bad": 1}
 
 
+def test_detail_of_a_run_whose_output_came_into_place_later(
+    settings: Settings, scheduler: Scheduler, runner: Runner, reports: list[tuple[str, dict[str, Any]]]
+) -> None:
+    scheduler.submit_job(job("wc", "half"))
+    thread = threading.Thread(target=runner.run, args=(True,))
+    thread.start()
+    wait_until(lambda: [event for event, _ in reports if event == "hold"], 20, "the hold")
+    (settings.state_dir / "back").touch()
+    thread.join()
+    assert scheduler.history("wc")[0]["state"] == "succeeded"
+    assert scheduler.run("wc", 1)["detail"]["slowest"][0]["server"] == "S_0"
+
+
 def test_details_and_profiles_go_with_the_history(config: Path, scheduler: Scheduler, home: Path) -> None:
     settings = scheduler.settings.model_copy(update={"history_keep_runs": 2})
     scheduler.submit_job(job("wc", run_once=False))
