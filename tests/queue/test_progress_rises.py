@@ -86,6 +86,10 @@ def counted(line, auxiliary_data):
     for word in line.split()[:3]:
         yield word, 1
 
+def broken(line, auxiliary_data):
+    task.count("tries")
+    raise ValueError("not this line")
+
 def longer(group, auxiliary_data):
     task.count("groups")
     yield group[0][0], sorted(len(repr(value)) for value in range(2_000))[-1] + len(group)
@@ -101,7 +105,9 @@ def test_counters_and_detail_of_a_run_that_lost_a_task(tmp_path: Path) -> None:
         texts = {f"text-{number}": watched.text(8_000, 2_000, 8_000 * number) for number in range(2)}
         cluster.write_inputs(texts, entry="inputs/busy")
         names = {"project_name": "fatal", "map_function_name": "counted", "reduce_function_name": "longer"}
-        scheduler, _ = run_watched(cluster, tmp_path, watched.job(**names, profile=True))
+        job = watched.job(**names, profile=True)
+        broken = job | {"job_name": "broken", "map_function_name": "broken", "job_priority": -1}
+        scheduler, _ = run_watched(cluster, tmp_path, job, broken)
     (run,) = scheduler.history("busy")
     lines = [line for text in texts.values() for line in text.splitlines(keepends=True)]
     words = {word for line in lines for word in line.split()[:3]}
@@ -115,3 +121,7 @@ def test_counters_and_detail_of_a_run_that_lost_a_task(tmp_path: Path) -> None:
     svg, scope = profiles.paths(scheduler.settings.state_dir, "busy", run["run"])
     assert detail["profile"] and "longer (reduce_functions.py" in svg.read_text()
     assert {profile["name"] for profile in json.loads(scope.read_text())["profiles"]} >= {"REDUCE"}
+    failed = scheduler.run("broken", 1)
+    assert failed["state"] == "failed" and failed["detail"]["counters"] == {}, "of tries that count"
+    assert {share["phase"] for share in failed["detail"]["servers"]} == {"MAP"}
+    assert "not this line" in failed["detail"]["deaths"][0]["why"]
