@@ -117,10 +117,13 @@ def watched(
     command = [sys.executable, str(Path(__file__)), "--runner", str(config), str(pause)]
     seen: list[tuple[float, Progress]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as runner:
-        while runner.poll() is None:
-            if now := scheduler.progress():
-                seen.append((time.time(), now))
-            time.sleep(0.1)
+        try:
+            while runner.poll() is None:
+                if now := scheduler.progress():
+                    seen.append((time.time(), now))
+                time.sleep(0.1)
+        finally:
+            runner.kill()  # which has ended, unless we are interrupted
         assert runner.stdout
         cpu_seconds = float(runner.stdout.read())
     (run,) = scheduler.history(project, 1)
