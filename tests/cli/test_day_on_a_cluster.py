@@ -176,7 +176,7 @@ def test_estimates_from_plain_numbers() -> None:
     node = NodePlan(node="a", servers=1, files=2, bytes=200)
     files = {"a": [InputFile("/x", 100, 0, 1), InputFile("/y.gz", 100, 0, 2)]}
     assert needed_bytes({}, [node], files) == ({"a": 1200}, GUESS)
-    counts = {"input_bytes": 1000, "shuffled_bytes": 500, "output_bytes": 100}
+    counts = {"input_bytes": 1000, "spilled_bytes": 500, "output_bytes": 100}
     assert needed_bytes(counts, [node], files)[0] == {"a": 120}
     run = RunRow("j", 1, "succeeded", 1, 0, 0.0, 10.0, 1, {}, {"input_bytes": 100}, None, "mapreduce", None)
     assert expected_seconds([run], 200) == (20.0, "the pace of 1 earlier runs")
