@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS runs (
     number INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 1, cancel INTEGER NOT NULL DEFAULT 0,
     started REAL NOT NULL, ended REAL, phases TEXT NOT NULL DEFAULT '{}', counts TEXT NOT NULL DEFAULT '{}',
     exception TEXT NOT NULL DEFAULT 'null', spec TEXT NOT NULL, UNIQUE (job_name, run));
+CREATE INDEX IF NOT EXISTS runs_by_name ON runs (job_name, state);
 CREATE UNIQUE INDEX IF NOT EXISTS one_running_run ON runs (state) WHERE state = 'running';
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job_name TEXT NOT NULL, run INTEGER, text TEXT NOT NULL);
@@ -50,7 +51,7 @@ CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), valu
 CREATE TABLE IF NOT EXISTS details (
     job_name TEXT, run INTEGER, value TEXT NOT NULL, PRIMARY KEY (job_name, run)) WITHOUT ROWID;
 """
-# Version 4 adds tables only.
+# Version 4 adds tables and an index only.
 # Version 3 has columns for what was read out of our own sentences before: here they are read for the last time.
 _TO_3 = """
 ALTER TABLE jobs ADD COLUMN cause TEXT;
