@@ -19,8 +19,8 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
 # Raise a number only together with what docs/architecture.md says of it. "": the modules of no package.
 BUDGETS = {
     "": 290,
-    "admin": 760,
-    "cli": 1_960,
+    "admin": 780,
+    "cli": 1_950,
     "cluster": 1_260,
     "demo": 450,
     "engine": 2_450,
@@ -29,12 +29,12 @@ BUDGETS = {
     "messages": 470,
     "node": 1_310,
     "project": 250,
-    "queue": 2_200,
+    "queue": 2_250,
     "settings": 440,
-    "state": 1_750,
-    "system": 1_290,
+    "state": 1_780,
+    "system": 1_300,
     "transfer": 515,
-    "web": 900,
+    "web": 1_100,
     "wire": 1_190,
 }
 DAY = ("engine", "cluster")

@@ -46,8 +46,8 @@ class View(NamedTuple):
 def watch(job: str | None, once: bool, as_json: bool) -> None:
     """Show the queue and the run under way, in place.
 
-    `q` or Ctrl-C leaves. With JOB this ends with its run under way, or its next one, and the status is 0 only if that has succeeded. When
-    standard output is no terminal, one snapshot is printed.
+    `q` or Ctrl-C leaves. With JOB this ends with its run under way, or its next one, and the status is 0 only if that
+    has succeeded. When standard output is no terminal, one snapshot is printed.
     """
     from mrcore.cli.wait import line_of
 
