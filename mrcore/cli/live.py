@@ -206,7 +206,7 @@ class Display:
     def __init__(self, look: Callable[[], Progress | None], idle: str, phases: Callable[[str], bool] | None = None):
         self._look, self.idle, self._phases = look, idle, phases
         self._last: Progress | None = None
-        self._looked, self._told = 0.0, dict[tuple[str, int], int]()
+        self._looked, self._told = 0.0, set[tuple[str, int, str]]()
         self._lock = threading.RLock()
         self._console = Console(file=terminal.raw(sys.stderr))
         # Where they differ, what one of them shows would come between the lines of the other.
@@ -256,9 +256,10 @@ class Display:
         if self._in_place or not self._phases or not self._phases(job_name):
             return
         with self._lock:
-            told = self._told.setdefault((job_name, run), 0)
-            self._told[job_name, run] = max(told, len(ended))
-            for phase in ended[told:]:
+            for phase in ended:
+                if (job_name, run, phase.name) in self._told:
+                    continue
+                self._told.add((job_name, run, phase.name))
                 self.write(f"{job_name} run {run}: {phase_line(phase, time.time())}", True)
 
     def _progress(self) -> Progress | None:

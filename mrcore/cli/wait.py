@@ -165,8 +165,10 @@ def wait_for(
                 else:
                     wait.for_others(take_over=settings is not None)
         except KeyboardInterrupt:
-            if scheduler.state()["runner"]:
-                quoted = shlex.quote(next(iter(wait.awaited.left), names[0]))
-                wait.display.write(f"no longer waited for; the Runner goes on: `mrcore watch {quoted}`", True)
+            left = next(iter(wait.awaited.left), names[0])
+            goes_on = f"the Runner goes on: `mrcore watch {shlex.quote(left)}`"
+            if not settings or scheduler.state()["runner"]:
+                what = goes_on if scheduler.state()["runner"] else "the jobs stay queued: `mrcore run` runs them"
+                wait.display.write(f"no longer waited for; {what}", True)
             raise
     return wait.awaited.ended

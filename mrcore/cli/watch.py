@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import termios
 import time
@@ -104,6 +105,7 @@ def _in_place(scheduler: Scheduler, ending: _Ending | None) -> Outcome | None:
     from mrcore.system import terminal
 
     console = Console(file=terminal.raw(sys.stdout))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves the screen as it was
     with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as shown:
         while True:
             outcome = ending.look() if ending else None
