@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from stores import V2_JOBS, job, make_v2
 
 from mrcore.errors import ClusterFault
 from mrcore.state.store import Store, StoreToRead
+
+SUPPORT = str(Path(__file__).parent.parent / "support")
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -34,7 +37,12 @@ def test_what_another_has_open_is_read_to_its_newest(tmp_path: Path) -> None:
     store.submit(job("a"), 1.0)
     before = files(tmp_path / "state")
     assert "queue.sqlite-wal" in before
-    assert names(tmp_path / "state") == ["a"] and files(tmp_path / "state") == before
+    read = "import sys, test_store_to_read as t; print(t.names(t.Path(sys.argv[1])))"
+    command = [sys.executable, "-c", read, str(tmp_path / "state")]
+    paths = os.pathsep.join([str(Path(__file__).parent), SUPPORT])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("['a']\n", "")
+    assert files(tmp_path / "state") == before
     store.submit(job("b"), 2.0)
     assert names(tmp_path / "state") == ["a", "b"]
     store.close()
@@ -48,8 +56,7 @@ def test_what_a_killed_process_left_is_read_and_stays_as_it_was(tmp_path: Path) 
         "from pathlib import Path; from stores import job; from mrcore.state.store import Store\n"
         "store = Store(Path(sys.argv[1])); store.submit(job('a'), 1.0); os._exit(9)\n"
     )
-    support = str(Path(__file__).parent.parent / "support")
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "state"), support], check=False)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "state"), SUPPORT], check=False)
     before = files(tmp_path / "state")
     assert before["queue.sqlite-wal"][0]
     assert names(tmp_path / "state") == ["a"] and files(tmp_path / "state") == before
