@@ -113,8 +113,9 @@ class Wait:
     def _tell_reasons(self, here: bool = False) -> None:
         """Say, once each, why jobs wait that do so for longer than those before them."""
         rows = [row for row in self._scheduler.queue() if row["job_name"] in self.awaited.left]
+        told = WAITS if here else (*WAITS, "behind")  # as the Runner it names what it runs before
         for row in rows:
-            if row["why"]["code"] in WAITS and row["why"]["code"] + row["job_name"] not in self._told:
+            if row["why"]["code"] in told and row["why"]["code"] + row["job_name"] not in self._told:
                 self._told.add(row["why"]["code"] + row["job_name"])
                 self._tell(f"{row['job_name']} waits: {row['why']['text']}; Ctrl-C leaves it in the queue")
         if rows and self._store.get("paused") and not self.awaited.running:
