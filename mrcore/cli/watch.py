@@ -44,10 +44,10 @@ class View(NamedTuple):
 @click.option("--once", is_flag=True, help="Print one snapshot and end.")
 @common.JSON
 def watch(job: str | None, once: bool, as_json: bool) -> None:
-    """Show the queue and the run under way, refreshed in place; `q` or Ctrl-C leaves.
+    """Show the queue and the run under way, live.
 
-    With JOB this ends with its run under way, or its next one, and the status is 0 only if that has succeeded. When
-    standard output is no terminal, one snapshot is printed.
+    `q` or Ctrl-C leaves. With JOB this ends with its run under way, or its next one, and the status is 0 only
+    if that has succeeded. When standard output is no terminal, one snapshot is printed.
     """
     from mrcore.cli.wait import line_of
 
