@@ -14,7 +14,7 @@ help: ## list the targets
 		printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 demo: setup ## start a local cluster, run two jobs over Python's own standard library and a workflow, show what came out, stop it
-	@$(PY) scripts/demo.py $(ARGS)
+	@.venv/bin/mrcore demo --folder . $(ARGS)
 
 test: ## run every test: the unit tests, then the appliance's on containers; PART=engine or ARGS=: only these unit tests
 	@scripts/test.sh $(UNIT)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mrcore.errors import MrcoreError as MrcoreError
     from mrcore.errors import TaskDied as TaskDied
     from mrcore.errors import UsageError as UsageError
+    from mrcore.face.connection import Cluster as Cluster
+    from mrcore.face.connection import connect as connect
+    from mrcore.face.job import JobHandle as JobHandle
     from mrcore.queue.runner import Runner as Runner
     from mrcore.queue.scheduler import Scheduler as Scheduler
     from mrcore.settings.config import Settings as Settings
@@ -36,12 +39,15 @@ VERSIONS = {"version": __version__, "release": RELEASE, "wire_version": WIRE_VER
 
 _ERRORS = ("ClusterFault", "InternalError", "JobFault", "MrcoreError", "TaskDied", "UsageError")
 _PLACES = dict.fromkeys(_ERRORS, "errors") | {
+    "Cluster": "face.connection",
     "DiskList": "engine.disk_list",
     "FileTransfer": "transfer.file_transfer",
+    "JobHandle": "face.job",
     "ManageCluster": "cluster.manage_cluster",
     "Runner": "queue.runner",
     "Scheduler": "queue.scheduler",
     "Settings": "settings.config",
+    "connect": "face.connection",
     "load_settings": "settings.config",
     "try_job": "engine.trial",
 }

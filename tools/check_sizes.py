@@ -15,28 +15,30 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mrcore"
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
-# Lines of code. `engine` and `cluster` together are what a newcomer reads in a day: at most 3,450.
+# Lines of code. `engine` and `cluster` together are what a newcomer reads in a day: at most 3,600.
 # Raise a number only together with what docs/architecture.md says of it. "": the modules of no package.
 BUDGETS = {
     "": 290,
-    "admin": 760,
-    "cli": 1_000,
-    "cluster": 1_240,
+    "admin": 780,
+    "cli": 1_950,
+    "cluster": 1_260,
+    "demo": 450,
     "engine": 2_450,
-    "launchers": 710,
+    "face": 850,
+    "launchers": 760,
     "messages": 470,
-    "node": 1_300,
-    "project": 210,
-    "queue": 1_880,
+    "node": 1_310,
+    "project": 250,
+    "queue": 2_250,
     "settings": 440,
-    "state": 1_420,
-    "system": 1_250,
+    "state": 1_780,
+    "system": 1_300,
     "transfer": 515,
-    "web": 900,
+    "web": 1_100,
     "wire": 1_190,
 }
 DAY = ("engine", "cluster")
-MAX_DAY_LINES = 3_450
+MAX_DAY_LINES = 3_600
 
 
 def code_lines(path: Path) -> int:

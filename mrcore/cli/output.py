@@ -22,14 +22,15 @@ GROUP = "Output"
 @click.command()
 @click.argument("job")
 @click.option("--head", type=click.IntRange(1), metavar="N", help="Only the first N items.")
-def cat(job: str, head: int | None) -> None:
+@click.option("--run", type=click.IntRange(1), metavar="N", help="Only what that run added to the output.")
+def cat(job: str, head: int | None, run: int | None) -> None:
     """Print a job's output, one JSON item a line.
 
     The items come in the order of the output's parts.
     """
     sys.stdout.flush()
     out: Any = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
-    common.cluster_in_force().cat(job, out, head=head)
+    common.cluster_in_force().cat(job, out, head=head, run=run)
 
 
 @click.command(name="try")
@@ -56,12 +57,8 @@ def try_project(
     from mrcore.engine import trial
     from mrcore.project.packages import install_for_trial
 
-    folder = common.settings_of_caller().projects_dir / project
-    if not folder.is_dir():
-        folder = Path(project).absolute()
-    if not folder.is_dir():
-        raise UsageError(f"there is no project {project!r}: no folder of projects_dir, no folder here")
-    _say_whose_code(folder, as_root)
+    folder = project_folder(project)
+    say_whose_code(folder, as_root)
     packages, auxiliary_file = install_for_trial(folder), str(auxiliary) if auxiliary else None
     request = trial.Request(
         str(folder), map_name, reduce_name, inputs, combine, auxiliary_file, str(packages) if packages else None
@@ -73,7 +70,17 @@ def try_project(
     trial.print_trial(request)
 
 
-def _say_whose_code(folder: Path, as_root: bool) -> None:
+def project_folder(project: str) -> Path:
+    """Return the folder of a project: one of projects_dir, or any. Raises UsageError."""
+    folder = common.settings_of_caller().projects_dir / project
+    if not folder.is_dir():
+        folder = Path(project).absolute()
+    if not folder.is_dir():
+        raise UsageError(f"there is no project {project!r}: no folder of projects_dir, no folder here")
+    return folder
+
+
+def say_whose_code(folder: Path, as_root: bool, command: str = "try") -> None:
     """Say so when others decide what a trial does with the caller's rights. Raises UsageError when these are root's."""
     from mrcore.system import permissions
 
@@ -82,8 +89,8 @@ def _say_whose_code(folder: Path, as_root: bool) -> None:
     path, who = found
     if os.geteuid() == 0 and not as_root:
         raise UsageError(
-            f"{who} may change {path}, and `mrcore try` would run that code as root: try it as another user "
-            "(`runuser -u USER -- mrcore try …`), or say --as-root"
+            f"{who} may change {path}, and `mrcore {command}` would run that code as root: try it as another user "
+            f"(`runuser -u USER -- mrcore {command} …`), or say --as-root"
         )
     click.echo(f"mrcore: runs code of {one_line(folder)} with your rights; {who} may change {one_line(path)}", err=True)
 

@@ -7,14 +7,17 @@ changes nothing. What a move means for other jobs is decided in `queue`.
 from __future__ import annotations
 
 import json
+import sqlite3
+import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from mrcore.errors import MrcoreError
 from mrcore.messages.kinds import convert, decode
-from mrcore.state.database import Database
+from mrcore.state.database import Database, open_to_read
 from mrcore.state.progress import Progress, RunDetail
 from mrcore.system import procfs
 from mrcore.text import one_line, plain
@@ -301,10 +304,12 @@ class Store(Database):
         """Return one run, or None when the history does not have it."""
         return next(iter(self._runs("WHERE job_name = ? AND run = ?", job_name, run)), None)
 
-    def runs(self, job_name: str | None, limit: int | None = None) -> list[RunRow]:
-        """Return the runs of a job, or of all, newest first."""
-        where, names = ("WHERE job_name = ?", [job_name]) if job_name else ("", [])
-        return self._runs(f"{where} ORDER BY id DESC LIMIT ?", *names, -1 if limit is None else limit)
+    def runs(self, job_name: str | None, limit: int | None = None, state: str | None = None) -> list[RunRow]:
+        """Return the runs of a job, or of all, newest first; with `state` only those."""
+        wanted = {"job_name": job_name, "state": state}
+        chosen = {key: value for key, value in wanted.items() if value is not None}
+        where = f"WHERE {' AND '.join(f'{key} = ?' for key in chosen)}" if chosen else ""
+        return self._runs(f"{where} ORDER BY id DESC LIMIT ?", *chosen.values(), -1 if limit is None else limit)
 
     def last_of_jobs(self, jobs: int, *states: str) -> list[RunRow]:
         """Return the last run in one of these states of each of the `jobs` jobs that began a run last, but for those
@@ -422,3 +427,14 @@ class Store(Database):
         story = " → ".join(event["text"] for event in reversed(events)) or "none"
         text = f"job {what}: no way from {before or 'nothing'} to {state}; its history: {story}"
         return MrcoreError(text, events=events)
+
+
+class StoreToRead(Store):
+    """A copy in memory of the queue as it is now, for those who look ahead: no byte on a disk is changed."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / "queue.sqlite"
+        self._lock = threading.RLock()
+        self._in_change = False
+        self._db = open_to_read(self.path)
+        self._db.row_factory = sqlite3.Row

@@ -27,7 +27,7 @@ from mrcore.errors import MrcoreError, UsageError
 from mrcore.messages.kinds import PART_PATTERN
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
-from mrcore.system.paths import write_atomic
+from mrcore.system.paths import make_private, write_atomic
 from mrcore.web import access, pages, views
 from mrcore.web.live import Live, LiveResponse, Look
 
@@ -84,7 +84,7 @@ def make(
         form = await _form(request)
         if not gate.may_act(request, form):
             raise HTTPException(403, "this was not sent by a page of this dashboard: load the page again")
-        await run_in_threadpool(ACTIONS[request.path_params["action"]], scheduler, form.get("name", ""))
+        await run_in_threadpool(ACTIONS[request.url.path.rpartition("/")[2]], scheduler, form.get("name", ""))
         return RedirectResponse(_back(form.get("back", "/")), 303)
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -151,8 +151,9 @@ class Server:
     url: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        """Listen, and note where. Raises UsageError."""
+        """Listen. Raises UsageError."""
         state_dir = self.settings().state_dir
+        make_private(state_dir)
         self.token = access.read_token(self.token_file or token_file(state_dir))
         is_v6 = ":" in self.address
         try:
@@ -168,7 +169,6 @@ class Server:
         host = f"[{self.address}]" if is_v6 else self.address
         self.url = f"http://{host}:{self.port}/"
         self._note = state_dir / "dashboard.url"
-        write_atomic(self._note, self.url.encode() + b"\n", 0o600)
         app = make(self.settings, self.token, self.port, control=self.control, names=(*self.names, host))
         config = uvicorn.Config(
             app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
@@ -178,9 +178,10 @@ class Server:
         self._server = uvicorn.Server(config)
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
+        """Note where, for `url_with_token`, and serve until SIGTERM or SIGINT."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn ends in its own way, then calls this
         try:
+            write_atomic(self._note, self.url.encode() + b"\n", 0o600)
             self._server.run(sockets=[self._socket])
         finally:
             with contextlib.suppress(OSError):

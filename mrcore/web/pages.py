@@ -74,20 +74,23 @@ class Pages:
 
     def elements(self, look: Look, job: str) -> dict[str, str]:
         """Return what is live on a job's page (""; of the queue): elements by their id."""
-        values = self._values(look)
-        if job:
-            runs = look.progress is not None and look.progress.job_name == job
-            return {"running": self._shown.part("running.html", **values | {} if runs else values | {"progress": None})}
-        return {name: self._shown.part(f"{name}.html", **values) for name in ("status", "running", "waiting", "fallen")}
+        values = self._values(look, job) | (self._runs(job) if job else {})
+        names = ("running", "runs") if job else ("status", "running", "waiting", "fallen")
+        return {name: self._shown.part(f"{name}.html", **values) for name in names}
 
     def queue(self, request: Request) -> Response:
         """Show what runs, what waits and why, and what left by a failure."""
         return self._shown.page("queue.html", here="queue", **self._values(Look(self._scheduler)))
 
-    def _values(self, look: Look) -> dict[str, Any]:
-        progress = look.progress
+    def _values(self, look: Look, only: str = "") -> dict[str, Any]:
+        """Return what sections of the queue show; `only`: of all runs that of this job."""
+        progress, running = look.progress, look.state["running"]
+        if only:
+            progress = progress if progress and progress.job_name == only else None
+            running = running if running and running["job_name"] == only else None
         return {
-            "state": look.state,
+            "only": only,
+            "state": look.state | {"running": running},
             "jobs": look.jobs[:MAX_JOBS_SHOWN],
             "more_jobs": max(0, len(look.jobs) - MAX_JOBS_SHOWN),
             "fallen": look.fallen[:MAX_FALLEN_SHOWN],
@@ -97,6 +100,10 @@ class Pages:
             "spoken": views.spoken(progress),
             "now": look.time,
         }
+
+    def _runs(self, job: str) -> dict[str, Any]:
+        rows = self._store.runs(job, JOB_RUNS)
+        return {"name": job, "runs": rows, "count": len(self._store.run_numbers(job))} | self._chart(job)
 
     # --- what has been ---
 
@@ -125,24 +132,18 @@ class Pages:
         """Show a job: its keys, where it is, its runs and its output."""
         name = request.path_params["job"]
         row = self._store.job(name)
-        runs, count = self._store.runs(name, JOB_RUNS), len(self._store.run_numbers(name))
-        why = self._scheduler.why(name) if row else None
-        usually = self._scheduler.estimate_next_runtime(name)
-        if row is None and not runs:
+        runs = self._runs(name)
+        if row is None and not runs["runs"]:
             raise HTTPException(404, f"no job {views.line(name)} is known")
-        waits = next((each for each in self._scheduler.queue() if each["job_name"] == name), None)
-        progress = self._scheduler.progress()
         spec = row.spec if row else {}
         defaults = template(row.job_type) if row else {}
         given = {key: value for key, value in spec.items() if value != defaults.get(key, "")}
-        usual = {key: value for key, value in spec.items() if key not in given}
         return self._shown.page(
-            "job.html", here="", name=name, row=row, spec=spec, runs=runs, count=count,
-            waits=waits, why=why, estimate=usually, given=given, usual=usual, now=time.time(),
-            events=self._store.events(name)[-JOB_EVENTS:], **self._chart(name),
-            progress=progress if progress and progress.job_name == name else None,
-            spans=views.spans(progress.phases, progress.updated) if progress else [],
-            spoken=views.spoken(progress), **self._output(name),
+            "job.html", here="", row=row, spec=spec, given=given,
+            usual={key: value for key, value in spec.items() if key not in given},
+            why=self._scheduler.why(name) if row else None, estimate=self._scheduler.estimate_next_runtime(name),
+            events=self._store.events(name)[-JOB_EVENTS:], **runs, **self._values(Look(self._scheduler), name),
+            **self._output(name),
         )  # fmt: skip
 
     def _output(self, job: str) -> dict[str, Any]:

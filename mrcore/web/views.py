@@ -92,7 +92,7 @@ def line(value: object) -> str:
 
 def marked(value: object) -> Markup:
     """Return a line in which what stands in backticks, a command, is code."""
-    pieces = line(value).split("`")
+    pieces = one_line(value, 1_000).split("`")
     code = Markup("<code>{}</code>").format
     return Markup("").join(code(piece) if place % 2 else piece for place, piece in enumerate(pieces))
 
@@ -115,7 +115,7 @@ def share(part: float, whole: float) -> int:
 def spoken(progress: Progress | None) -> str:
     """Return how far a run is for who listens: another text every few per cent only."""
     if progress is None:
-        return "No run is under way."
+        return ""
     phase = progress.phases[-1].name if progress.phases else "starting"
     told = f", {int(progress.fraction * 100) // STEP * STEP} %" if progress.fraction is not None else ""
     return f"{progress.job_name}, run {progress.run}: {phase}{told}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,10 +131,10 @@ def detail(servers: int = 12) -> RunDetail:
     )  # fmt: skip
 
 
-def fill(settings: Settings) -> Store:
+def fill(settings: Settings, runs: int = 240) -> Store:
     """A queue in the middle of its day: a run under way, jobs that wait, one that failed, a history."""
     store, now = Store(settings.state_dir), time.time()
-    add_runs(store, 240, 6)
+    add_runs(store, runs, 6)
     for name, keys in {
         "clicks_per_user": {"group_name": "nightly", "job_priority": 5.0, "run_once": True},
         "sessions": {"group_name": "nightly", "job_priority": 5.0},
@@ -152,6 +154,9 @@ def fill(settings: Settings) -> Store:
     return store
 
 
+_numbers = itertools.count()
+
+
 class Answer(NamedTuple):
     """What a request got."""
 
@@ -166,20 +171,26 @@ class Dashboard:
     def __init__(self, folder: Path, *options: str) -> None:
         self.state_dir = load_settings(folder / "settings.yml").state_dir
         command = [sys.executable, "-c", CODE, "--config", str(folder / "settings.yml"), "dashboard", "--port", "0"]
-        self.log = folder / "dashboard.log"
+        self.log = folder / f"dashboard-{next(_numbers)}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            wait_until(lambda: self._note().exists() or self.process.poll() is not None, 60, "the dashboard listens")
-            assert self.process.poll() is None, self.log.read_text()
-            self.url = self._note().read_text().strip()
+            told = wait_until(lambda: self._told() or self.process.poll() is not None, 60, "the dashboard listens")
+            assert isinstance(told, str), self.log.read_text()
+            self.url = told
         except BaseException:
             self.process.kill()
             raise
-        self.token = (self.state_dir / "dashboard.token").read_text().strip()
+        file = Path(
+            options[options.index("--token-file") + 1]
+            if "--token-file" in options
+            else self.state_dir / "dashboard.token"
+        )
+        self.token = file.read_text().strip()
 
-    def _note(self) -> Path:
-        return self.state_dir / "dashboard.url"
+    def _told(self) -> str | None:
+        found = re.match(r"the dashboard is at (http://\S+/)\n", self.log.read_text())
+        return found[1] if found else None
 
     def ask(
         self, path: str, method: str = "GET", body: str | None = None, token: bool = True, **headers: str

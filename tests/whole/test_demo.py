@@ -1,4 +1,4 @@
-"""`make demo` as a user meets it: what it prints is right, and it never leaves a cluster behind."""
+"""`mrcore demo` as a user meets it: what it prints is right, and it never leaves a cluster behind."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from commands import MRCORE
 from conditions import wait_until
 from daemons import own_address
 from screen import Terminal
+
+from mrcore.demo import demo
 
 PROJECT = Path(__file__).resolve().parents[2]
 SOURCE = {
@@ -53,7 +56,8 @@ def source(tmp_path: Path) -> Path:
 def start(home: Path, source: Path) -> subprocess.Popen[str]:
     address = own_address()
     assert int(own_address().split(".")[3]) == int(address.split(".")[3]) + 1, "the second node's address is ours too"
-    command = [sys.executable, str(PROJECT / "scripts/demo.py"), "--home", str(home), "--source", str(source)]
+    folder = home.parent if home.name == ".mrcore" else home.parent / "folder"
+    command = [MRCORE, "demo", "--folder", str(folder), "--home", str(home), "--source", str(source)]
     deployed = {"MRCORE_CONFIG": str(home / "another.yml")}  # whatever is configured, the demo has its own cluster
     pipes = {
         "env": os.environ | deployed,
@@ -137,9 +141,6 @@ def test_without_source_it_says_so(home: Path, tmp_path: Path) -> None:
 def test_it_takes_other_addresses_when_the_usual_ports_are_in_use(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(PROJECT / "scripts")
-    import demo
-
     address = own_address()
     with socket.socket() as taken:
         taken.bind((address, 0))
@@ -153,7 +154,7 @@ def test_it_takes_other_addresses_when_the_usual_ports_are_in_use(
 
 @pytest.mark.slow
 def test_the_whole_standard_library(home: Path) -> None:
-    command = [sys.executable, str(PROJECT / "scripts/demo.py"), "--home", str(home), "--address", own_address()]
+    command = [MRCORE, "demo", "--home", str(home), "--address", own_address()]
     own_address()
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr

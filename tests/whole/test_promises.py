@@ -17,7 +17,7 @@ RUNBOOKS = sorted(path.name for path in (PROJECT / "docs/runbooks").glob("*.md")
 DOCUMENTS = [
     "README.md",
     "INSTALL.md",
-    *(f"docs/{name}.md" for name in ("jobs", "operations", "testing", "architecture")),
+    *(f"docs/{name}.md" for name in ("jobs", "python", "operations", "testing", "architecture")),
 ]
 
 

@@ -1,13 +1,12 @@
-"""`make demo`: a local cluster of two nodes counts and indexes the names in Python's own standard library; then a
+"""`mrcore demo`: a local cluster of two nodes counts and indexes the names in Python's own standard library; then a
 workflow of six jobs (projects/workflow) runs for two cycles, the second time on what is new.
 
 Everything it does a user can do: it calls the `mrcore` command and prints each call. The cluster's state is in
-`.mrcore` of the project. Whatever happens, the cluster is stopped at the end.
+`.mrcore` of its folder, the example projects in `projects`. Whatever happens, the cluster is stopped at the end.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import glob
 import heapq
@@ -28,8 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-PROJECT = Path(__file__).resolve().parent.parent
-MRCORE = Path(sys.executable).parent / "mrcore"
+EXAMPLES = Path(__file__).parent / "projects"  # in a checkout links to those of its own
 NODES, SERVERS, AGENT_PORT, SERVER_PORT = 2, 1, 45678, 23456
 TRIES = 20  # of addresses for the cluster
 TOP = 12  # names that are shown
@@ -48,16 +46,20 @@ class Failed(Exception):
 
 
 class Demo:
-    """One demonstration in the folder `home` over the .py files below `source`."""
+    """One demonstration in `folder`, over the .py files below `source`."""
 
-    def __init__(self, home: Path, source: Path, address: str | None = None) -> None:
-        self.home, self.source, self.address, self.folder = home, source, address, PROJECT
+    def __init__(self, folder: Path, home: Path, source: Path, address: str | None = None) -> None:
+        self.home, self.source, self.address, self.top, self.folder = home, source, address, folder, folder
+        self.program = program()
         # Named by MRCORE_CONFIG, the local cluster comes before a deployed one that this machine may be the master of.
         self.settings = home / "cluster.json"
         self.environment = os.environ | {"MRCORE_HOME": str(home), "MRCORE_CONFIG": str(self.settings)}
 
     def run(self) -> None:
         """Do it all. Raises Failed."""
+        for path in sorted(EXAMPLES.iterdir()):
+            if not (self.top / "projects" / path.name).exists():
+                shutil.copytree(path, self.top / "projects" / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         self.home.mkdir(parents=True, exist_ok=True)
         if self.settings.exists():  # a cluster may have been left running, perhaps in another shape
             self.mrcore("cluster", "stop", quiet=True)
@@ -79,7 +81,7 @@ class Demo:
         self.show_next_steps(shape)
 
     def jobs(self) -> list[dict[str, Any]]:
-        """The two jobs; the others of their keys keep their defaults (`mrcore template mapreduce`)."""
+        """Return the two jobs; the others of their keys keep their defaults (`mrcore template mapreduce`)."""
         inputs = [glob.escape(str(self.source)) + "/*.py"]
         for folder in sorted(self.source.iterdir()):
             if folder.is_dir() and folder.name not in OUTSIDE:
@@ -126,14 +128,14 @@ class Demo:
         for node in addresses(str(self.address)):
             for folder in sorted(self.home.glob(f"nodes/{node}/cluster/identifier*/reduce")):
                 parts = len(list(folder.iterdir()))
-                print(f"  {display(folder)}: {parts} {'part' if parts == 1 else 'parts'}")
+                print(f"  {self.display(folder)}: {parts} {'part' if parts == 1 else 'parts'}")
         print()
 
     def second_act(self) -> None:
-        """The workflow of six jobs in a folder of its own: one cycle, then a new file, and a second one."""
+        """Run the workflow of six jobs in a folder of its own: one cycle, then a new file, and a second one."""
         self.folder = self.home / "workflow-demo"
         shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.copytree(PROJECT / "projects/workflow", self.folder / "projects/workflow")
+        shutil.copytree(EXAMPLES / "workflow", self.folder / "projects/workflow")
         (self.folder / "workflow/incoming").mkdir(parents=True)
         file = self.folder / "projects/workflow/workflow.yml"
         file.write_text(OWN.sub(r"demo_\1", file.read_text()))
@@ -142,7 +144,7 @@ class Demo:
         print(
             "Second act: upload → mapreduce → download → script → upload its result → mapreduce, as one group of jobs."
         )
-        print(f"In {display(self.folder)}: projects/workflow/workflow.yml, and log files in workflow/incoming.\n")
+        print(f"In {self.display(self.folder)}: projects/workflow/workflow.yml, and log files in workflow/incoming.\n")
         chance, pages = random.Random(1), [f"/{section}/{n}" for section in SECTIONS for n in range(50)]
         weights = [1 / (1 + n) for _ in SECTIONS for n in range(50)]
         for days in ((1, 2, 3), (4,)):
@@ -161,9 +163,9 @@ class Demo:
             print(flush=True)
 
     def items(self, job: str) -> Iterator[list[Any]]:
-        """The items of a job's output, from `mrcore cat`."""
-        command = [str(MRCORE), "cat", job]
-        print(f"$ {display(command)}", flush=True)
+        """Yield the items of a job's output, from `mrcore cat`."""
+        command = [self.program, "cat", job]
+        print(f"$ {self.display(command)}", flush=True)
         with subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -172,8 +174,8 @@ class Demo:
             raise Failed(f"mrcore cat {job} failed")
 
     def output(self, *arguments: str) -> str:
-        """What a command prints."""
-        command = [str(MRCORE), *arguments]
+        """Return what a command prints."""
+        command = [self.program, *arguments]
         found = subprocess.run(command, env=self.environment, cwd=self.folder, stdout=subprocess.PIPE, text=True)
         if found.returncode:
             raise Failed(f"mrcore {' '.join(arguments)} failed")
@@ -181,9 +183,9 @@ class Demo:
 
     def mrcore(self, *arguments: str, quiet: bool = False, may_fail: bool = False) -> None:
         """Print and run one command of `mrcore`, and end it if we are to end. Raises Failed."""
-        command = [str(MRCORE), *arguments]
+        command = [self.program, *arguments]
         if not quiet:
-            print(f"$ {display(command)}", flush=True)
+            print(f"$ {self.display(command)}", flush=True)
         target = subprocess.DEVNULL if quiet else None
         errors = subprocess.DEVNULL if may_fail else None
         process = subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=target, stderr=errors)
@@ -202,11 +204,12 @@ class Demo:
 
     def show_next_steps(self, shape: list[str]) -> None:
         """Print what to try next."""
-        mrcore = display([str(MRCORE)])
-        home = '"$PWD/.mrcore"' if self.home == PROJECT / ".mrcore" else shlex.quote(str(self.home))
+        mrcore = self.display([self.program])
+        home = '"$PWD/.mrcore"' if self.home == self.top / ".mrcore" else shlex.quote(str(self.home))
         print("\nTry next, in this folder:")
         deployed = (f"export MRCORE_CONFIG={home}/cluster.json", "not the deployed cluster")
         for command, meaning in (
+            *([] if self.top == Path.cwd() else [(f"cd {shlex.quote(os.path.relpath(self.top))}", "")]),
             (f"export MRCORE_HOME={home}", ""),
             *([deployed] if DEPLOYED.exists() else []),
             (f"{mrcore} cluster start {' '.join(shape)}", "the same cluster again, with its queue and output"),
@@ -219,21 +222,28 @@ class Demo:
         ):
             print(f"  {command}" + (f"   # {meaning}" if meaning else ""))
 
+    def display(self, what: Path | list[str]) -> str:
+        """Return a path or a command as one would type it in the demo's folder."""
+        words = list(what) if isinstance(what, list) else [str(what)]
+        if isinstance(what, list) and shutil.which("mrcore") == words[0]:
+            words[0] = "mrcore"
+        text = [word.removeprefix(f"{self.top}{os.sep}") for word in words]
+        return shlex.join(text) if isinstance(what, list) else text[0]
 
-def display(what: Path | list[str]) -> str:
-    """A path or a command as one would type it in the project's folder."""
-    words = what if isinstance(what, list) else [str(what)]
-    text = [word.removeprefix(f"{PROJECT}{os.sep}") for word in words]
-    return shlex.join(text) if isinstance(what, list) else text[0]
+
+def program() -> str:
+    """Return the path of the command `mrcore` of this very installation."""
+    beside = Path(sys.executable).with_name("mrcore")
+    return str(beside) if beside.exists() else shutil.which("mrcore") or os.path.abspath(sys.argv[0])
 
 
 def addresses(first: str) -> list[str]:
-    """The addresses of the nodes, as the local cluster counts them from the first."""
+    """Return the addresses of the nodes, as the local cluster counts them from the first."""
     return [str(ipaddress.IPv4Address(first) + index) for index in range(NODES)]
 
 
 def free_address() -> str:
-    """The address for the first node, 127.0.0.1 unless another cluster has its ports; says so if it has."""
+    """Return the address for the first node, 127.0.0.1 unless another cluster has its ports; says so if it has."""
     for number in range(TRIES):
         first = f"127.0.{number}.1"
         with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
@@ -247,13 +257,13 @@ def free_address() -> str:
             return first
     raise Failed(
         f"port {AGENT_PORT} or {SERVER_PORT} is in use on all loopback addresses that were tried: end what uses them, "
-        'or choose an address: make demo ARGS="--address 127.1.1.1"'
+        "or choose an address: --address 127.1.1.1"
     )
 
 
 @contextlib.contextmanager
 def at_peace() -> Iterator[None]:
-    """What is inside is not interrupted: a second Ctrl-C must not leave a cluster behind."""
+    """Let what is inside not be interrupted: a second Ctrl-C must not leave a cluster behind."""
     before = {
         number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
@@ -265,23 +275,19 @@ def at_peace() -> Iterator[None]:
 
 
 def interrupt(number: int, frame: object) -> NoReturn:
-    """SIGTERM and SIGHUP end the demo as Ctrl-C does."""
+    """End the demo on SIGTERM and SIGHUP as on Ctrl-C."""
     raise KeyboardInterrupt
 
 
-def main() -> int:
-    """Run the demo; give the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, default=PROJECT / ".mrcore", help="where the cluster's state goes")
-    source = Path(sysconfig.get_paths()["stdlib"])
-    parser.add_argument("--source", type=Path, default=source, help="folder of .py files to read")
-    parser.add_argument("--address", help="of the first node; by default the first of 127.0.0.1, 127.0.1.1, … free")
-    chosen = parser.parse_args()
+def main(folder: Path, home: Path | None, source: Path | None, address: str | None) -> int:
+    """Run the demo; return the exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     started = time.monotonic()
+    source = source or Path(sysconfig.get_paths()["stdlib"])
     try:
-        Demo(chosen.home.absolute(), chosen.source.absolute(), chosen.address).run()
+        folder = folder.absolute()
+        Demo(folder, (home or folder / ".mrcore").absolute(), source.absolute(), address).run()
     except Failed as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -290,7 +296,3 @@ def main() -> int:
         return 130
     print(f"\nThe demo took {time.monotonic() - started:.0f} s.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
