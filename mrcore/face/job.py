@@ -55,9 +55,9 @@ class JobHandle:
         return row if row is not None and row.number == self._number else None
 
     def _run(self) -> RunRow | None:
-        """Return the newest run of this submission."""
-        runs = self._scheduler.store.runs(self.name)
-        return next((run for run in runs if run.number == self._number), None)
+        """Return the newest run of this submission; None while it has none, and once another one has run."""
+        newest = next(iter(self._scheduler.store.runs(self.name, 1)), None)
+        return newest if newest is not None and newest.number == self._number else None
 
     @property
     def state(self) -> str:
@@ -123,7 +123,7 @@ class JobHandle:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         view, looked = live(progress), 0.0
-        with Draining(self._scheduler.settings) as draining:
+        with Draining(self._scheduler.settings, self._is_over) as draining:
             try:
                 while not self._is_over():
                     if time.monotonic() - looked > LOOK_SECONDS:

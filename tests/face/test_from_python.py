@@ -193,6 +193,15 @@ def test_with_a_runner_elsewhere_a_program_only_waits(home: Path, text: Path, tm
             runner.wait(60)
 
 
+def test_a_job_that_waits_behind_another_is_not_begun_for_nothing(home: Path, text: Path) -> None:
+    with cluster(home) as made:
+        first, second = (made.submit(map=_first, inputs=text, name=name) for name in ("one", "two"))
+        assert first.wait(60).state == "succeeded"
+        assert second.state == "queued" and mrcore.Scheduler(made.settings).history("two") == []
+        second.wait(60)
+        assert [run["state"] for run in mrcore.Scheduler(made.settings).history()] == ["succeeded", "succeeded"]
+
+
 def _first(line: str, auxiliary_data: object) -> list[tuple[str, int]]:
     return [(line[0], 1)]
 
