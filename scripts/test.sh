@@ -12,7 +12,7 @@
 set -u
 cd "$(dirname "$0")/.."
 unit="strace sudo screen sshd=openssh-server zstd bzip2 xz=xz-utils"
-slow="chromium" # for slow tests only
+slow="chromium promtool=prometheus" # for slow tests only
 containers="podman runc conmon iptables mmdebstrap ssh=openssh-client nft=nftables nsenter=util-linux ip=iproute2
 /usr/lib/podman/netavark=netavark /usr/lib/podman/aardvark-dns=aardvark-dns
 /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring"

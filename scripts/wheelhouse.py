@@ -7,7 +7,8 @@
 
 … is what the nodes are: --python 3.11 --machine x86_64 --glibc 2.36. This controller may have another Python: pip is
 made to judge the conditions of requirements (`python_version < "3.13"`) for the nodes. mrcore's own are in
-lock/base.txt, with their checksums. Where the wheels come from is pip's configuration.
+lock/base.txt, its dashboard's in lock/dashboard.txt, with their checksums. Where the wheels come from is pip's
+configuration.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST_GLIBC_MINOR = 5  # manylinux_2_5 is the oldest tag
 OLD_TAGS = {12: "manylinux2010", 5: "manylinux1", 17: "manylinux2014"}  # names that wheels had before manylinux_2_N
 MARKER = ".complete"
+LOCKS = ("lock/base.txt", "lock/dashboard.txt")  # what machines get; one release is the same on all of them
 # pip takes the nodes' Python and platform for choosing files, and its own for conditions; there is no option for these.
 # The pip is the one that lock/build.txt names.
 PIP_FOR_NODES = """import json, sys
@@ -48,8 +50,11 @@ class Fault(Exception):
 def release_of(root: Path) -> str:
     """The release of a checkout: its version and a checksum of what is installed (package, project table, lock)."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    digest = hashlib.sha256(json.dumps(project, sort_keys=True).encode() + (root / "lock/base.txt").read_bytes())
-    for file in sorted((root / "mrcore").rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+    locks = [(root / name).read_bytes() for name in LOCKS]
+    digest = hashlib.sha256(json.dumps(project, sort_keys=True).encode() + b"".join(locks))
+    shown = [path for name in ("static", "templates") for path in (root / "mrcore/web" / name).glob("*")]
+    files = [*(root / "mrcore").rglob("*.py"), *shown]
+    for file in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return f"{project['version']}-{digest.hexdigest()[:8]}"
@@ -127,8 +132,8 @@ def make(args: argparse.Namespace, house: Path, archive: Path) -> None:
             shutil.copy(ROOT / file, source)
         own = ["--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={wheels}", str(source)]
         run([sys.executable, "-m", "pip", "wheel", *own])  # by the locked setuptools, which is beside us
-        locked = ["--require-hashes", f"--requirement={ROOT / 'lock/base.txt'}"]
-        collect(args, wheels, locked, [str(file) for file in wheels.glob("mrcore-*.whl")])
+        locked = ["--require-hashes", *(f"--requirement={ROOT / name}" for name in LOCKS)]
+        collect(args, wheels, locked, [f"{file}[dashboard]" for file in wheels.glob("mrcore-*.whl")])
         (wheels / MARKER).write_text(args.glibc + "\n")
         partial = work / "archive"
         with tarfile.open(partial, "w") as tar:

@@ -15,30 +15,30 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mrcore"
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
-# Lines of code. `engine` and `cluster` together are what a newcomer reads in a day: at most 3,450.
+# Lines of code. `engine` and `cluster` together are what a newcomer reads in a day: at most 3,600.
 # Raise a number only together with what docs/architecture.md says of it. "": the modules of no package.
 BUDGETS = {
     "": 290,
-    "admin": 715,
+    "admin": 760,
     "cli": 1_060,
-    "cluster": 1_240,
+    "cluster": 1_260,
     "demo": 450,
     "engine": 2_450,
     "face": 850,
     "launchers": 710,
     "messages": 470,
-    "node": 1_300,
+    "node": 1_310,
     "project": 250,
-    "queue": 1_880,
+    "queue": 2_150,
     "settings": 440,
-    "state": 1_390,
+    "state": 1_680,
     "system": 1_250,
     "transfer": 515,
     "web": 900,
     "wire": 1_190,
 }
 DAY = ("engine", "cluster")
-MAX_DAY_LINES = 3_450
+MAX_DAY_LINES = 3_600
 
 
 def code_lines(path: Path) -> int:

@@ -55,17 +55,23 @@ def made() -> dict[str, str]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Have a folder in the navigation, `runbooks/`, be all its pages, its README first."""
-    pages = sorted({*places().values(), *made()}, key=lambda place: (not place.endswith("README.md"), place))
+    """Have a folder in the navigation, `runbooks/`, be all its pages, README first; what is left out comes last."""
+    every = {*places().values(), *made()}
+    left = sorted(
+        (place for place in every if place.endswith(".md")), key=lambda place: (Path(place).name != "README.md", place)
+    )
 
     def whole(entry: Any) -> Any:
         if isinstance(entry, dict):
             return {title: whole(below) for title, below in entry.items()}
         if isinstance(entry, list):
             return [whole(each) for each in entry]
-        return [page for page in pages if page.startswith(entry)] if entry.endswith("/") else entry
+        named = [place for place in left if place == entry or (entry.endswith("/") and place.startswith(entry))]
+        left[:] = [place for place in left if place not in named]
+        return named if entry.endswith("/") else entry
 
     config.nav = whole(config.nav)
+    config.nav += [{"More": list(left)}] if left else []
     return config
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import hmac
 import importlib.util
 import ipaddress
 import re
@@ -21,6 +22,7 @@ MAX_NODES = 50
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 ACCOUNT = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+TARGET = re.compile(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}")
 
 
 class Variable(NamedTuple):
@@ -74,9 +76,18 @@ VARIABLES: dict[str, Variable] = {
     "certificate_renew_days": Variable(30, "a number from 1 to 3650", _integer(1, 3650)),
     "max_clock_skew_seconds": Variable(60, "a number from 1 to 3600", _integer(1, 3600)),
     "upgrade_wait_seconds": Variable(300, "a number from 0 to 86400", _integer(0, 86400)),
+    "dashboard": Variable(False, "true or false", lambda v: isinstance(v, bool)),
+    "dashboard_port": Variable(8643, _PORT, _integer(1024, 65535)),
+    "dashboard_control": Variable(False, "true or false", lambda v: isinstance(v, bool)),
     "backup_calendar": Variable("daily", "a time as systemd writes it (daily, *-*-* 03:00)", _text),
     "backup_keep": Variable(14, "a number from 1 to 1000", _integer(1, 1000)),
     "backup_copy_to": Variable(None, "the name of a node", lambda v: v is None or isinstance(v, str)),
+    "monitoring": Variable(False, "true or false", lambda v: isinstance(v, bool)),
+    "monitoring_install": Variable(False, "true or false", lambda v: isinstance(v, bool)),
+    "monitoring_target": Variable(None, "an address and a port (10.0.0.11:8643)", lambda v: bool(
+        isinstance(v, str) and TARGET.fullmatch(v))),
+    "monitoring_alertmanagers": Variable([], "a list of addresses with ports", lambda v: isinstance(v, list) and all(
+        isinstance(each, str) and TARGET.fullmatch(each) for each in v)),
 }  # fmt: skip
 # Given on the command line by the verbs that need them: NODE=, DATA=, PURGE=, CONFIRM=, PROJECT=, CA= of make, or -e.
 OF_THE_COMMAND_LINE = ("node", "data", "purge", "confirm", "project", "ca", "json", "output_dir")
@@ -97,7 +108,8 @@ def _address(value: Any) -> str | None:
 
 
 def mrcore_cluster(hostvars: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Iterable[str]]) -> Json:
-    """Read an inventory: {"faults": sentences, "master", "nodes": names, "hosts": {name: variables without mrcore_}}.
+    """Read an inventory: {"faults": sentences, "master", "nodes": names, "hosts": {name: variables without mrcore_},
+    "watchers": hosts that get the role monitoring}.
 
     With any fault the rest is incomplete; nobody may go on then.
     """
@@ -115,7 +127,26 @@ def mrcore_cluster(hostvars: Mapping[str, Mapping[str, Any]], groups: Mapping[st
         common["backup_copy_to"] = next((name for name in nodes if name != master), nodes[0])
     if master and (target := common["backup_copy_to"]) is not None and target not in nodes:
         faults.append(f"mrcore_backup_copy_to names {target!r}, which is no host of the group nodes: name one of it.")
-    return {"faults": list(dict.fromkeys(faults)), "master": master, "nodes": nodes, "hosts": hosts} | common
+    if master and common["monitoring_target"] is None:
+        common["monitoring_target"] = f"127.0.0.1:{common['dashboard_port']}"
+    watchers = list(groups.get("monitoring", ())) or ([master] if common.get("monitoring") else [])
+    faults += _watcher_faults(watchers, master, common)
+    whole = {"faults": list(dict.fromkeys(faults)), "master": master, "nodes": nodes, "hosts": hosts}
+    return whole | common | {"watchers": watchers}
+
+
+def _watcher_faults(watchers: list[str], master: str | None, common: Json) -> list[str]:
+    if not watchers or not master:
+        return []
+    faults, away = [], [name for name in watchers if name != master]
+    if not common["dashboard"]:
+        faults.append("Prometheus has nothing to scrape: set mrcore_dashboard to true, or mrcore_monitoring to false.")
+    if away and str(common["monitoring_target"]).startswith(("127.", "localhost:", "[::1]")):
+        faults.append(
+            f"mrcore_monitoring_target is {common['monitoring_target']}, the master's own, which {away[0]} of the "
+            "group monitoring cannot reach: say what leads there."
+        )
+    return faults
 
 
 def _group_faults(masters: list[str], nodes: list[str], everyone: list[str], groups: Mapping[str, Any]) -> list[str]:
@@ -131,7 +162,7 @@ def _group_faults(masters: list[str], nodes: list[str], everyone: list[str], gro
     if len(nodes) > MAX_NODES:
         faults.append(f"The inventory has {len(nodes)} nodes: leave at most {MAX_NODES} in the group nodes.")
     for name in everyone:
-        if name not in masters and name not in nodes:
+        if name not in masters and name not in nodes and name not in groups.get("monitoring", ()):
             own = [each for each, members in groups.items() if name in members and each not in ("all", "ungrouped")]
             where = f"only in {', '.join(own)}" if own else "in no group"
             faults.append(f"Host {name} is {where}: put it into the group master or nodes, or take it out.")
@@ -276,6 +307,11 @@ def mrcore_places(cluster: Json) -> list[list[Any]]:
     return [[name, host["cluster_ip"], host["agent_port"]] for name, host in hosts]
 
 
+def mrcore_metrics_token(token: str) -> str:
+    """What lets one read the dashboard's metrics and nothing else, of the dashboard's token (`mrcore.web.access`)."""
+    return hmac.digest(token.strip().encode(), b"metrics", "sha256").hex()
+
+
 def mrcore_files(folder: str) -> list[str]:
     """What a project consists of, without caches and hidden files, as sha256sum prints it in its folder."""
     root, found = Path(folder), []
@@ -302,5 +338,5 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         """The filters by name."""
         ours = (mrcore_cluster, mrcore_numbering, mrcore_known_hosts, mrcore_release)
-        ours += (mrcore_nodes, mrcore_places, mrcore_files)
+        ours += (mrcore_nodes, mrcore_places, mrcore_files, mrcore_metrics_token)
         return {function.__name__: function for function in ours}

@@ -215,7 +215,8 @@ def inspect(given: dict[str, Any]) -> dict[str, Any]:
         folders.append(given["compute_dir"])
         certificates.append("/etc/mrcore/pki/node")
     if is_master:
-        units += ["mrcore-runner.service", "mrcore-backup.timer"]
+        units += ["mrcore-runner.service", "mrcore-backup.timer", "mrcore-doctor.timer"]
+        units += [file.name for file in Path("/etc/systemd/system").glob("mrcore-dashboard.service")]
         certificates.append("/etc/mrcore/pki/master")
     with ThreadPoolExecutor(16) as pool:  # a dead node costs seconds
         reached = list(pool.map(lambda host: ssh(host, user), given["hosts"]))

@@ -152,17 +152,28 @@ def judge(facts: Facts) -> list[Finding]:
         return [finding for rule in (*machines, judge_queue, judge_backup, judge_outputs) for finding in rule(facts)]
     means = "its jobs wait" if facts["queue"]["jobs"] else "no job can run, and no output be read"
     first = Finding("local cluster", "not started", "it is not started", means, "`mrcore cluster start`")
-    return [first, *judge_disks(facts), *judge_queue(facts)]
+    hold = facts["queue"]["hold"]
+    waits_for_it = bool(hold and hold.get("nodes"))
+    queue = [finding for finding in judge_queue(facts) if finding.code != "hold" or not waits_for_it]
+    return [first, *judge_disks(facts), *queue]
 
 
 def judge_answers(facts: Facts) -> Iterator[Finding]:
-    """Look for daemons that do not answer. A node that is silent altogether is one finding."""
+    """Look for daemons that do not answer. A node that is silent altogether is one finding, and so is a cluster."""
     local, starts = facts["master"]["local"], "`mrcore cluster start` starts what is missing"
     renew = "`make deploy` on the controller renews what has ended; a node that was removed stays refused"
     renew = _new_certificates(facts) if local else renew
     again = starts if local else f"see whether `ping` reaches the machine; then {starts}"
     answering = {answer["node"] for answer in facts["servers"].values() if "error" not in answer}
-    gone = {node for node, answer in facts["nodes"].items() if "error" in answer} - answering
+    silent = {node: answer for node, answer in facts["nodes"].items() if "error" in answer}
+    gone = silent.keys() - answering
+    if gone == facts["nodes"].keys() and not any(answer["code"] for answer in silent.values()):
+        what = (
+            f"it is not started, or out of reach: nothing answers on any node: {next(iter(silent.values()))['error']}"
+        )
+        do = "`mrcore cluster start`" if local else "`mrcore cluster start`; if that fails, `ping` a node from here"
+        yield Finding("cluster", "not started", what, "no job can run, and no output be read", do)
+        return
     for node, answer in facts["nodes"].items():
         if "error" in answer:
             yield Finding(
@@ -264,11 +275,13 @@ def judge_queue(facts: Facts) -> Iterator[Finding]:
         )
     if queue["paused"]:
         yield Finding("queue", "paused", "it is paused", "no further job starts", "`mrcore resume` ends the pause")
-    if not queue["runner"] and (queue["jobs"] or not facts["master"]["local"]):
+    run = queue["running"]
+    if not queue["runner"] and (queue["jobs"] or run or not facts["master"]["local"]):
+        left = f"; run {run['run']} of {run['job_name']} was under way when the last one ended" if run else ""
         yield Finding(
             "master",
             "runner",
-            "no Runner drains the queue",
+            f"no Runner drains the queue{left}",
             f"{queue['jobs']} jobs wait, and those to come will",
             "`mrcore run` does"
             if facts["master"]["local"]

@@ -32,24 +32,29 @@ def settings(as_json: bool) -> None:
 
 @click.command()
 @click.option("--deep", is_flag=True, help="Also read all output of all jobs, as `mrcore cat` does.")
+@click.option("--keep", is_flag=True, help="Keep it for metrics and dashboard; call on_findings when it is new.")
 @common.JSON
-def doctor(deep: bool, as_json: bool) -> int:
+def doctor(deep: bool, keep: bool, as_json: bool) -> int:
     """Look for what is wrong or soon will be, and what to do.
 
-    Exit status 1: there is something.
+    Exit status 1: there is something; with --keep always 0.
     """
     from mrcore.admin import doctor as examine
+    from mrcore.admin import findings as kept
 
-    facts = examine.gather(common.settings_in_force(), deep)
+    settings = common.settings_in_force()
+    facts = examine.gather(settings, deep)
     findings = examine.judge(facts)
+    if keep:
+        kept.keep(settings, findings, facts["master"]["time"])
     if as_json:
         common.print_json({"findings": [finding._asdict() for finding in findings], "facts": facts})
-        return int(bool(findings))
+        return int(bool(findings) and not keep)
     for finding in findings:
         click.echo(f"{finding.where}: {finding.what}\n  means: {finding.means}\n  do: {finding.do}")
     if not findings:
         click.echo(f"nothing is wrong: {len(facts['nodes'])} nodes, {len(facts['servers'])} cluster servers, the queue")
-    return int(bool(findings))
+    return int(bool(findings) and not keep)
 
 
 @click.command()

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mrcore.cli import common
-from mrcore.errors import ClusterFault, UsageError
-from mrcore.system.logs import last_lines
-from mrcore.text import clean, one_line
+from mrcore.errors import ClusterFault
+from mrcore.text import one_line
 
 if TYPE_CHECKING:
-    from mrcore.launchers.launcher import Launcher
-    from mrcore.settings.config import Settings
+    pass
 
 GROUP = "Cluster"
 
@@ -72,7 +68,7 @@ def status(as_json: bool) -> None:
     if settings.local and not as_json and all(row["state"] == "absent" for row in answer):
         click.echo(f"the local cluster of {one_line(settings.home)} is not started: `mrcore cluster start` starts it")
     reasons = {row["node"]: row["reason"] for row in answer if "reason" in row}
-    _require_answers(reasons, len({row["node"] for row in answer}))
+    require_answers(reasons, len({row["node"] for row in answer}))
 
 
 @cluster.command()
@@ -108,77 +104,11 @@ def attach(server: str) -> None:
     os.execvp(command[0], command)
 
 
-@click.command()
-@click.argument("name", required=False, metavar="[SERVER|agent@NODE|JOB]")
-@click.option("--lines", type=click.IntRange(1), default=100, show_default=True, help="Last lines of each file.")
-@click.option("--raw", is_flag=True, help="Print the bytes as they are, control characters included.")
-def logs(name: str | None, lines: int, raw: bool) -> None:
-    """Print the end of a log: of a server, an agent or a job.
-
-    Without a name, list the logs. What a terminal would obey is shown as \\x1b and the like, since anybody's data may
-    be in a log.
-    """
-    settings = common.settings_in_force()
-    launcher = common.launcher_in_force(settings)
-    files = [file for folder in launcher.log_folders(settings) for file in sorted(folder.rglob("*")) if file.is_file()]
-    if name is None:
-        return _list_logs(settings, launcher, files)
-    if daemon := _daemon(settings, name):
-        content = launcher.read_log(settings, *daemon, lines)
-        chosen = {} if content is None else {name: content}
-    else:
-        of_script = [file for file in (settings.logs_dir / "scripts" / name).glob("*.log") if file.stem.isdecimal()]
-        newest = sorted(of_script, key=lambda file: int(file.stem))[-1:]
-        named = [file for file in files if name in (file.stem, file.name)] + newest
-        chosen = {str(file): last_lines(file, lines) for file in named}
-    if not chosen:
-        names = {file.parent.name if file.stem.isdecimal() else file.stem for file in files if file.suffix == ".log"}
-        names |= set() if settings.local else {"agent@NODE", *(server.name for server in settings.servers())}
-        known = ", ".join(sorted(names)) or "none yet: `mrcore cluster start` makes them"
-        raise UsageError(f"there is no log of {name!r}; known: {known}")
-    for title, content in chosen.items():
-        if len(chosen) > 1:
-            click.echo(f"==> {one_line(title)} <==")
-        _print_log(content, raw)
-    return None
-
-
-def _print_log(content: bytes, raw: bool) -> None:
-    """Print the end of a log as it is, or so that no terminal obeys it; long lines are shortened then."""
-    if not raw:
-        lines = content.decode(errors="backslashreplace").replace("\r\n", "\n").split("\n")
-        click.echo("\n".join(clean(line) for line in lines), nl=False)
-        return
-    sys.stdout.flush()
-    sys.stdout.buffer.write(content)
-
-
-def _daemon(settings: Settings, name: str) -> tuple[str, str] | None:
-    """Return node and daemon that `S_3` or `agent@NODE` names; None when it names neither."""
-    kind, _, place = name.partition("@")
-    if kind == "agent" and place in [node.name for node in settings.nodes]:
-        return place, kind
-    return next(((server.node.name, name) for server in settings.servers() if server.name == name), None)
-
-
-def _list_logs(settings: Settings, launcher: Launcher, files: list[Path]) -> None:
-    """Print sizes and paths, also of the files on the nodes of a deployed cluster."""
-    if settings.local and not files:
-        home = one_line(settings.home)
-        click.echo(f"there is no log of the cluster of {home} yet: `mrcore cluster start` starts it")
-    for file in files:
-        click.echo(f"{file.stat().st_size:>12} {one_line(file)}")
-    of_nodes, errors = launcher.list_logs(settings)
-    for log in of_nodes:
-        click.echo(f"{log.size_bytes:>12} {log.node}:{one_line(log.path)}")
-    _require_answers(errors, len(settings.nodes))
-
-
-def _require_answers(errors: dict[str, str], nodes: int) -> None:
+def require_answers(errors: dict[str, str], nodes: int) -> None:
     """Raise ClusterFault if nodes gave no answer; `errors` has the reasons by their names."""
     if errors:
         lines = "".join(f"\n  {node}: {reason}" for node, reason in errors.items())
         raise ClusterFault(f"no answer from {len(errors)} of {nodes} nodes:{lines}")
 
 
-COMMANDS = (cluster, attach, logs)
+COMMANDS = (cluster, attach)

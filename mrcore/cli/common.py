@@ -68,8 +68,10 @@ def settings_of_caller() -> Settings:
     return load_settings(click.get_current_context().find_root().obj)
 
 
-def hand_over_jobs(batch: list[Any], options: list[str]) -> None:
-    """Submit jobs as the settings' user, with paths as the caller meant them; returns when the caller is that user."""
+def hand_over_jobs(batch: list[Any], command: str, options: list[str]) -> None:
+    """Give jobs to a command as the settings' user, with paths as the caller meant them; returns if the caller is that
+    user.
+    """
     from mrcore.queue import job
     from mrcore.settings import sudo
 
@@ -79,7 +81,7 @@ def hand_over_jobs(batch: list[Any], options: list[str]) -> None:
             content = json.dumps([job.with_absolute_paths(spec) for spec in batch], default=str).encode()
         except (ValueError, TypeError, RecursionError) as error:  # YAML knows what JSON does not
             raise UsageError(f"a job cannot be handed on to user {settings.user}: {error}") from None
-        sudo.reexec_with_sudo(settings, [*chosen_settings(), "submit", "-", *options], content)
+        sudo.reexec_with_sudo(settings, [*chosen_settings(), command, "-", *options], content)
 
 
 def chosen_settings() -> list[str]:

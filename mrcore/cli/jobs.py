@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mrcore.cli import common
 from mrcore.errors import MrcoreError, UsageError
-from mrcore.system import terminal
-from mrcore.text import escaped, one_line
+from mrcore.text import one_line
+
+if TYPE_CHECKING:
+    from mrcore.queue.scheduler import Scheduler
 
 GROUP = "Jobs"
 MAX_JOB_FILE_BYTES = 10 << 20
@@ -30,15 +30,57 @@ def template(kind: str) -> None:
     click.echo(job_template_yaml(kind), nl=False)
 
 
+FILES = click.argument(
+    "files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path, allow_dash=True)
+)
+SET = click.option(
+    "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a key of every job; VALUE is YAML."
+)
+
+
 @click.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path, allow_dash=True))
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a key of every job; VALUE is YAML.")
+@FILES
+@SET
+@click.option("--wait", is_flag=True, help="Wait for the end of their next runs; status 1 when one does not succeed.")
 @common.JSON
-def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> None:
+def submit(files: tuple[Path, ...], changes: tuple[str, ...], wait: bool, as_json: bool) -> None:
     """Queue the jobs of YAML or JSON files.
 
     A file holds one job or a list. All jobs are queued, or none if one has a fault. `-` reads standard input.
     """
+    batch = read_batch(files, changes)
+    common.hand_over_jobs(batch, "submit", ["--json"] * as_json + ["--wait"] * wait)
+    scheduler = common.scheduler_in_force()
+    answers = scheduler.submit_jobs(batch)
+    if not as_json:
+        _print_answers(answers)
+    if wait:
+        _await(scheduler, answers, as_json)
+    elif as_json:
+        common.print_json(answers)
+    elif not scheduler.state()["runner"]:
+        click.echo("no Runner drains this queue now: `mrcore run` does", err=True)
+
+
+def _print_answers(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        click.echo(f"{answer['job_name']}: {answer['message']}")
+
+
+def _await(scheduler: Scheduler, answers: list[dict[str, Any]], as_json: bool = False, **runner: Any) -> None:
+    """Wait for jobs just submitted; leave with status 1 unless all of their runs have succeeded."""
+    from mrcore.cli.wait import wait_for
+
+    outcomes = wait_for(scheduler, [answer["job_name"] for answer in answers], quiet=as_json, **runner)
+    if as_json:
+        by_name = {each.job_name: {key: getattr(each, key) for key in ("run", "state", "why")} for each in outcomes}
+        common.print_json([answer | by_name[answer["job_name"]] for answer in answers])
+    if not all(each.good for each in outcomes):
+        click.get_current_context().exit(1)
+
+
+def read_batch(files: tuple[Path, ...], changes: tuple[str, ...]) -> list[Any]:
+    """Return the jobs of these files, each with the keys that `--set` gives. Raises UsageError."""
     from mrcore.settings.validation import parse_yaml
 
     batch = [job for file in files for job in _read_jobs(file)]
@@ -50,17 +92,7 @@ def submit(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> 
         if key in given:
             raise UsageError(f"--set {key} is given twice: leave one of them out")
         given[key] = parse_yaml(written, f"the value of --set {one_line(key)}")
-    batch = [job | given for job in batch]
-    common.hand_over_jobs(batch, ["--json"] if as_json else [])
-    scheduler = common.scheduler_in_force()
-    answers = scheduler.submit_jobs(batch)
-    if as_json:
-        return common.print_json(answers)
-    for answer in answers:
-        click.echo(f"{answer['job_name']}: {answer['message']}")
-    if not scheduler.state()["runner"]:
-        click.echo("no Runner drains this queue now: `mrcore run` does", err=True)
-    return None
+    return [job | given for job in batch]
 
 
 def _read_jobs(file: Path) -> list[Any]:
@@ -81,19 +113,46 @@ def _read_jobs(file: Path) -> list[Any]:
 
 
 @click.command()
-@click.option("--once", is_flag=True, help="End after one cycle of the queue.")
-def run(once: bool) -> None:
-    """Run the jobs of the queue: the Runner.
+@click.argument("files", nargs=-1, metavar="[FILE…]", type=click.Path(path_type=Path, allow_dash=True))
+@SET
+@click.option("--once", is_flag=True, help="Without FILE: end after one cycle of the queue.")
+def run(files: tuple[Path, ...], changes: tuple[str, ...], once: bool) -> None:
+    """Run jobs, or the queue: the Runner.
 
-    Ctrl-C or SIGTERM hand the run under way back; a second one ends it at once.
+    With FILE: queues these jobs and waits for the ends of their runs; status 1 if one does not succeed. If there is no
+    Runner, the queue is run here meanwhile.
 
-    When the queue holds because of the cluster, this waits, also with --once; a paused queue it does not wait for.
+    Ctrl-C or SIGTERM hand a run that is under way here back; a second one ends it at once. When the queue holds because
+    of the cluster, this waits, also with --once; a paused queue it does not wait for.
     """
+    if files and once:
+        raise UsageError("--once is for the Runner: `mrcore run FILE` ends with the runs of its jobs anyhow")
+    if changes and not files:
+        raise UsageError("--set is for the jobs of FILE: name one")
+    if files:
+        _run_files(read_batch(files, changes))
+    else:
+        _drain(once)
+
+
+def _run_files(batch: list[Any]) -> None:
+    from mrcore.settings.config import watch_settings
+
+    common.hand_over_jobs(batch, "run", [])
+    settings, fresh = common.settings_in_force(), watch_settings(click.get_current_context().find_root().obj)
+    scheduler = common.scheduler_in_force(settings)
+    answers = scheduler.submit_jobs(batch)
+    _print_answers(answers)
+    _await(scheduler, answers, settings=settings, fresh=fresh)
+
+
+def _drain(once: bool) -> None:
+    """Be the Runner."""
     from mrcore.queue.runner import Runner
     from mrcore.settings.config import watch_settings
 
     settings, fresh = common.settings_in_force(), watch_settings(click.get_current_context().find_root().obj)
-    with _reporter() as report:
+    with _reporter(common.scheduler_in_force(settings)) as report:
         runner = Runner(settings, report=report, fresh=fresh)
         ended = runner.run(once=once)
     if runner.ended_by == signal.SIGINT:
@@ -109,56 +168,25 @@ def run(once: bool) -> None:
 
 
 @contextlib.contextmanager
-def _reporter() -> Iterator[Callable[..., None]]:
-    """Yield what prints the Runner's events: ends of runs always, progress only on a terminal, a hold once."""
-    from rich.console import Console
-    from rich.text import Text
+def _reporter(scheduler: Scheduler) -> Iterator[Callable[..., None]]:
+    """Yield what prints the Runner's events: ends of runs always, what is under way only on a terminal, a hold once."""
+    from mrcore.cli import live
 
-    console, shown = Console(file=terminal.raw(sys.stderr)), [""]
-
-    with console.status("waiting for jobs") if console.is_terminal else contextlib.nullcontext() as line:
-
-        def write(text: str, err: bool) -> None:
-            if line is not None:  # or the text would stand behind the spinner, and rich would send it to stderr
-                line.stop()
-            stream = sys.stderr if err else sys.stdout  # now that rich has put ours back
-            try:
-                click.echo(escaped(text), file=stream)
-            except (OSError, ValueError):  # nobody reads it: the queue is drained all the same
-                terminal.discard_output(stream, 1 + err)
-            if line is not None:
-                line.start()
+    shown = ""
+    with live.Display(lambda: live.now_of(scheduler), "waiting for jobs") as display:
 
         def report(event: str, **facts: Any) -> None:
-            name = f"{facts.get('job_name')} run {facts.get('run')}"
+            nonlocal shown
             if event == "ended":
-                shown[0] = ""
-                error = facts.get("exception")
-                failed = f": {one_line(error['message'])}" if error else ""
-                write(f"{name}: {facts['state']}{failed}{_then(facts)}", bool(error))
+                shown = ""
+                display.write(*live.ended_line(facts))
             elif event in ("hold", "paused"):
                 reason = facts.get("reason", "it is paused; `mrcore resume` goes on")
-                if shown[0] != reason:
-                    write(f"the queue holds: {one_line(reason)}", True)
-                shown[0] = reason
-            if line is not None:
-                counts = {
-                    key: n for key, n in facts.items() if event == "progress" and isinstance(n, int) and key != "run"
-                }
-                numbers = "".join(f", {n:,} {key}" for key, n in counts.items())
-                what = f"{name}: {facts.get('phase', event)}{numbers}" if "run" in facts else event
-                line.update(Text(what))
+                if shown != reason:
+                    display.write(f"the queue holds: {one_line(reason)}", True)
+                shown = reason
 
         yield report
-
-
-def _then(facts: dict[str, Any]) -> str:
-    """Return what becomes of a job after a run that failed; nothing for one that leaves."""
-    if facts.get("retry_at"):
-        return (
-            f" (retry {facts['tries'] + 1} of {facts['retries']} in {common.duration(facts['retry_at'] - time.time())})"
-        )
-    return " (the job stays in the queue)" if facts.get("stays") else ""
 
 
 COMMANDS = (template, submit, run)

@@ -17,8 +17,12 @@ from mrcore.cli import completion as cli_completion
 from mrcore.cli import files as cli_files
 from mrcore.cli import first as cli_first
 from mrcore.cli import jobs as cli_jobs
+from mrcore.cli import logs as cli_logs
 from mrcore.cli import output as cli_output
+from mrcore.cli import plan as cli_plan
 from mrcore.cli import queue as cli_queue
+from mrcore.cli import watch as cli_watch
+from mrcore.cli import web as cli_web
 from mrcore.cli import why as cli_why
 from mrcore.errors import UsageError
 from mrcore.system import terminal
@@ -75,7 +79,21 @@ def cli(context: click.Context, config: str | None) -> None:
 
 
 # A module's COMMANDS stand in the help under its GROUP, in this order; but for those that a newcomer types first.
-PARTS = (cli_first, cli_jobs, cli_queue, cli_why, cli_output, cli_cluster, cli_files, cli_admin, cli_completion)
+PARTS = (
+    cli_first,
+    cli_jobs,
+    cli_queue,
+    cli_watch,
+    cli_why,
+    cli_plan,
+    cli_output,
+    cli_cluster,
+    cli_logs,
+    cli_files,
+    cli_web,
+    cli_admin,
+    cli_completion,
+)
 FIRST, FIRST_STEPS = "First steps", ("demo", "new", "template", "try", "test")
 for command in [command for part in PARTS for command in part.COMMANDS]:
     cli.add_command(command)

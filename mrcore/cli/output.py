@@ -22,14 +22,15 @@ GROUP = "Output"
 @click.command()
 @click.argument("job")
 @click.option("--head", type=click.IntRange(1), metavar="N", help="Only the first N items.")
-def cat(job: str, head: int | None) -> None:
+@click.option("--run", type=click.IntRange(1), metavar="N", help="Only what that run added to the output.")
+def cat(job: str, head: int | None, run: int | None) -> None:
     """Print a job's output, one JSON item a line.
 
     The items come in the order of the output's parts.
     """
     sys.stdout.flush()
     out: Any = terminal.JsonOutput() if sys.stdout.isatty() else sys.stdout.buffer
-    common.cluster_in_force().cat(job, out, head=head)
+    common.cluster_in_force().cat(job, out, head=head, run=run)
 
 
 @click.command(name="try")

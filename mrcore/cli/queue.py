@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from typing import Any
@@ -23,6 +22,8 @@ def queue(as_json: bool) -> None:
 
     The order is that in which it will run; WHY says what each job waits for.
     """
+    from mrcore.cli import live
+
     scheduler = common.scheduler_in_force()
     state, rows, fallen = scheduler.state(), scheduler.queue(), scheduler.fallen()
     estimates = scheduler.estimates()
@@ -32,7 +33,7 @@ def queue(as_json: bool) -> None:
         return common.print_json(state | {"state_dir": where, "jobs": rows, "left_by_a_failure": fallen})
     for row in rows:
         estimate = row["estimate"]
-        row["state"] = f"running {row['phase'] or ''}".strip() if row["running"] else row["state"]
+        row["state"] = live.running(row["phase"], row["progress"]) if row["running"] else row["state"]
         priority = f"{row['job_priority']:g}" if row["job_priority"] else None
         row["job_priority"] = "force_run" if row["force_run"] else priority
         row["estimate"] = common.duration(estimate["median_seconds"]) if estimate else None
@@ -76,15 +77,16 @@ def _print_fallen(rows: list[dict[str, Any]]) -> None:
 @click.command()
 @click.argument("job", required=False)
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Newest runs to list.")
+@click.option("--failed", is_flag=True, help="Only runs that failed.")
 @common.JSON
-def history(job: str | None, limit: int, as_json: bool) -> None:
+def history(job: str | None, limit: int, failed: bool, as_json: bool) -> None:
     """List the runs of all jobs or of one, newest first."""
     scheduler = common.scheduler_in_force()
-    rows = scheduler.history(job, limit)
+    rows = scheduler.history(job, limit, failed)
     if as_json:
         return common.print_json(rows)
     if not rows:
-        whose = f"{one_line(job)} has no run" if job else "there is no run"
+        whose = (f"{one_line(job)} has no run" if job else "there is no run") + (" that failed" if failed else "")
         click.echo(
             f"{whose} in the history of {one_line(scheduler.settings.state_dir)}: `mrcore run` runs what is queued"
         )
@@ -101,34 +103,24 @@ def history(job: str | None, limit: int, as_json: bool) -> None:
 
 @click.command()
 @click.argument("job")
+@click.option("--run", type=click.IntRange(1), metavar="N", help="All that is known of that run.")
 @common.JSON
-def show(job: str, as_json: bool) -> None:
-    """Tell a job's story: its keys, runs, counts and errors."""
-    story = common.scheduler_in_force().show(job)
+def show(job: str, run: int | None, as_json: bool) -> None:
+    """Tell a job's story: its keys, runs, counts and errors.
+
+    With --run N it is that run's: also what its servers and tasks did.
+    """
+    from mrcore.cli import story
+
+    scheduler = common.scheduler_in_force()
+    told = scheduler.show(job) if run is None else scheduler.run(job, run)
+    if run is not None:
+        told["profiles"] = story.profiles(scheduler.settings, job, run)
     if as_json:
-        return common.print_json(story)
-    click.echo(f"{job}: {story['state']}" + (f" ({story['reason']})" if story["reason"] else ""))
-    for key, value in story["job"].items():
-        if value is not None:
-            click.echo(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
-    for row in story["runs"][:10]:
-        click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {common.duration(row['seconds'])}")
-        for phase, times in row["phases"].items():
-            click.echo(f"  {phase}: {common.duration(times['seconds'])}")
-        for name, count in row["counts"].items():
-            by_reason = count.items() if isinstance(count, dict) else ()
-            click.echo(f"  {name}: {', '.join(f'{number} {reason}' for reason, number in by_reason) or count}")
-        if row["exception"]:
-            click.echo(f"  {row['exception']['class']}: {row['exception']['message']}")
-            details = dict(row["exception"]["details"])
-            kinds = ("traceback", "internal_traceback", "stack")
-            frames = next((details.pop(kind) for kind in kinds if details.get(kind)), None)
-            for name, detail in details.items():
-                click.echo(f"  {name}: {one_line(detail)}")
-            if frames:
-                lines = frames if isinstance(frames, str) else "".join(frames)
-                click.echo("\n".join(f"    {line}" for line in lines.splitlines()))
-    return None
+        return common.print_json(told)
+    if run is None:
+        return story.print_job(told)
+    return story.print_run(told)
 
 
 @click.command()

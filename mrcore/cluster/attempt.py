@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from mrcore.cluster.board import Board
 from mrcore.cluster.partitions import Partition, Partitioning
 from mrcore.cluster.results import Results
 from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
 from mrcore.messages import tasks
 from mrcore.messages.methods import decode_error
 from mrcore.messages.tasks import Bundle, TaskEvent, TaskIdentity, check_result
+from mrcore.state.board import Board
 
 BUNDLES_AHEAD = 2  # one in work, one in hand: a server never waits for the next
 
@@ -131,7 +131,7 @@ class Attempt:
         self.maps: list[Task] = []
         self.reduces: list[Task] = []
         self.results = Results()
-        self.board = Board(run, servers, bundles, self.results, clock)
+        self.board = Board(run, servers, bundles, clock)
         self._out: list[Instruction] = []
         self._tries: dict[int, int] = {}  # bundle id → tasks that died with it
 
@@ -191,7 +191,7 @@ class Attempt:
                     return
                 server.task = None
                 task.move("done")
-                self.results.add(server.node, identity, result)
+                self.results.add(server.node, result)
                 self.board.done(name, result)
             case tasks.Failed():
                 why = decode_error(msgspec.to_builtins(event.error), server.node)

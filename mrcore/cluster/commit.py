@@ -40,7 +40,7 @@ def describe(job: Job, run: int, plan: Plan, attempt: Attempt, phases: dict[str,
         "task_deaths": len(results.deaths),
         "peak_task_bytes": results.peak_bytes,
         "skipped": plan.skipped,
-        "counters": dict(results.user_counters),
+        "counters": dict(attempt.board.counters),
     }
     return Manifest(
         job=job["job_name"],

@@ -152,7 +152,7 @@ class PhaseClock:
                 self._phase or attempt.phase,
                 seen=attempt.board.view(),
                 detail=attempt.board.detail(),
-                profiles=attempt.results.profiles,
+                profiles=attempt.board.profiles,
             )
 
     def seconds(self) -> dict[str, float]:

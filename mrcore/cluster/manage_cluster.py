@@ -106,12 +106,13 @@ class ManageCluster:
 
     # --- output ---
 
-    def cat(self, job_name: str, out: BinaryIO, head: int | None = None) -> int:
+    def cat(self, job_name: str, out: BinaryIO, head: int | None = None, run: int | None = None) -> int:
         """Write a job's output to `out` in part order, one JSON item a line, at most `head` lines; return their number.
 
-        Parts are fetched from the nodes and checked. Raises UsageError when the job has no output.
+        With `run` only what that run added to it. Parts are fetched from the nodes and checked. Raises UsageError when
+        there is no such output.
         """
-        return outputs.cat(self.settings, self._pki, job_name, out, head)
+        return outputs.cat(self.settings, self._pki, job_name, out, head, run)
 
 
 def require_answers(settings: Settings, ask: Callable[[NodeSettings], object]) -> None:

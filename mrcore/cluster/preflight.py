@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +53,7 @@ MAX_SPLITS = 2_000_000  # of all nodes in one run; the master holds half a kilob
 SLICE_ANSWER_SECONDS = 60.0  # for one slice of a walk, on a disk that is slow to wake
 
 Job = dict[str, Any]
+Call = Callable[..., Any]  # of a node, a method of its agent, and what that is asked
 
 
 class Stopped(MrcoreError):
@@ -102,9 +103,10 @@ class Preflight:
         snapshot = project_hash(folder)
         with Shipment(folder, settings.state_dir) as packages:
             listings = self._agents.on_all(lambda node: self._prepare_node(node, snapshot, folder, packages))
-        self._check_inputs(listings)
+        if errors := input_faults(settings, job, listings):
+            raise JobFault(listed(errors), faults=errors)
         if settings.local:
-            listings = _without_aliases(listings)
+            listings = without_aliases(listings)
         skipped = sum((Counter(listing.skipped) for listing in listings), Counter[str]())
         increment = self._increment(
             {node.name: found.files for node, found in zip(settings.nodes, listings, strict=True)}
@@ -132,22 +134,12 @@ class Preflight:
             return ledger.plan(
                 self._job,
                 files,
-                self._check_tails,
+                functools.partial(check_tails, settings, self._call),
                 store,
                 state_dir=settings.state_dir,
                 base_dirs={node.name: str(node.layout.base_dir) for node in settings.nodes},
                 one_machine=settings.local,
             )
-
-    def _check_tails(self, name: str, files: list[ReadFile]) -> list[Tail]:
-        node, tails = outputs.node_of(self._settings, name), list[Tail]()
-        for first in range(0, len(files), FILES_A_CHECK):
-            some = files[first : first + FILES_A_CHECK]
-            found: list[Tail] = self._call(node, CHECK_TAILS, files=some, timeout_seconds=600)
-            tails += found
-        if wrong := [file.path for file, tail in zip(files, tails, strict=True) if tail.end > file.size]:
-            raise Malformed(f"node {name} gave no answer to check_tails: {one_line(wrong[0], 200)} ends past its size")
-        return tails
 
     def _prepare_node(self, node: NodeSettings, snapshot: str, folder: Path, packages: Shipment) -> InputPage:
         """Check one node, bring it the project and its packages, make its working folder and list its inputs."""
@@ -198,6 +190,46 @@ class Preflight:
             raise JobFault(listed(errors), faults=errors, code="inputs")
 
 
+def list_node(settings: Settings, call: Call, job: Job, node: NodeSettings) -> InputPage:
+    """Return the files of a job's inputs that one node is to read. Changes nothing there."""
+    asked = {key: job[key] for key in ("input_dirs", "shared_input")}
+    if settings.local:
+        asked["sibling_dirs"] = str(node.compute_dir.parent)
+    slices = functools.partial(call, node, LIST_INPUTS, timeout_seconds=SLICE_ANSWER_SECONDS)
+    return gather(slices, asked, [each.name for each in settings.nodes], node.name)
+
+
+def input_faults(settings: Settings, job: Job, listings: Sequence[InputPage]) -> list[str]:
+    """Return what is wrong with a job's inputs, by the listings of all nodes."""
+    errors = [error for listing in listings for error in listing.faults]
+    entries = job["input_dirs"]
+    matched = {entry: any(listing.matched.get(entry) for listing in listings) for entry in entries}
+    for entry in entries:
+        if not matched[entry]:
+            where = "" if entry.startswith("/") else " under any node's base_dir"
+            errors.append(f"the input {entry} matches no file{where}: check the path, or upload the files first")
+    absolute = any(entry.startswith("/") and matched[entry] for entry in entries)
+    unclear = job["shared_input"] is None and not settings.local and len(listings) > 1
+    if unclear and absolute and len({listing.fingerprint for listing in listings}) == 1:
+        errors.append(
+            "every node lists the same files for the absolute input_dirs: set shared_input: true if they are one "
+            "shared file system (each file is then read once), false if they only look alike"
+        )
+    return errors
+
+
+def check_tails(settings: Settings, call: Call, name: str, files: list[ReadFile]) -> list[Tail]:
+    """Return up to where to read these files of the node `name`. Changes nothing there."""
+    node, tails = outputs.node_of(settings, name), list[Tail]()
+    for first in range(0, len(files), FILES_A_CHECK):
+        some = files[first : first + FILES_A_CHECK]
+        found: list[Tail] = call(node, CHECK_TAILS, files=some, timeout_seconds=600)
+        tails += found
+    if wrong := [file.path for file, tail in zip(files, tails, strict=True) if tail.end > file.size]:
+        raise Malformed(f"node {name} gave no answer to check_tails: {one_line(wrong[0], 200)} ends past its size")
+    return tails
+
+
 def check_versions(node: NodeSettings, health: Versions) -> None:
     """Raise ClusterFault unless a node, by what its `health` says, runs the mrcore and the Python of this master."""
     ours = (__version__, WIRE_VERSION, platform.python_version_tuple()[:2])
@@ -210,7 +242,7 @@ def check_versions(node: NodeSettings, health: Versions) -> None:
         )
 
 
-def _without_aliases(listings: Sequence[InputPage]) -> list[InputPage]:
+def without_aliases(listings: Sequence[InputPage]) -> list[InputPage]:
     """Where all nodes are one machine, a link in one's folder may lead to what another reads: the first reads it."""
     first_paths: dict[int, list[str]] = {}  # by inode
     left = []

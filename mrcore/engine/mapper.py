@@ -45,10 +45,10 @@ def _line_offset(offset: int, text: str, stream: Iterator[str]) -> Callable[[], 
 class Map:
     """Calls `function(line, auxiliary)` for the lines of splits and hands its items to `sink`.
 
-    `on_bad_text` says what happens to bytes that are no UTF-8: "fail" or "replace"; a character that a plain file ends
-    inside of is left out and counted in `unfinished_characters`. Items that got into the shuffle unchecked (see
-    `shuffler`) are checked at the spill; when one is bad, the lines since the last spill are mapped again with every
-    item checked, only to name the line.
+    `on_bad_text` says what happens to bytes that are no UTF-8: "fail" or "replace", which counts the lines in
+    `replaced_lines`; a character that a plain file ends inside of is left out and counted in `unfinished_characters`.
+    Items that got into the shuffle unchecked (see `shuffler`) are checked at the spill; when one is bad, the lines
+    since the last spill are mapped again with every item checked, only to name the line.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Map:
         self._sink, self._reader, self._on_bad_text = sink, reader, on_bad_text
         self._since_spill: list[Split] = []
         self._emit = self._to_shuffle if isinstance(sink, Shuffle) else self._to_parts
-        self.lines = self.items = self.unfinished_characters = 0
+        self.lines = self.items = self.unfinished_characters = self.replaced_lines = 0
         self._held = 0
         self._block = NO_BLOCK  # in work: its bytes, its text, and the stream of its lines
 
@@ -129,7 +129,9 @@ class Map:
         except UnicodeDecodeError as error:
             if self._on_bad_text == "replace":  # line by line: the replacements move what follows them
                 for line in cut_lines(block):
-                    yield offset, line.decode("utf-8", "replace")
+                    text = line.decode("utf-8", "replace")
+                    self.replaced_lines += text.encode() != line
+                    yield offset, text
                     offset += len(line)
                 return
             raise JobFault(

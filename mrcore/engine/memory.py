@@ -43,6 +43,7 @@ class MemoryWatch:
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
     def __enter__(self) -> MemoryWatch:
+        self.look()
         self._thread.start()
         return self
 

@@ -28,6 +28,7 @@ from mrcore.engine.inputs import Reader, Sample
 from mrcore.engine.mapper import Map
 from mrcore.engine.memory import MemoryWatch
 from mrcore.engine.output import DirectOutput, Parts, PartWriter
+from mrcore.engine.profile import Sampler
 from mrcore.engine.progress import Progress
 from mrcore.engine.reducer import Reduce
 from mrcore.engine.shuffler import Combine, Shuffle
@@ -88,14 +89,15 @@ class Process:
             folder.mkdir(parents=True, exist_ok=True)
         os.chdir(self._folder)  # a file that user code opens by a relative name goes when the task goes
         gc.disable()  # the hot loops make no cycles; collections happen at each spill
-        with MemoryWatch(order.memory_bytes) as watch, self._progress:
+        sampler = Sampler() if self._job.get("profile") else None  # jobs of earlier releases have no such key
+        with MemoryWatch(order.memory_bytes) as watch, self._progress, sampler or contextlib.nullcontext():
             try:
                 made = self._map(watch) if phase == "MAP" else self._reduce(watch)
             finally:
                 forks.check()  # the folder is the parent's
                 os.chdir("/")
                 remove_tree(self._folder)
-        made["user_counters"] = task.counters
+        made |= {"user_counters": task.counters, "profile": sampler.stacks() if sampler else {}}
         return TaskResult(**made, peak_bytes=watch.peak_bytes, seconds=self._seconds)
 
     def _report(self, event: tasks.TaskEvent) -> None:
@@ -181,8 +183,8 @@ class Process:
             counters = mapper.map(bundle.pieces)
             totals = {key: totals[key] + counters[key] for key in totals}
             self._report(tasks.BundleDone(id=bundle.id))
-        if mapper.unfinished_characters:
-            totals["unfinished_characters"] = mapper.unfinished_characters
+        odd = {name: getattr(mapper, name) for name in ("unfinished_characters", "replaced_lines")}
+        totals |= {name: count for name, count in odd.items() if count}
         mapped = time.monotonic()
         sealed = mapper.finish()
         self._seconds = {"map": mapped - started, "seal": time.monotonic() - mapped}

@@ -5,13 +5,14 @@ Both are modules, and mypy checks them against `Launcher` (`launcher_of` in `mrc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 from mrcore.errors import MrcoreError
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
+from mrcore.system.follow import Growth, Position
 from mrcore.system.parallel import on_nodes
 
 T = TypeVar("T")
@@ -87,6 +88,14 @@ class Launcher(Protocol):
 
     def read_log(self, settings: Settings, node_name: str, name: str, lines: int) -> bytes | None:
         """Return the last lines of a daemon's log as `system.logs.last_lines`; None: this machine has no such file."""
+
+    def find_in_logs(self, settings: Settings, node_name: str, words: str, lines: int) -> list[bytes]:
+        """Return the last lines of the logs of a node's cluster servers that hold `words`, as they are."""
+
+    def read_on(
+        self, settings: Settings, node_name: str, since: Mapping[str, Position | None], back_bytes: int
+    ) -> dict[str, Growth]:
+        """Return what daemons' logs on a node have grown by, each as `system.follow.read_on`; those that are there."""
 
     def attach_command(self, settings: Settings, server_name: str) -> list[str]:
         """Return the command that shows the window of a cluster server."""

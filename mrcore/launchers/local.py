@@ -18,7 +18,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import indent
 from typing import NamedTuple
@@ -30,8 +31,9 @@ from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers.launcher import Daemon, DaemonStatus, LogFile, daemons, removable
 from mrcore.messages.nodes import Spec
 from mrcore.settings.config import LOCAL_SHAPE, NodeSettings, Settings, load_settings, server_memory_bytes
-from mrcore.system import logs, procfs
+from mrcore.system import follow, logs, procfs
 from mrcore.system.deadline import Deadline
+from mrcore.system.follow import Growth, Position
 from mrcore.system.paths import close_home, make_private, remove_tree, write_atomic
 from mrcore.wire.members import members_content, read_membership
 
@@ -156,6 +158,26 @@ def read_log(settings: Settings, node_name: str, name: str, lines: int) -> bytes
     """Return the last lines of a daemon's log; None when there is none yet."""
     file = settings.node(node_name).layout.logs_dir / f"{name}.log"
     return logs.last_lines(file, lines) if file.is_file() else None
+
+
+def find_in_logs(settings: Settings, node_name: str, words: str, lines: int) -> list[bytes]:
+    """Return the last lines of the logs of a node's cluster servers that hold `words`."""
+    found: deque[bytes] = deque(maxlen=lines)
+    for server in settings.servers():
+        file = settings.node(node_name).layout.logs_dir / f"{server.name}.log"
+        for log in (Path(f"{file}.1"), file) if server.node.name == node_name else ():
+            with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
+                found.extend(line for line in stream if words.encode() in line)
+    return list(found)
+
+
+def read_on(
+    settings: Settings, node_name: str, since: Mapping[str, Position | None], back_bytes: int
+) -> dict[str, Growth]:
+    """Return what daemons' logs on a node have grown by."""
+    folder = settings.node(node_name).layout.logs_dir
+    grown = {name: follow.read_on(folder / f"{name}.log", at, back_bytes) for name, at in since.items()}
+    return {name: growth for name, growth in grown.items() if growth is not None}
 
 
 def attach_command(settings: Settings, server_name: str) -> list[str]:

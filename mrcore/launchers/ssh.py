@@ -15,7 +15,7 @@ import logging
 import shlex
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import indent
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from mrcore.launchers.launcher import DaemonStatus, LogFile, daemons, removable,
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.system import logs
 from mrcore.system.deadline import Deadline
+from mrcore.system.follow import MAX_READ_BYTES, Growth, Position
 
 HELPER = ("sudo", "-n", "/opt/mrcore/bin/units")
 VERB_SECONDS = {"start": 60, "stop": 150, "kill": 60, "status": 30}
@@ -118,6 +119,64 @@ def read_log(settings: Settings, node_name: str, name: str, lines: int) -> bytes
     ends = f"tail -n {lines:d} | tail -c {lines * logs.LINE_BYTES:d}"
     text = run_on_node(settings, node_name, f"test -r {file} || exec cat -- {file}; {both} | {ends}")
     return text.encode(errors="surrogateescape")
+
+
+def find_in_logs(settings: Settings, node_name: str, words: str, lines: int) -> list[bytes]:
+    """Return the last lines of the logs of a node's cluster servers that hold `words`. May raise ClusterFault."""
+    folder = settings.node(node_name).layout.logs_dir
+    names = [server.name for server in settings.servers() if server.node.name == node_name]
+    files = " ".join(shlex.quote(str(folder / f"{name}.log{end}")) for name in names for end in (".1", ""))
+    ends = f"tail -n {lines:d} | tail -c {lines * logs.LINE_BYTES:d}"
+    text = run_on_node(settings, node_name, f"grep -ahsF -- {shlex.quote(words)} {files} | {ends}")
+    return text.encode(errors="surrogateescape").splitlines(keepends=True)
+
+
+# What a log has grown by, in a line: name, inode, where that begins, base64 of the rest of the one before, and of it.
+_MORE = """more() {
+    inode=$(stat -c %i -- "$2" 2>/dev/null) && size=$(stat -c %s -- "$2") || return 0
+    rest= start=$4
+    if [ "$3" = 0 ]; then start=$(( size > $5 ? size - $5 : 0 ))
+    elif [ "$3" != "$inode" ]; then
+        [ "$(stat -c %i -- "$2.1" 2>/dev/null)" = "$3" ] &&
+            rest=$(tail -c +$(( $4 + 1 )) -- "$2.1" | head -c LIMIT | base64 -w0)
+        start=0
+    elif [ "$start" -gt "$size" ]; then start=$size
+    fi
+    echo "$1 $inode $start =$rest =$(tail -c +$(( start + 1 )) -- "$2" | head -c LIMIT | base64 -w0)"
+}
+""".replace("LIMIT", str(MAX_READ_BYTES))
+
+
+def read_on(
+    settings: Settings, node_name: str, since: Mapping[str, Position | None], back_bytes: int
+) -> dict[str, Growth]:
+    """Return what daemons' logs on a node have grown by. Raises ClusterFault, UsageError."""
+    command = reading_on(settings.node(node_name).layout.logs_dir, since, back_bytes)
+    return grown(run_on_node(settings, node_name, command))
+
+
+def reading_on(folder: Path, since: Mapping[str, Position | None], back_bytes: int) -> str:
+    """Return the shell command that does what `system.follow.read_on` does, for logs in a folder."""
+    calls = []
+    for name, at in since.items():
+        inode, offset = at or (0, 0)
+        file = shlex.quote(str(folder / f"{name}.log"))
+        calls.append(f"more {shlex.quote(name)} {file} {inode:d} {offset:d} {back_bytes:d}")
+    return _MORE + "\n".join(calls)
+
+
+def grown(text: str) -> dict[str, Growth]:
+    """Return what that command printed. Raises ClusterFault for anything else."""
+    found = {}
+    for line in text.splitlines():
+        try:
+            name, inode, start, rest, data = line.split(" ")
+            new = base64.b64decode(data[1:], validate=True)
+            at = Position(int(inode), int(start) + len(new))
+            found[name] = Growth(base64.b64decode(rest[1:], validate=True) + new, at)
+        except ValueError:
+            raise ClusterFault(f"its answer about the growth of logs cannot be used: {_shortened(line)}") from None
+    return found
 
 
 def run_on_node(settings: Settings, node_name: str, command: str, seconds: float = COMMAND_SECONDS) -> str:

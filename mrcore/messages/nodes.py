@@ -60,11 +60,17 @@ class Versions(Message, frozen=True, kw_only=True):
 
 
 class Health(Versions, frozen=True, kw_only=True):
-    """A node agent's state: its clock in seconds since 1970, free disk, bytes served by kind."""
+    """A node agent's state: its clock in seconds since 1970, disk, bytes served by kind, load (over the last minute).
+
+    Agents of releases before do not say those that have a default.
+    """
 
     time: Seconds
     disk_free_bytes: Count
+    disk_total_bytes: Count = 0
     served_bytes: dict[Word, Count]
+    load: Seconds | None = None
+    cpus: Count = 0
 
 
 class Space(Message, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import signal
@@ -66,7 +67,8 @@ class NodeAgent:
     def health(self, caller: Identity) -> Health:
         """Return who answers, and how this node is."""
         disk, served = shutil.disk_usage(self._layout.compute_dir), self.data.served()
-        facts = {"time": time.time(), "disk_free_bytes": disk.free, "served_bytes": served}
+        facts: Json = {"time": time.time(), "disk_free_bytes": disk.free, "disk_total_bytes": disk.total}
+        facts |= {"served_bytes": served, "load": os.getloadavg()[0], "cpus": os.cpu_count() or 0}
         return convert(Health, facts | VERSIONS | {"name": self._spec.node, "python": platform.python_version()})
 
     def end_server(self, caller: Identity, name: ServerName) -> bool:

@@ -81,6 +81,7 @@ class Traces:
         dump = os.pread(self.dump, MAX_DUMP_BYTES, 0).partition(b"\0")[0]
         if self.is_open:
             logs.drain(self.printed, self)
+        self.finish_line()
         self.write(dump)
         self.finish_line()
         self.settle()

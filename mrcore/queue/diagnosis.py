@@ -80,7 +80,9 @@ def failure(run: RunRow, spec: dict[str, Any], detail: RunDetail | None, setting
     """Return why a run failed, or was handed back; `detail`: of that run."""
     error = run.exception or {}
     details: dict[str, Any] = error.get("details") or {}
-    tries = [] if not detail else [*(row for row in detail.slowest if row.outcome == "running"), *detail.deaths]
+    tries = detail.deaths if detail else []
+    if detail and "server" not in details:
+        tries = [row for row in detail.slowest if row.outcome == "running"] + tries
     if tries and "server" not in details:  # it ended from outside: what ran longest then is where to look
         first = tries[0]
         kind = "map" if first.phase == "MAP" else "reduce"
@@ -97,7 +99,7 @@ def failure(run: RunRow, spec: dict[str, Any], detail: RunDetail | None, setting
 
 def _try(row: TaskRow) -> str:
     kind, how = "map" if row.phase == "MAP" else "reduce", "ran for" if row.outcome == "running" else "died after"
-    why = f": {one_line(row.why, 200)}" if row.why else ""
+    why = f": {one_line(row.why, 120)}" if row.why else ""
     return f"{kind} task {row.task}, try {row.try_}, on {row.server} {how} {clock(row.seconds)}{why}"
 
 
@@ -145,7 +147,7 @@ def _place(details: dict[str, Any], source: str | None) -> list[str]:
     if details.get("server"):
         lines.append(f"task {details.get('task')} on {details['server']} of node {details.get('node')}")
     if isinstance(details.get("traceback"), str):
-        lines += _block("", details["traceback"])
+        lines += _block(details["traceback"])
     return lines
 
 
@@ -153,21 +155,22 @@ def _death(details: dict[str, Any]) -> list[str]:
     """Return how a task process ended that could not say so itself, and the end of what a script printed."""
     lines = []
     if details.get("oom"):
-        lines.append("the kernel ended it for its memory")
-    elif details.get("signal"):
-        lines.append(f"signal {details['signal']} ended it")
+        lines.append("the kernel probably ended it for want of memory")
     if isinstance(details.get("memory_bytes"), int):
-        lines.append(f"its memory then: {size(details['memory_bytes'])}")
+        of = f" of {size(details['budget_bytes'])}" if isinstance(details.get("budget_bytes"), int) else ""
+        lines.append(f"it held {size(details['memory_bytes'])} at most{of}")
     if details.get("in_hand"):
         lines.append(f"in hand: {details['in_hand']}")
-    for key, title in (("stack", "its stack:"), ("output", "it printed last:")):
-        lines += _block(title, details[key]) if details.get(key) else []
+    if details.get("stack"):  # most recent call first
+        lines += ["its stack:", *(f"  {line}" for line in str(details["stack"]).splitlines()[:BLOCK_LINES])]
+    if details.get("output"):
+        lines += ["it printed last:", *_block(details["output"])]
     return lines
 
 
-def _block(title: str, text: object) -> list[str]:
-    """Return the last lines of a longer text, indented, under their title."""
-    return ([title] if title else []) + [f"  {line}" for line in str(text).splitlines()[-BLOCK_LINES:]]
+def _block(text: object) -> list[str]:
+    """Return the last lines of a longer text, indented."""
+    return [f"  {line}" for line in str(text).splitlines()[-BLOCK_LINES:]]
 
 
 # What to do, by cause; {trial} is the `mrcore try` that meets the same.
@@ -342,8 +345,8 @@ def left_out(run: RunRow, spec: dict[str, Any]) -> list[LeftOut]:
         found.append(
             LeftOut("unfinished", text, "if nobody writes to them any more, they are cut off: upload them again")
         )
-    if replaced := counts.get("replaced_characters"):
-        text = f"{replaced:,} bytes that are not UTF-8 were replaced (on_bad_text: replace)"
+    if replaced := counts.get("replaced_lines"):
+        text = f"{replaced:,} lines that are not UTF-8 were read with replacement characters (on_bad_text)"
         found.append(LeftOut("bad_text", text, "mend the files, if these characters matter"))
     if spec.get("downsample", 1.0) < 1.0:
         text = f"it is a sample: of the lines {share(spec['downsample'])} were read (downsample)"

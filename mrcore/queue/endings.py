@@ -39,7 +39,7 @@ class Endings:
 
     def __init__(self, store: Store, settings: Settings, report: Callable[..., None]) -> None:
         self._store, self._settings, self._report = store, settings, report
-        self._hooks = Hooks(settings, lambda name, run, text: store.note(name, run, text, time.time()))
+        self._hooks = Hooks(settings, self._note)
 
     def configure(self, settings: Settings) -> None:
         """End runs by these settings from now on."""
@@ -49,6 +49,12 @@ class Endings:
     def close(self) -> None:
         """Wait for hooks that are under way."""
         self._hooks.close()
+
+    def _note(self, name: str | None, run: int | None, text: str) -> None:
+        if name is None:
+            log.warning("%s", text)
+        else:
+            self._store.note(name, run, text, time.time())
 
     def committed(self, name: str, run: int) -> bool:
         """Return whether a run has happened: all that follows from it may be repeated, the run must not."""
@@ -98,7 +104,7 @@ class Endings:
         Return the ending, "retried" for a failure that is tried again.
         """
         spec, run, store = execution.job, execution.run, self._store
-        name, left, after = spec["job_name"], list[str](), None
+        name, left, after, before = spec["job_name"], list[str](), None, store.hold()
         with store.change("end"):
             store.end_run(name, run, ending, now, **facts)
             if execution.detail:
@@ -127,6 +133,7 @@ class Endings:
                 "ended": now,
             }
             self._hooks.call(**what, **more)
+            self._tell_hold(before, now, name, run)
         except Exception as error:  # noqa: BLE001  the run has ended, whatever becomes of what follows
             log.warning("after run %d of %s: %s: %s", run, name, type_name(error), error)
         return "retried" if after and after.retry_at else ending
@@ -179,7 +186,25 @@ class Endings:
 
     def hold(self, reason: str, now: float, nodes: bool = False) -> None:
         """Stop the queue because of the cluster, with `nodes` all but scripts, and report it."""
+        before = self._store.hold()
         self._report("hold", reason=reason, seconds=self._put_hold(reason, now, nodes=nodes))
+        self._tell_hold(before, now)
+
+    def release(self, now: float) -> None:
+        """End a hold: what it waited for is there."""
+        before = self._store.hold()
+        self._store.set_hold(None)
+        self._tell_hold(before, now)
+
+    def _tell_hold(self, before: Hold | None, now: float, name: str | None = None, run: int | None = None) -> None:
+        """Call the hook if the queue holds since `before`, or no longer: not again at each try."""
+        hold = self._store.hold()
+        if (told := hold or before) and not (hold and before):
+            facts = {"reason": told.reason, "since": told.since, "nodes": told.nodes, "job_name": name, "run": run}
+            try:
+                self._hooks.call(state="held" if hold else "released", time=now, **facts)
+            except Exception as error:  # noqa: BLE001  the queue holds, or goes on, whoever is told
+                log.warning("the hook of a hold: %s: %s", type_name(error), error)
 
     def hold_for_output(self, name: str, run: int, error: BaseException | None, now: float) -> None:
         """Stop the queue until what a committed run produced is in place."""

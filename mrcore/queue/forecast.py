@@ -85,20 +85,21 @@ def seconds_left(seen: Progress, runs: Sequence[Past], usual_after_map: float) -
         return None
     pace = min(MOST_PACE, max(1 / MOST_PACE, (spent + left) / usual_map)) if usual_map else 1.0
     if (sort := phases.get("SORT")) and sort.total:
-        left = _left_after_map(sort, phases.get("REDUCE"), now, like, pace)
+        then = _median([run for run in like if run.spilled_bytes], lambda run: run.reduce / run.spilled_bytes)
+        usual = spent * usual_after_map if then is None else then * sort.total * pace
+        left = _left_after_map(sort, phases.get("REDUCE"), now, like, usual)
     else:
         usual = _median(like, lambda run: run.reduce / run.input_bytes)
         left += (spent + left) * usual_after_map if usual is None else usual * map_.total * pace
     return None if left is None else left + after
 
 
-def _left_after_map(sort: Phase, reduce: Phase | None, now: float, like: Sequence[Past], pace: float) -> float | None:
+def _left_after_map(sort: Phase, reduce: Phase | None, now: float, like: Sequence[Past], usual: float) -> float | None:
     """Both go on at the same time, for different partitions: together they are one piece of work."""
     weight = _median(like, lambda run: run.sort_share)
     weight = USUAL_SORT_SHARE if weight is None else weight
     share = weight * _share(sort) + (1 - weight) * (_share(reduce) if reduce else 0.0)
-    usual = _median([run for run in like if run.spilled_bytes], lambda run: run.reduce / run.spilled_bytes)
-    return _left(now - sort.started, share, None if usual is None else usual * sort.total * pace)
+    return _left(now - sort.started, share, usual)
 
 
 def _share(phase: Phase) -> float:

@@ -1,4 +1,4 @@
-"""The operator's commands at the end of runs: on_success, on_failure. None can hold up or stop the Runner."""
+"""The operator's commands: on_success, on_failure, on_hold, on_findings. None can hold up or stop who calls it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ LOG_SECONDS = 5.0  # for what a hook printed to be written; what it left running
 
 
 class Hooks:
-    """Calls the commands, each in a thread of its own; `note(job_name, run, text)` is called for those that failed."""
+    """Calls the commands, each in a thread of its own; `note(job_name, run, text)` is called for those that failed,
+    with None for facts that are of no job or run.
+    """
 
-    def __init__(self, settings: Settings, note: Callable[[str, int, str], None]) -> None:
+    def __init__(self, settings: Settings, note: Callable[[str | None, int | None, str], object]) -> None:
         self._note = note
         self._threads: list[threading.Thread] = []
         self._keepers: list[subprocess.Popen[bytes]] = []  # of what hooks left running
@@ -33,6 +35,7 @@ class Hooks:
     def configure(self, settings: Settings) -> None:
         """Take the commands from these settings from now on."""
         self._commands = {"succeeded": settings.on_success, "failed": settings.on_failure}
+        self._commands |= dict.fromkeys(("held", "released"), settings.on_hold) | {"findings": settings.on_findings}
         self._log, self._log_bytes = settings.logs_dir / "hooks.log", settings.log_bytes
 
     def call(self, **facts: Any) -> None:
@@ -41,7 +44,7 @@ class Hooks:
             self._keepers = [keeper for keeper in self._keepers if keeper.poll() is None]
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             if len(self._threads) >= MAX_HOOKS:
-                self._note(facts["job_name"], facts["run"], f"hook not called: {MAX_HOOKS} others still run")
+                self._note(facts.get("job_name"), facts.get("run"), f"hook not called: {MAX_HOOKS} others still run")
                 return
             self._threads.append(threading.Thread(target=self._call, args=(command, facts), daemon=True))
             self._threads[-1].start()
@@ -55,7 +58,7 @@ class Hooks:
     def _call(self, command: list[str], facts: dict[str, Any]) -> None:
         with contextlib.suppress(Exception):  # a full disk, a closed queue: the run has ended all the same
             if problem := self._run(command, json.dumps(plain(facts)).encode()):
-                self._note(facts["job_name"], facts["run"], f"hook {command[0]} {problem}; see {self._log}")
+                self._note(facts.get("job_name"), facts.get("run"), f"hook {command[0]} {problem}; see {self._log}")
 
     def _run(self, command: list[str], facts: bytes) -> str | None:
         """Run it with `facts` on standard input; return what went wrong, or None."""

@@ -15,6 +15,7 @@ from mrcore.text import one_line
 SHOWN_LINES = 10
 READ_LINES = 400  # of a server's log, among which those of the task are looked for
 LOG_SECONDS = 10.0  # to read a log on another machine
+CRASH = "Fatal Python error: "  # with which the stack of a crash begins, which an explanation has already
 
 
 def with_printed(explanation: Explanation, settings: Settings) -> Explanation:
@@ -50,7 +51,9 @@ def by_task(settings: Settings, node: str, server: str, job_name: str, run: int,
     """
     tags = (parse_tag(line) for line in _shown(_read(settings, node, server)))
     of_run = [tag for tag in tags if tag and (tag.job, tag.run) == (job_name, run)]
-    return [tag.text for tag in of_run if task in (None, tag.task)][-SHOWN_LINES:]
+    lines = [tag.text for tag in of_run if task in (None, tag.task)]
+    crash = next((number for number, line in enumerate(lines) if line.startswith(CRASH)), len(lines))
+    return lines[max(0, crash - SHOWN_LINES) : crash]
 
 
 def _read(settings: Settings, node: str, server: str) -> bytes:

@@ -99,12 +99,12 @@ class Keeper:
 
     def _write_on(self) -> None:
         runs, usual_after_map = self._learn()
-        failed, known = False, 0
+        failed = known = False
         while not self._ended:
             now = time.time()
             seen = self.progress(now)
             left = forecast.seconds_left(seen, runs, usual_after_map)
-            known, before = len(seen.phases), known
+            known, before = any(phase.total for phase in seen.phases), known
             fraction, eta_seconds = self._forecast.show(left, now - self._started, now, anew=known > before)
             seen = replace(seen, fraction=fraction, eta_seconds=eta_seconds)
             try:

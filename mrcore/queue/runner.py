@@ -119,7 +119,7 @@ class Runner:
             self._endings.hold(reason, now, nodes=True)
             hold = self.store.hold()
         elif not hold and (before := self.store.hold()) and before.nodes:
-            self.store.set_hold(None)
+            self._endings.release(now)
         ready = cycle.ready(cycle.without_nodes(rows, number) if hold else rows, number, now)
         if ready:
             self._execute(ready[0].job_name, now)

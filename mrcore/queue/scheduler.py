@@ -157,9 +157,14 @@ class Scheduler:
             for row in rows
         ]
 
-    def history(self, job_name: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-        """Return runs, newest first: state, start_time, end_time, seconds, phases, counts, attempts, exception."""
-        return [_shown(run) for run in self.store.runs(job_name, limit)]
+    def history(
+        self, job_name: str | None = None, limit: int | None = None, failed: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return runs, newest first: state, start_time, end_time, seconds, phases, counts, attempts, exception.
+
+        With `failed` only those that failed.
+        """
+        return [_shown(run) for run in self.store.runs(job_name, limit, "failed" if failed else None)]
 
     def run(self, job_name: str, run: int) -> dict[str, Any]:
         """Return one run as `history` does, with its `detail` (see `state.progress`; None: nothing was noted)."""

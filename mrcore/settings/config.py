@@ -83,6 +83,8 @@ class Settings(BaseModel):
     history_keep_runs: int = Field(10_000, ge=1)
     on_success: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
     on_failure: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
+    on_hold: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
+    on_findings: list[str] | None = Field(None, min_length=1, description="a command and its arguments")
 
     @property
     def members_file(self) -> Path:

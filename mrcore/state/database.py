@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS runs (
     number INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 1, cancel INTEGER NOT NULL DEFAULT 0,
     started REAL NOT NULL, ended REAL, phases TEXT NOT NULL DEFAULT '{}', counts TEXT NOT NULL DEFAULT '{}',
     exception TEXT NOT NULL DEFAULT 'null', spec TEXT NOT NULL, UNIQUE (job_name, run));
+CREATE INDEX IF NOT EXISTS runs_by_name ON runs (job_name, state);
 CREATE UNIQUE INDEX IF NOT EXISTS one_running_run ON runs (state) WHERE state = 'running';
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job_name TEXT NOT NULL, run INTEGER, text TEXT NOT NULL);
@@ -50,7 +51,7 @@ CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), valu
 CREATE TABLE IF NOT EXISTS details (
     job_name TEXT, run INTEGER, value TEXT NOT NULL, PRIMARY KEY (job_name, run)) WITHOUT ROWID;
 """
-# Version 4 adds tables only.
+# Version 4 adds tables and an index only.
 # Version 3 has columns for what was read out of our own sentences before: here they are read for the last time.
 _TO_3 = """
 ALTER TABLE jobs ADD COLUMN cause TEXT;
@@ -104,12 +105,36 @@ def sole_runner(state_dir: Path) -> Iterator[None]:
             holder = lock.read().strip() or "unknown"
             raise UsageError(
                 f"a Runner (process {holder}) already drains the queue of {state_dir}: "
-                f"one is enough; stop it with `kill {holder}`"
+                f"one is enough; stop it with `kill {holder}`",
+                runner=holder,
             ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
+
+
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """Return the queue of a file as it is now, of this version, without a byte of the file changed.
+
+    Where there is no file it is an empty one, and one of an earlier version is upgraded in memory.
+    """
+    memory = sqlite3.connect(":memory:", check_same_thread=False)
+    if not path.exists():
+        upgrade(memory)
+        return memory
+    # What is in use has a write-ahead log, in which the newest is; its readers share memory that is theirs to write.
+    modes = ["mode=ro&readonly_shm=1"] if Path(f"{path}-wal").exists() else []
+    for mode in [*modes, "immutable=1"]:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as file:
+            try:
+                file.backup(memory)
+                upgrade(memory)
+                break
+            except sqlite3.Error as error:
+                if mode == "immutable=1":
+                    raise ClusterFault(f"cannot read the queue {path}: {error}; check the file and the disk") from None
+    return memory
 
 
 class Database:

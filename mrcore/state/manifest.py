@@ -143,9 +143,17 @@ def output(state_dir: Path, job: str) -> list[Manifest]:
     return kept
 
 
-def parts(state_dir: Path, job: str) -> list[PlacedPart]:
-    """Return the parts that make up a job's output, in order. Raises UsageError when there is none."""
+def parts(state_dir: Path, job: str, run: int | None = None) -> list[PlacedPart]:
+    """Return the parts that make up a job's output, or those that one run added to it. UsageError: there are none."""
     kept = output(state_dir, job)
+    if kept and run is not None:
+        there = [manifest for manifest in kept if not manifest.removed]
+        if run not in [manifest.run for manifest in there]:
+            runs = ", ".join(str(manifest.run) for manifest in there) or "none"
+            why = removal(next((manifest for manifest in kept if manifest.run == run), Manifest(job, run)))
+            why = why or "is not there: it did not succeed, had nothing new to read, or a later run has replaced it"
+            raise UsageError(f"the output of run {run} of job {job!r} {why}; runs whose output is there: {runs}")
+        return next(manifest.parts for manifest in there if manifest.run == run)
     if not kept:
         raise UsageError(f"job {job!r} has no output yet: no run of it has succeeded (see `mrcore history`)")
     if all(manifest.removed for manifest in kept):

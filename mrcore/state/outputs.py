@@ -167,14 +167,17 @@ def node_of(settings: Settings, name: str) -> NodeSettings:
     raise ClusterFault(f"what is asked for lies on {name}, which is no node of the cluster any more")
 
 
-def cat(settings: Settings, pki: Pki, job_name: str, out: BinaryIO, head: int | None = None) -> int:
+def cat(
+    settings: Settings, pki: Pki, job_name: str, out: BinaryIO, head: int | None = None, run: int | None = None
+) -> int:
     """Write a job's output to `out` in part order, one JSON item a line, at most `head` lines; return their number.
 
-    Parts are fetched from the nodes and checked. Raises UsageError when the job has no output.
+    With `run` only what that run added to it. Parts are fetched from the nodes and checked. Raises UsageError when
+    there is no such output.
     """
     head_writer = _HeadWriter(out, head)
     with contextlib.suppress(_Enough):
-        for part in manifest.parts(settings.state_dir, job_name):
+        for part in manifest.parts(settings.state_dir, job_name, run):
             read_part(settings, pki, job_name, part, head_writer.write)
     return head_writer.lines
 

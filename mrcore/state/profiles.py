@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import html
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ SUFFIXES = (".svg", ".speedscope.json")
 FRAME_CHARACTERS = 200
 LEAST_SHARE, MAX_FRAMES = 0.001, 1_500  # of what is drawn of a phase: narrower frames, and then the narrowest, are not
 WIDTH, ROW, MARGIN, CHARACTER = 1_200, 18, 12, 6.7  # pixels
-# Colours by who wrote the code; the second numbers give room for a hue of each frame's own.
+# Colours by who wrote the code, packages with the user's; the second numbers: room for a hue of each frame's own.
 HUES = {"user": (8, 40), "python": (200, 30), "mrcore": (120, 30)}
 
 
@@ -169,10 +170,12 @@ def _drawn(box: Box, total: int, top: int) -> Iterator[str]:
 
 
 def owner(frame: str) -> str:
-    """Return who wrote a frame's code, by its file: user, python or mrcore."""
-    if re.search(r"\bmrcore[./]", frame):
+    """Return who wrote a frame's code, by its file, which is told from a folder of `sys.path` on: see HUES."""
+    file = frame.rpartition(" (")[2]
+    top = re.split(r"[/.:]", file.rpartition("lib/python3")[2])[0]
+    if top == "mrcore":
         return "mrcore"
-    return "python" if re.search(r"/lib/python3|<frozen |<built-in|^\(others\)", frame) else "user"
+    return "python" if top in sys.stdlib_module_names or file.startswith("<") else "user"
 
 
 def _xml(text: str) -> str:

@@ -7,14 +7,17 @@ changes nothing. What a move means for other jobs is decided in `queue`.
 from __future__ import annotations
 
 import json
+import sqlite3
+import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from mrcore.errors import MrcoreError
 from mrcore.messages.kinds import convert, decode
-from mrcore.state.database import Database
+from mrcore.state.database import Database, open_to_read
 from mrcore.state.progress import Progress, RunDetail
 from mrcore.system import procfs
 from mrcore.text import one_line, plain
@@ -193,6 +196,12 @@ class Store(Database):
         """Return the jobs that left, or wait, because of a failure, in order of submission."""
         return self._jobs(f"cause IN {FALLEN} ORDER BY number")
 
+    def job_counts(self) -> dict[str, int]:
+        """Return the number of jobs that are queued, held, and that left because of a failure ("failed")."""
+        of = "CASE state WHEN 'out' THEN 'failed' ELSE state END AS state, count(*) AS number FROM jobs"
+        rows = self.rows(f"SELECT {of} WHERE state != 'out' OR cause IN ('failed', 'group failed') GROUP BY 1")
+        return {"queued": 0, "held": 0, "failed": 0} | {row["state"]: row["number"] for row in rows}
+
     def group(self, name: str | None) -> list[JobRow]:
         """Return the jobs of a group, also those that have left the queue."""
         return self._jobs("group_name = ?", name)
@@ -248,6 +257,7 @@ class Store(Database):
             row = db.execute("SELECT state FROM runs WHERE job_name = ? AND run = ?", (name, run)).fetchone()
             if ((before := row and row["state"]), state) not in RUN_MOVES:
                 raise self._illegal(f"{name} run {run}", before, state, name)
+            self._add_to_totals(state)  # while its row says `running`: a first total counts the rows that have ended
             values = (self._phases(name, run, now), plain(counts or {}), plain(exception))
             db.execute(
                 "UPDATE runs SET state = ?, ended = ?, phases = ?, counts = ?, exception = ? "
@@ -255,6 +265,21 @@ class Store(Database):
                 (state, now, *map(json.dumps, values), name, run),
             )
             self.note(name, run, f"{state}: {exception['message']}" if exception else state, now)
+
+    def totals(self) -> dict[str, int]:
+        """Return how many runs ended how, and how many tasks died ("deaths"), since the queue's file was made.
+
+        It counts on when the history forgets; one of before counts from what its history had.
+        """
+        known = convert(dict[str, int], self.get("totals", {}))
+        if not known:
+            counted = self.rows("SELECT state, count(*) AS number FROM runs WHERE state != 'running' GROUP BY state")
+            known = {row["state"]: row["number"] for row in counted}
+        return dict.fromkeys((*ENDINGS, "deaths"), 0) | known
+
+    def _add_to_totals(self, name: str, number: int = 1) -> None:
+        totals = self.totals()
+        self.put("totals", totals | {name: totals[name] + number})
 
     def _runs(self, where: str, *values: Any) -> list[RunRow]:
         texts = ("phases", "counts", "exception")
@@ -279,10 +304,36 @@ class Store(Database):
         """Return one run, or None when the history does not have it."""
         return next(iter(self._runs("WHERE job_name = ? AND run = ?", job_name, run)), None)
 
-    def runs(self, job_name: str | None, limit: int | None = None) -> list[RunRow]:
-        """Return the runs of a job, or of all, newest first."""
-        where, names = ("WHERE job_name = ?", [job_name]) if job_name else ("", [])
-        return self._runs(f"{where} ORDER BY id DESC LIMIT ?", *names, -1 if limit is None else limit)
+    def runs(self, job_name: str | None, limit: int | None = None, state: str | None = None) -> list[RunRow]:
+        """Return the runs of a job, or of all, newest first; with `state` only those."""
+        wanted = {"job_name": job_name, "state": state}
+        chosen = {key: value for key, value in wanted.items() if value is not None}
+        where = f"WHERE {' AND '.join(f'{key} = ?' for key in chosen)}" if chosen else ""
+        return self._runs(f"{where} ORDER BY id DESC LIMIT ?", *chosen.values(), -1 if limit is None else limit)
+
+    def last_of_jobs(self, jobs: int, *states: str) -> list[RunRow]:
+        """Return the last run in one of these states of each of the `jobs` jobs that began a run last, but for those
+        that were deleted.
+        """
+        last = f"SELECT id FROM runs r WHERE r.job_name = j.job_name AND r.state IN ({', '.join('?' * len(states))})"
+        newest = "FROM jobs j WHERE j.cause IS NOT 'deleted' ORDER BY j.last_start DESC LIMIT ?"
+        return self._runs(f"WHERE id IN (SELECT ({last} ORDER BY r.run DESC LIMIT 1) {newest})", *states, jobs)
+
+    def page_of_runs(self, text: str, state: str, limit: int, skip: int) -> tuple[list[RunRow], int]:
+        """Return runs of jobs whose name holds `text`, in `state` ("": any), newest first, and how many there are.
+
+        Only an index is searched, whatever the runs hold.
+        """
+        where = "FROM runs INDEXED BY runs_by_name WHERE instr(job_name, ?) AND ? IN (state, '')"
+        found = self.rows(f"SELECT id {where} ORDER BY id DESC LIMIT ? OFFSET ?", text, state, limit, skip)
+        numbers = ", ".join(str(row["id"]) for row in found)
+        count: int = self.rows(f"SELECT count(*) AS count {where}", text, state)[0]["count"]
+        return self._runs(f"WHERE id IN ({numbers}) ORDER BY id DESC"), count
+
+    def run_times(self, job_name: str, limit: int) -> list[dict[str, Any]]:
+        """Return run, state, started and seconds of a job's newest runs that have ended, newest first."""
+        query = "SELECT run, state, started, ended - started AS seconds FROM runs WHERE job_name = ? AND ended NOT NULL"
+        return self.rows(f"{query} ORDER BY run DESC LIMIT ?", job_name, limit)
 
     def run_numbers(self, job_name: str) -> set[int]:
         """Return the numbers of a job's runs that are in the history."""
@@ -316,6 +367,8 @@ class Store(Database):
     def set_detail(self, name: str, run: int, detail: RunDetail) -> None:
         """Keep what is known of a run, as long as its row is in the history."""
         with self.change() as db:
+            if detail.deaths and self.detail(name, run) is None:
+                self._add_to_totals("deaths", len(detail.deaths))
             value = msgspec.json.encode(detail).decode()
             db.execute("INSERT OR REPLACE INTO details VALUES (?, ?, ?)", (name, run, value))
 
@@ -331,6 +384,11 @@ class Store(Database):
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return a job's story: time, run, text."""
         return self.rows("SELECT time, run, text FROM events WHERE job_name = ? ORDER BY id", name)
+
+    def last_event(self) -> int:
+        """Return a number that is another one when something has happened to any job."""
+        number: int = self.rows("SELECT coalesce(max(id), 0) AS last FROM events")[0]["last"]
+        return number
 
     def prune(self, keep_runs: int) -> list[str]:
         """Forget all but the newest `keep_runs` runs, and their events; return the names of the jobs they were of."""
@@ -369,3 +427,14 @@ class Store(Database):
         story = " → ".join(event["text"] for event in reversed(events)) or "none"
         text = f"job {what}: no way from {before or 'nothing'} to {state}; its history: {story}"
         return MrcoreError(text, events=events)
+
+
+class StoreToRead(Store):
+    """A copy in memory of the queue as it is now, for those who look ahead: no byte on a disk is changed."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / "queue.sqlite"
+        self._lock = threading.RLock()
+        self._in_change = False
+        self._db = open_to_read(self.path)
+        self._db.row_factory = sqlite3.Row

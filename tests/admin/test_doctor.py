@@ -72,6 +72,28 @@ def test_a_node_that_is_silent_altogether_is_one_finding() -> None:
     assert "mrcore cluster start" in found.do
 
 
+def test_a_cluster_that_is_silent_altogether_is_one_finding() -> None:
+    nodes = {"w1": gone("w1"), "w2": gone("w2")}
+    servers = {"S_0": gone("w1"), "S_1": gone("w2"), "S_2": gone("w2")}
+    found = only(judge(facts(nodes=nodes, servers=servers)))
+    assert (found.where, found.code) == ("cluster", "not started") and "`mrcore cluster start`" in found.do
+    refused = gone("w1", "has expired", "certificate")
+    assert len(judge(facts(nodes=nodes | {"w1": refused}, servers=servers))) == 2, "a start would not help there"
+
+
+def test_a_hold_that_waits_for_a_cluster_that_is_not_started_is_no_finding_of_its_own() -> None:
+    master = facts()["master"] | {"local": True, "started": False}
+    for nodes, codes in ((True, ["not started"]), (False, ["not started", "hold"])):
+        queue = facts()["queue"] | {"jobs": 1, "hold": {"reason": "it is not started", "nodes": nodes}}
+        assert [finding.code for finding in judge(facts(master=master, nodes={}, servers={}, queue=queue))] == codes
+
+
+def test_a_run_that_a_dead_runner_left_is_named() -> None:
+    master = facts()["master"] | {"local": True}
+    queue = facts()["queue"] | {"runner": False, "running": {"job_name": "a", "run": 3, "started": NOW}}
+    assert "run 3 of a was under way when the last one ended" in only(judge(facts(master=master, queue=queue))).what
+
+
 def test_an_agent_and_a_server_alone() -> None:
     found = only(judge(facts(nodes={"w1": node("w1"), "w2": gone("w2")})))
     assert found.what.startswith("its agent does not answer")

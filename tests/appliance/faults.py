@@ -208,6 +208,7 @@ AFTERWARDS: dict[str, Callable[[Cluster], None]] = {"suspected-intrusion": stole
 FAULTS: dict[str, Callable[[Cluster], None]] = {
     "status": server_stopped,
     "doctor": server_stopped,
+    "alerts": server_stopped,
     "stop": nothing,
     "start": stopped,
     "kill": nothing,

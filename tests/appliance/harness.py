@@ -362,6 +362,8 @@ class Operator:
             "mrcore_memory_bytes": 512 << 20, "mrcore_min_free_bytes": 512 << 20,
             "mrcore_settings": {"cycle_interval_seconds": 2, "hold_backoff_max_seconds": 5},
         }  # fmt: skip
+        if self.lab.scenario == "cluster":  # the release before has none
+            variables["mrcore_dashboard"] = True
         groups = {"master": {"hosts": self.hosts("m1")}, "nodes": {"hosts": self.hosts(*(nodes or ("w1", "w2")))}}
         return {"all": {"children": groups, "vars": variables}}
 

@@ -226,7 +226,7 @@ def test_reader_that_stops_early_hears_no_complaint(home: Path) -> None:
         "fake = types.ModuleType('mrcore.cluster.manage_cluster')\n"
         "class ManageCluster:\n"
         "    def __init__(self, settings): pass\n"
-        "    def cat(self, job, out, head=None):\n"
+        "    def cat(self, job, out, head=None, run=None):\n"
         "        for n in range(10**6): out.write(b'[1, 2]\\n')\n"
         "fake.ManageCluster = ManageCluster\n"
         "sys.modules['mrcore.cluster.manage_cluster'] = fake\n"

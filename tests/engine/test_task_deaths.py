@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +17,8 @@ from conditions import wait_until
 
 from mrcore.errors import JobFault
 from mrcore.queue import job as jobs
+from mrcore.queue.runner import Runner
+from mrcore.queue.scheduler import Scheduler
 
 HEAD = "import ctypes, os, signal, sys\n"
 MAP = "def count(line, auxiliary_data):\n    return [(word, 1) for word in line.split()]\n"
@@ -39,6 +43,9 @@ def crash(line: str, how: str, function: str) -> str:
     return f"def {function}(this, auxiliary_data):\n    if {line}:\n        {how}\n"
 
 
+seen: dict[str, Any] = {}  # the details of the last fault
+
+
 def run(cluster: TestCluster, map_code: str, reduce_code: str, **keys: Any) -> tuple[str, Callable[[], str]]:
     """Run a job that fails; gives the fault's message, and what tells what was written to the server's log since."""
     project = cluster.settings.projects_dir / "deadly"
@@ -55,13 +62,15 @@ def run(cluster: TestCluster, map_code: str, reduce_code: str, **keys: Any) -> t
         "number_of_partitions": 2,
     }
     job = jobs.validate(jobs.template("mapreduce") | wanted | keys, cluster.settings.projects_dir)
+    seen.clear()
     log = cluster.settings.nodes[0].layout.logs_dir / "S_0.log"
     before = log.stat().st_size
     with pytest.raises(JobFault) as caught:
         cluster.run(job)
     cluster.assert_clean()
-    assert "was tried 2 times (max_attempts)" in caught.value.message
+    assert f"was tried {job['max_attempts']} times (max_attempts)" in caught.value.message
     assert caught.value.message.endswith("the log of S_0: mrcore logs S_0")
+    seen.update(caught.value.details)
     return caught.value.message, lambda: log.read_bytes()[before:].decode()
 
 
@@ -96,7 +105,28 @@ def test_a_crash_in_a_map_function_names_the_file_the_place_and_the_log(
     worst = LINES.index("the worst")
     assert int(found[0]) <= worst
     assert LINES[int(found[0]) : worst].count("\n") <= 600, "hundreds of lines, not the whole file"
-    assert has_stack(log, r'map_functions.py", line 4 in count')
+    assert has_stack(log, r'\| .*map_functions.py", line 4 in count')
+    assert seen["signal"] == signal.Signals[name] and seen["in_hand"] in told
+    assert seen["stack"].startswith(STACK) and 'map_functions.py", line 4 in count' in seen["stack"]
+    assert "threading.py" not in seen["stack"], "of the thread that crashed only"
+    assert 0 < seen["memory_bytes"] < seen["budget_bytes"] and "oom" not in seen
+
+
+def test_what_a_slow_function_had_in_hand_is_told_to_the_line(cluster: TestCluster) -> None:
+    """Some hundred lines of it would be minutes."""
+    slow = "    import time\n    time.sleep(0.02 if 'word001' in this else 0)\n"
+    code = crash("this.startswith('word0019')", "time.sleep(0.5); " + KILL, "count").replace(
+        "    if", f"{slow}    if", 1
+    )
+    told, _ = run(cluster, code + "    return []\n", REDUCE, max_attempts=1)
+    (offset,) = re.findall(r"the lines from byte (\d+) of \S+lines.txt on", told)
+    assert int(offset) == LINES.index("word0019")
+
+
+def test_what_a_slow_reduce_function_had_in_hand_is_told_to_the_key(cluster: TestCluster) -> None:
+    code = "import time\n" + crash("this[0][0] == 'word1500'", "time.sleep(0.5); " + KILL, "add") + "    return []\n"
+    told, _ = run(cluster, MAP, code, max_attempts=1)
+    assert "reduce function add, the groups from key 'word1500' on of partition" in told
 
 
 @pytest.mark.parametrize(
@@ -137,7 +167,8 @@ def test_a_crash_while_the_project_is_imported_says_so(cluster: TestCluster) -> 
 def test_any_death_without_a_word_says_what_was_in_hand(cluster: TestCluster, how: str, says: str) -> None:
     told, log = run(cluster, crash("this.startswith('the worst')", how, "count") + "    return []\n", REDUCE)
     assert says in told and re.search(r"the lines from byte \d+ of \S+lines.txt on; see the log of S_0", told)
-    assert STACK not in log()
+    assert STACK not in log() and "stack" not in seen and "oom" not in seen
+    assert bool(re.search(r"was killed by SIGKILL .*; it held \d+ MiB at most, of \d+;", told)) == ("KILL" in says)
 
 
 def test_a_file_with_a_hostile_name_is_told_clean_and_short(cluster: TestCluster) -> None:
@@ -153,6 +184,22 @@ def test_what_a_function_writes_over_the_note_does_no_harm(cluster: TestCluster)
     told, _ = run(cluster, code + "\n", REDUCE)
     assert "was killed by SIGSEGV" in told and len(told) < 10_000
     told.encode()
+
+
+@pytest.mark.slow
+def test_the_history_of_a_job_has_signal_place_memory_and_stack(tmp_path: Path) -> None:
+    with TestCluster(tmp_path, 1, 1) as made:
+        made.write_inputs({"one.txt": "a line\n"})
+        code = HEAD + crash("True", POINTER, "count")
+        (tmp_path / "projects/gated/map_functions.py").write_text(code)
+        settings = made.settings
+        keys = {"map_function_name": "count", "reduce_function_name": None, "combine_function_name": None}
+        Scheduler(settings).submit_job(made.job(**keys))
+        assert Runner(settings).run(once=True) == {"failed": 1}
+        (entry,) = Scheduler(settings).history()
+    details = json.loads(json.dumps(entry["exception"]["details"]))
+    assert details["signal"] == signal.SIGSEGV and "one.txt" in details["in_hand"]
+    assert 'map_functions.py", line 4 in count' in details["stack"] and details["memory_bytes"] > 0
 
 
 def test_a_crash_in_try_leaves_the_stack_on_the_terminal(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from conditions import wait_until
 from ssh_nodes import DeployedCluster, Node, keygen
 
+from mrcore import WIRE_VERSION
 from mrcore.cli.main import main
 from mrcore.errors import ClusterFault, UsageError
 from mrcore.launchers import health, ssh
@@ -250,7 +251,8 @@ def test_another_release_is_told_at_once(running: DeployedCluster, monkeypatch: 
     monkeypatch.setattr(health, "RELEASE", "1.0.0-0badcafe")
     found = health.check(running.settings, running.settings.nodes[:1], 60)
     assert [fault.daemon for fault in found["w1"]] == ["agent", "S_0", "S_1"]
-    assert "runs mrcore 1.0.0 (wire 2), not 1.0.0-0badcafe (wire 2) as here" in found["w1"][0].text
+    wire = f"(wire {WIRE_VERSION})"
+    assert f"runs mrcore 1.0.0 {wire}, not 1.0.0-0badcafe {wire} as here" in found["w1"][0].text
 
 
 def test_nodes_are_asked_in_batches(running: DeployedCluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -306,6 +306,9 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "mrcore/__init__.py").write_text("a = 1\n")
     (tmp_path / "lock").mkdir()
     (tmp_path / "lock/base.txt").write_text("click==8.1 --hash=sha256:1\n")
+    (tmp_path / "lock/dashboard.txt").write_text("jinja2==3.1.6 --hash=sha256:1\n")
+    (tmp_path / "mrcore/web/static").mkdir(parents=True)
+    (tmp_path / "mrcore/web/static/style.css").write_text("a {}\n")
     return tmp_path
 
 
@@ -325,7 +328,11 @@ def test_a_release_is_named_by_what_is_installed(checkout: Path) -> None:
     (checkout / "pyproject.toml").write_text(text.replace('"click>=8.1"', '"click>=8.2"'))
     fourth = wheelhouse.release_of(checkout)
     (checkout / "lock/base.txt").write_text("click==8.2 --hash=sha256:2\n")
-    assert len({first, second, third, fourth, wheelhouse.release_of(checkout)}) == 5
+    fifth = wheelhouse.release_of(checkout)
+    (checkout / "lock/dashboard.txt").write_text("jinja2==3.1.7 --hash=sha256:2\n")
+    sixth = wheelhouse.release_of(checkout)
+    (checkout / "mrcore/web/static/style.css").write_text("b {}\n")
+    assert len({first, second, third, fourth, fifth, sixth, wheelhouse.release_of(checkout)}) == 7
 
 
 def test_platforms_are_not_newer_than_the_nodes_glibc() -> None:

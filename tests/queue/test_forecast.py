@@ -53,12 +53,14 @@ def left_at(
     share: float, times: dict[str, float], runs: list[Past], usual: float, size: int = GIB
 ) -> tuple[float, float]:
     """Return what is shown, and what is true, when this share of a run's time has gone."""
-    whole, forecast, t, known = 1 + sum(times.values()), Forecast(), 0.0, 0
+    whole, forecast, t, known = 1 + sum(times.values()), Forecast(), 0.0, False
     shown: float | None = None
     while t < whole * share:
         seen = simulated(t, times, size)
-        _, shown = forecast.show(seconds_left(seen, runs, usual), t, t, anew=len(seen.phases) > known)
-        known = len(seen.phases)
+        _, shown = forecast.show(
+            seconds_left(seen, runs, usual), t, t, anew=any(phase.total for phase in seen.phases) > known
+        )
+        known = any(phase.total for phase in seen.phases)
         t += 1
     assert shown is not None
     return shown, whole - t

@@ -28,7 +28,7 @@ def settings(home: Path, projects_dir: Path) -> Settings:
     project.mkdir()
     (project / "map_functions.py").write_text("def ok(line, aux): ...\ndef fail(line, aux): ...\ndef down(l, a): ...\n")
     path = home.parent / "config.json"
-    tell = {key: [sys.executable, "-c", TELL, str(home / key)] for key in ("on_success", "on_failure")}
+    tell = {key: [sys.executable, "-c", TELL, str(home / key)] for key in ("on_success", "on_failure", "on_hold")}
     path.write_text(json.dumps({"projects_dir": str(projects_dir), "hold_backoff_first_seconds": 0.05} | tell))
     return load_settings(path)
 
@@ -44,6 +44,10 @@ def once(settings: Settings) -> dict[str, int]:
 
 def told(home: Path, key: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (home / key).read_text().splitlines()]
+
+
+def lines(home: Path, key: str) -> int:
+    return (home / key).read_text().count("\n") if (home / key).exists() else 0
 
 
 def test_hooks_are_told_how_each_run_ended(home: Path, scheduler: Scheduler, settings: Settings) -> None:
@@ -84,6 +88,65 @@ def test_runs_that_are_handed_back_or_cancelled_call_no_hook(
     thread.join(20)
     assert [each["state"] for each in told(home, "on_success")] == ["succeeded"]
     assert not (home / "on_failure").exists()
+
+
+def test_a_hold_is_told_when_it_begins_and_when_it_ends_not_at_each_try(
+    home: Path, scheduler: Scheduler, settings: Settings
+) -> None:
+    """Once by a run that was handed back, once because no node answers."""
+    scheduler.submit_job(job("a", "down"))
+    thread = threading.Thread(target=once, args=(settings,))
+    thread.start()
+    wait_until(lambda: (scheduler.state()["hold"] or {}).get("tries", 0) > 2, message="holds")
+    since = scheduler.state()["hold"]["since"]
+    wait_until(lambda: lines(home, "on_hold") == 1, message="the hook was told")
+    (settings.state_dir / "back").touch()
+    thread.join(20)
+    held, released = told(home, "on_hold")
+    assert (held["state"], held["job_name"], held["run"], held["nodes"]) == ("held", "a", 1, False)
+    assert held["reason"] == released["reason"] == "node-0 does not answer"
+    assert held["since"] == released["since"] == since and released["state"] == "released"
+    assert held["time"] >= since and released["time"] >= held["time"]
+
+    (settings.state_dir / "no-nodes").write_text("all are away")
+    scheduler.submit_job(job("b"))
+    thread = threading.Thread(target=once, args=(settings,))
+    thread.start()
+    wait_until(lambda: (scheduler.state()["hold"] or {}).get("tries", 0) > 2, message="holds")
+    wait_until(lambda: lines(home, "on_hold") == 3, message="the hook was told")
+    (settings.state_dir / "no-nodes").unlink()
+    thread.join(20)
+    held, released = told(home, "on_hold")[2:]
+    assert (held["state"], held["job_name"], held["run"], held["nodes"]) == ("held", None, None, True)
+    assert (released["state"], released["reason"], released["nodes"]) == ("released", "all are away", True)
+
+
+def test_a_runner_that_finds_the_queue_held_does_not_tell_it_again(
+    home: Path, scheduler: Scheduler, settings: Settings
+) -> None:
+    scheduler.submit_job(job("a", "down"))
+    for tries in (1, 3):
+        runner = Runner(settings, FakeCluster(settings))
+        thread = threading.Thread(target=runner.run)
+        thread.start()
+        wait_until(lambda least=tries: (scheduler.state()["hold"] or {}).get("tries", 0) > least, message="holds")
+        runner.stop()
+        thread.join(20)
+    assert [each["state"] for each in told(home, "on_hold")] == ["held"]
+
+
+def test_a_bad_hook_of_a_hold_stops_nothing(
+    home: Path, scheduler: Scheduler, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    (settings.state_dir / "no-nodes").write_text("all are away")
+    scheduler.submit_job(job("a"))
+    runner = Runner(settings.model_copy(update={"on_hold": ["/nowhere/hook"]}), FakeCluster(settings))
+    thread = threading.Thread(target=runner.run, args=(True,))
+    thread.start()
+    wait_until(lambda: "hook /nowhere/hook cannot be started" in caplog.text, message="the log says so")
+    (settings.state_dir / "no-nodes").unlink()
+    thread.join(20)
+    assert runner.ended == {"succeeded": 1}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def run_watched(cluster: TestCluster, folder: Path, *jobs: dict[str, Any]) -> tu
 
 def test_every_phase_rises_while_it_goes_on(tmp_path: Path) -> None:
     with TestCluster(tmp_path, nodes=2, servers=1) as cluster:
-        watched.write_project(tmp_path / "projects", map_rounds=180, reduce_rounds=180)
+        watched.write_project(tmp_path / "projects", map_rounds=900, reduce_rounds=900)
         texts = {f"text-{number}": watched.text(32_000, 2_000, 32_000 * number) for number in range(4)}
         cluster.write_inputs(texts, entry="inputs/busy")
         scheduler, rows = run_watched(cluster, tmp_path, watched.job(number_of_partitions=8))

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mrcore.errors import UsageError
 from mrcore.settings.config import Settings, load_settings, server_memory_bytes
 from mrcore.settings.validation import parse_yaml
-from mrcore.system.procfs import machine_memory_bytes
+from mrcore.system.procfs import machine_memory_bytes, oom_kills
 
 
 def test_embedded_cluster_is_the_default(home: Path) -> None:
@@ -158,6 +158,18 @@ def test_memory_limit_in_cgroup_v1_seen_from_a_container(tmp_path: Path) -> None
     groups = "5:cpu,cpuacct:/docker/xyz\n4:memory:/docker/xyz\n"
     limits = {"memory__memoryDOTlimit_in_bytes": "7000\n"}
     assert machine_memory_bytes(_root(tmp_path, groups, **limits)) == 7000
+
+
+def test_kills_for_memory_are_those_of_the_nearest_group_that_counts_them(tmp_path: Path) -> None:
+    counts = {"a__b__memoryDOTevents": "low 0\noom 5\noom_kill 3\n", "a__memoryDOTevents": "oom_kill 9\n"}
+    root = _root(tmp_path / "v2", "0::/a/b\n", **counts)
+    assert oom_kills(root) == 3
+    counts = {"memory__memoryDOToom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"}
+    assert oom_kills(_root(tmp_path / "v1", "4:memory:/docker/xyz\n", **counts)) == 4
+    machine = _root(tmp_path / "none", "0::/\n")
+    assert oom_kills(machine) == 0
+    (machine / "proc/vmstat").write_text("nr_free_pages 1\noom_kill 7\nfoo 2\n")
+    assert oom_kills(machine) == 7
 
 
 def test_yaml_is_read_safely() -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pyte
 import pytest
 
 _STEP = re.compile(r"\x1b\[(\??[0-9;]*)([A-Za-z])|(\r)|(\n)|([^\x1b\r\n]+)|\x1b")
@@ -22,9 +23,9 @@ _STEP = re.compile(r"\x1b\[(\??[0-9;]*)([A-Za-z])|(\r)|(\n)|([^\x1b\r\n]+)|\x1b"
 class Terminal:
     """A running command whose standard streams are a terminal, but for those that `streams` names otherwise."""
 
-    def __init__(self, command: list[str], columns: int = 80, **streams: Any) -> None:
+    def __init__(self, command: list[str], columns: int = 80, rows: int = 50, **streams: Any) -> None:
         self._master, theirs = os.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "", "LINES": ""} | streams.pop("env", {})
         environment = {key: value for key, value in environment.items() if value}
 
@@ -91,3 +92,9 @@ class Terminal:
                 lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
                 column += len(text)
         return [line.rstrip() for line in lines]
+
+    def display(self, rows: int = 24, columns: int = 80) -> list[str]:
+        """What an emulator of a terminal of this size shows of all that was written, line by line."""
+        screen = pyte.Screen(columns, rows)
+        pyte.Stream(screen).feed(self.output)
+        return [line.rstrip() for line in screen.display]

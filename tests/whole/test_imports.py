@@ -130,3 +130,5 @@ def test_the_wheel_holds_every_module_and_says_that_it_has_types(copy: Path) -> 
         names = set(archive.namelist())
     assert "mrcore/py.typed" in names
     assert {str(path.relative_to(PROJECT)) for path in (PROJECT / "mrcore").rglob("*.py")} <= names
+    shown = [path for folder in ("static", "templates") for path in (PROJECT / "mrcore/web" / folder).iterdir()]
+    assert shown and {str(path.relative_to(PROJECT)) for path in shown} <= names

@@ -17,6 +17,7 @@ UNITS = [
     "mrcore-runner",
     "mrcore-firewall",
     "mrcore-backup.timer",
+    "mrcore-doctor.timer",
 ]
 
 

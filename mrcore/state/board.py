@@ -1,8 +1,8 @@
-"""How far an attempt is, and what each server did in it: what `attempt` decides and what tasks report, added up.
+"""How far an attempt is, and what each server did in it: what the master decides and what tasks report, added up.
 
-Pure: it is told what happens and what time it is (`clock`, seconds since 1970). What it keeps is bounded whatever nodes
-say. Bytes of MAP are bytes of files: of a compressed one its packed bytes, though tasks count what they unpack. SORT
-and REDUCE count bytes of partitions, once each.
+Pure: `cluster.attempt` tells it what happens, `clock` what time it is (seconds since 1970). What it keeps is bounded
+whatever nodes say. Bytes of MAP are bytes of files: of a compressed one its packed bytes, though tasks count what they
+unpack. SORT and REDUCE count bytes of partitions, once each.
 """
 
 from __future__ import annotations
@@ -10,17 +10,27 @@ from __future__ import annotations
 import heapq
 import itertools
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from mrcore.cluster.results import MAX_AMOUNT, Results, add_counters
-from mrcore.messages.tasks import MAP, Bundle, Progressed, RunIdentity, Split, TaskIdentity, TaskResult
+from mrcore.messages.tasks import (
+    MAP,
+    MAX_USER_COUNTERS,
+    Bundle,
+    Progressed,
+    RunIdentity,
+    Split,
+    TaskIdentity,
+    TaskResult,
+)
 from mrcore.state.progress import (
     MAX_DEATHS,
+    MAX_HEAVY_KEYS,
     MAX_SLOWEST,
+    HeavyKey,
     Phase,
     Progress,
     RunDetail,
@@ -32,7 +42,10 @@ from mrcore.text import one_line
 
 USUAL_RATIO = 4.0  # of unpacked to packed bytes, until a packed file of this attempt has been read
 MOST_OF_A_BUNDLE = 0.95  # is done at most until the task says that all of it is
-STATUS_CHARACTERS = 200
+NAME_CHARACTERS = 200  # of a status, a counter, a key
+MAX_AMOUNT = 1 << 62  # of a sum, as of what is added
+MAX_STACKS, MAX_STACK_BYTES = 20_000, 16 << 20  # of the profile of one phase of a run
+OTHERS = "(others)"  # counters of more names than a run may have, and rare stacks
 NOTHING_SAID = Progressed(phase=MAP, bytes=0, records=0)
 
 
@@ -49,20 +62,20 @@ class Hand:
     said: Progressed = NOTHING_SAID
     sorted_at: float | None = None
     sorted_records: int = 0
+    most: dict[str, int] = field(default_factory=dict)  # bytes by phase: what was shown does not fall again
 
 
 class Board:
-    """What is known of an attempt under way. `results`: of its finished tasks."""
+    """What is known of an attempt under way."""
 
     def __init__(
         self,
         run: RunIdentity,
         servers: Mapping[str, str],
         bundles: Mapping[str, Sequence[Bundle]],
-        results: Results,
         clock: Callable[[], float],
     ) -> None:
-        self._run, self._servers, self._results, self._clock = run, servers, results, clock
+        self._run, self._servers, self._clock = run, servers, clock
         self._up: set[str] = set()
         self._hands: dict[str, Hand] = {}
         pieces = (piece for some in bundles.values() for bundle in some for piece in bundle.pieces)
@@ -76,6 +89,9 @@ class Board:
         self._rows: list[tuple[float, int, TaskRow]] = []  # a heap: the shortest of the longest goes first
         self._number = itertools.count()
         self._dead: list[TaskRow] = []
+        self._heavy: list[HeavyKey] = []
+        self.counters: Counter[str] = Counter()  # of the user's functions, in tasks that are done
+        self.profiles: dict[str, Counter[str]] = defaultdict(Counter)  # samples by phase and stack
 
     # --- what happens ---
 
@@ -112,7 +128,7 @@ class Board:
     def progressed(self, server: str, event: Progressed) -> None:
         """The task of a server says how far it is."""
         hand = self._hands[server]
-        hand.said = replace(event, status=one_line(event.status, STATUS_CHARACTERS))
+        hand.said = replace(event, status=one_line(event.status, NAME_CHARACTERS))
         if event.phase == "SORT":
             hand.sorted_records = event.records
 
@@ -125,8 +141,11 @@ class Board:
             self.phases.setdefault("REDUCE", Phase(name="REDUCE", started=now, total=sum(self._sizes.values())))
 
     def done(self, server: str, result: TaskResult) -> None:
-        """The task of a server is done; `results` has what it made."""
+        """The task of a server is done."""
         hand = self._hands.pop(server)
+        _add_counters(self.counters, result.user_counters)
+        if result.profile:
+            _add_stacks(self.profiles[hand.identity.phase], result.profile)
         if hand.identity.phase == MAP:
             size, records = hand.mapped + sum(map(sum, hand.todo.values())), result.counters.get("lines", 0)
             self._add("MAP", size, records)
@@ -136,13 +155,14 @@ class Board:
             self._add("SORT", size, hand.sorted_records)
             self._add("REDUCE", size, records)
             self._reduced += 1
+            self._add_heavy(hand.identity.task, result)
         self._end(server, hand, "done", size, records, len(result.runs), result.peak_bytes)
 
     def died(self, server: str, why: str) -> None:
         """The task of a server is lost: what it did does not count."""
         hand = self._hands.pop(server)
         self._deaths += 1
-        size, said = sum(self._now(hand).values()), hand.said
+        size, said = max(self._now(hand).values(), default=0), hand.said
         row = self._end(server, hand, "died", size, said.records, said.spills, 0, one_line(why))
         if len(self._dead) < MAX_DEATHS:
             self._dead.append(row)
@@ -154,6 +174,13 @@ class Board:
     def _add(self, phase: str, size: int, records: int) -> None:
         self._done[phase] = min(MAX_AMOUNT, self._done[phase] + size)
         self._records[phase] = min(MAX_AMOUNT, self._records[phase] + records)
+
+    def _add_heavy(self, partition: int, result: TaskResult) -> None:
+        keys = [
+            HeavyKey(key=one_line(group.key, NAME_CHARACTERS), values=group.values, partition=partition)
+            for group in result.heavy
+        ]
+        self._heavy = sorted(self._heavy + keys, key=lambda key: -key.values)[:MAX_HEAVY_KEYS]
 
     def _end(
         self, server: str, hand: Hand, outcome: str, size: int, records: int, spills: int, peak: int, why: str = ""
@@ -193,7 +220,7 @@ class Board:
 
     def view(self) -> Progress:
         """Return how far the attempt is at this moment."""
-        done, records, counters = Counter(self._done), Counter(self._records), Counter(self._results.user_counters)
+        done, records, counters = Counter(self._done), Counter(self._records), Counter(self.counters)
         spills = self._spills
         for hand in self._hands.values():
             done.update(self._now(hand))
@@ -201,7 +228,7 @@ class Board:
             if hand.said.phase == "REDUCE":
                 records["SORT"] += hand.sorted_records
             spills += hand.said.spills if hand.said.phase == "MAP" else 0
-            add_counters(counters, hand.said.user_counters)
+            _add_counters(counters, hand.said.user_counters)
         return Progress(
             job_name=self._run.job,
             run=self._run.run,
@@ -222,7 +249,7 @@ class Board:
         """Return what stays known of the attempt, which has ended, whatever its end."""
         seen = self.view()
         for name, hand in self._hands.items():
-            size, said = sum(self._now(hand).values()), hand.said
+            size, said = max(self._now(hand).values(), default=0), hand.said
             self._end(name, hand, "running", size, said.records, said.spills, 0)
         sizes = sorted(self._sizes.values())
         return RunDetail(
@@ -230,10 +257,10 @@ class Board:
             servers=list(self._shares.values()),
             slowest=[row for *_, row in sorted(self._rows, reverse=True)],
             deaths=self._dead,
-            heavy_keys=self._results.heavy,
+            heavy_keys=self._heavy,
             largest_partition_bytes=sizes[-1] if sizes else 0,
             median_partition_bytes=int(statistics.median(sizes)) if sizes else 0,
-            counters=dict(self._results.user_counters),
+            counters=dict(self.counters),
         )
 
     def _with_ends(self) -> dict[str, Phase]:
@@ -246,6 +273,11 @@ class Board:
 
     def _now(self, hand: Hand) -> dict[str, int]:
         """Return the bytes that a task under way has done, by phase."""
+        for phase, size in self._estimate(hand).items():
+            hand.most[phase] = max(size, hand.most.get(phase, 0))
+        return hand.most
+
+    def _estimate(self, hand: Hand) -> dict[str, int]:
         said = hand.said
         if hand.identity.phase != MAP:
             if hand.sorted_at is None:
@@ -271,3 +303,25 @@ class Board:
 def _sizes(piece: Split) -> tuple[int, int]:
     """Return the plain and the packed bytes of a split: all of it is one or the other."""
     return (0, piece.size - piece.start) if piece.end is None else (piece.end - piece.start, 0)
+
+
+def _add_counters(totals: Counter[str], counters: Mapping[str, int]) -> None:
+    """Add counters of a task to those of a run, which has at most MAX_USER_COUNTERS names: what is more is OTHERS."""
+    for name, amount in counters.items():
+        shown = one_line(name, NAME_CHARACTERS)
+        if shown not in totals and len(totals) >= MAX_USER_COUNTERS:
+            shown = OTHERS
+        totals[shown] = max(-MAX_AMOUNT, min(MAX_AMOUNT, totals[shown] + amount))
+
+
+def _add_stacks(profile: Counter[str], fresh: Mapping[str, int]) -> None:
+    """Add samples; when there are too many stacks, the rarer half becomes one."""
+    profile.update(fresh)
+    if len(profile) <= MAX_STACKS and sum(map(len, profile)) <= MAX_STACK_BYTES:
+        return
+    room, kept = MAX_STACK_BYTES // 2, Counter[str]()
+    for stack, samples in profile.most_common():
+        room -= len(stack)
+        kept[stack if room > 0 and len(kept) < MAX_STACKS // 2 else OTHERS] += samples
+    profile.clear()
+    profile.update(kept)

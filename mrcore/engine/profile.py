@@ -1,0 +1,82 @@
+"""Where a task of a job with `profile` spends its time: the stack of its main thread, a hundred times a second."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from types import CodeType, FrameType
+
+from mrcore.messages.tasks import MAX_STACKS
+from mrcore.text import one_line
+
+SAMPLE_SECONDS = 0.01
+MAX_FRAMES, MAX_FRAME = 100, 99  # of a stack, from its root on; characters of one, so that a stack is a `tasks.Stack`
+MAX_PROFILE_BYTES = 4 << 20  # of all stacks of a task; the rare ones are counted together then
+OTHERS = "(other stacks)"
+_HOME = str(Path(__file__).parents[2])
+
+
+class Sampler:
+    """Samples the stack of the thread that enters it, below the frame that does so. Use as a context manager."""
+
+    def __init__(self) -> None:
+        # By the identity of the code in each frame, the leaf first: code is equal to that of another file. (): no room.
+        self._stacks: Counter[tuple[int, ...]] = Counter()
+        self._codes: dict[int, CodeType] = {}
+        self._thread_id = 0
+        self._root: FrameType | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="profile", daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self._thread_id, self._root = threading.get_ident(), sys._getframe(1)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._root = None
+
+    def _watch(self) -> None:
+        while not self._end.wait(SAMPLE_SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
+        # Of its own, so that no frame, with all that it refers to, is held while we wait.
+        frame: FrameType | None = sys._current_frames().get(self._thread_id)
+        codes: list[CodeType] = []
+        while frame is not None and frame is not self._root:
+            codes.append(frame.f_code)
+            frame = frame.f_back
+        stack = tuple(map(id, codes[-MAX_FRAMES:]))
+        if stack not in self._stacks:
+            if len(self._stacks) < MAX_STACKS - 1:
+                self._codes.update(zip(stack, codes[-MAX_FRAMES:], strict=True))
+            else:
+                stack = ()
+        self._stacks[stack] += 1
+
+    def stacks(self) -> dict[str, int]:
+        """Return the samples by stack: `function (file:line)` from the root on, joined by ";"."""
+        roots = sorted({_HOME, *sys.path} - {""}, key=len, reverse=True)
+        names = {number: _name(code, roots) for number, code in self._codes.items()}
+        told: Counter[str] = Counter()
+        room = MAX_PROFILE_BYTES
+        for codes, count in self._stacks.most_common():
+            stack = ";".join(names[code] for code in reversed(codes)) or OTHERS
+            room -= 0 if stack in told else len(stack.encode("ascii", "backslashreplace"))
+            told[stack if room >= 0 else OTHERS] += count
+        return dict(told)
+
+
+def _name(code: CodeType, roots: list[str]) -> str:
+    """Return how a frame is called; `line` is that of the function's definition, so all its samples are one frame."""
+    file = code.co_filename
+    root = next((root for root in roots if file.startswith(root.rstrip(os.sep) + os.sep)), None)
+    file = file if root is None else file[len(root.rstrip(os.sep)) + 1 :]
+    name = f"{code.co_qualname[:50]} ({file[-40:]}:{code.co_firstlineno})"
+    return one_line(name, 200).replace(";", ",")[:MAX_FRAME]

@@ -1,0 +1,247 @@
+"""The pages: what each asks of the queue, its files and the nodes, and which template shows it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mrcore.admin import doctor
+from mrcore.errors import MrcoreError
+from mrcore.launchers import local
+from mrcore.launchers.launcher import Daemon, daemons
+from mrcore.messages.methods import HEALTH, HELLO, Method
+from mrcore.queue.job import template
+from mrcore.queue.scheduler import Scheduler
+from mrcore.settings.config import Settings
+from mrcore.state import manifest
+from mrcore.state.progress import Phase, RunDetail
+from mrcore.state.store import ENDINGS
+from mrcore.system.logs import last_lines
+from mrcore.system.parallel import on_nodes
+from mrcore.web import downloads, views
+from mrcore.web.live import Look
+from mrcore.wire.client import Client
+from mrcore.wire.tls import master_pki
+
+PAGE_RUNS = 100
+MAX_PAGE = 1_000
+JOB_RUNS, JOB_EVENTS, CHART_RUNS = 20, 50, 100
+MAX_JOBS_SHOWN, MAX_FALLEN_SHOWN = 500, 50
+LOG_LINES = 200
+ASK_SECONDS, ASK_AT_ONCE = 2.0, 32
+NODES_SECONDS, DOCTOR_SECONDS = 5.0, 30.0  # how old what was asked may be
+PROFILE_HEADERS = {
+    # What a profile's SVG holds runs nothing, and loads nothing.
+    "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'",
+}
+
+T = TypeVar("T")
+
+
+class Kept:
+    """Answers that cost something, kept for some seconds; who asks meanwhile waits for the same one."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._lock = seconds, threading.Lock()
+        self._made: tuple[float, Any] | None = None
+
+    def get(self, make: Callable[[], T]) -> tuple[float, T]:
+        """Return when the answer was made, and the answer."""
+        with self._lock:
+            if self._made is None or time.time() - self._made[0] > self._seconds:
+                self._made = (time.time(), make())
+            return self._made
+
+
+class Pages:
+    """Every page of one dashboard."""
+
+    def __init__(self, settings: Callable[[], Settings], scheduler: Scheduler, shown: views.Templates) -> None:
+        self._settings, self._scheduler, self._shown = settings, scheduler, shown
+        self._store = scheduler.store
+        self._asked, self._examined = Kept(NODES_SECONDS), Kept(DOCTOR_SECONDS)
+        self.output = downloads.Downloads(settings).output
+
+    # --- the queue, live ---
+
+    def elements(self, look: Look, job: str) -> dict[str, str]:
+        """Return what is live on a job's page (""; of the queue): elements by their id."""
+        values = self._values(look, job) | (self._runs(job) if job else {})
+        names = ("running", "runs") if job else ("status", "running", "waiting", "fallen")
+        return {name: self._shown.part(f"{name}.html", **values) for name in names}
+
+    def queue(self, request: Request) -> Response:
+        """Show what runs, what waits and why, and what left by a failure."""
+        return self._shown.page("queue.html", here="queue", **self._values(Look(self._scheduler)))
+
+    def _values(self, look: Look, only: str = "") -> dict[str, Any]:
+        """Return what sections of the queue show; `only`: of all runs that of this job."""
+        progress, running = look.progress, look.state["running"]
+        if only:
+            progress = progress if progress and progress.job_name == only else None
+            running = running if running and running["job_name"] == only else None
+        return {
+            "only": only,
+            "state": look.state | {"running": running},
+            "jobs": look.jobs[:MAX_JOBS_SHOWN],
+            "more_jobs": max(0, len(look.jobs) - MAX_JOBS_SHOWN),
+            "fallen": look.fallen[:MAX_FALLEN_SHOWN],
+            "more_fallen": max(0, len(look.fallen) - MAX_FALLEN_SHOWN),
+            "progress": progress,
+            "spans": views.spans(progress.phases, progress.updated) if progress else [],
+            "spoken": views.spoken(progress),
+            "now": look.time,
+        }
+
+    def _runs(self, job: str) -> dict[str, Any]:
+        rows = self._store.runs(job, JOB_RUNS)
+        return {"name": job, "runs": rows, "count": len(self._store.run_numbers(job))} | self._chart(job)
+
+    # --- what has been ---
+
+    def history(self, request: Request) -> Response:
+        """Show a page of the runs, filtered by a part of the job's name and by state."""
+        text, state = request.query_params.get("job", "")[:100], request.query_params.get("state", "")
+        state = state if state in (*ENDINGS, "running") else ""
+        page = _number(request.query_params.get("page", "1"), MAX_PAGE)
+        rows, count = self._store.page_of_runs(text, state, PAGE_RUNS, PAGE_RUNS * (page - 1))
+        exact = bool(rows) and all(row.job_name == rows[0].job_name for row in rows)
+        name = rows[0].job_name if exact else ""
+        return self._shown.page(
+            "history.html", here="history", rows=rows, count=count, page=page, pages=-(-count // PAGE_RUNS),
+            text=text, state=state, states=ENDINGS, name=name, **self._chart(name),
+        )  # fmt: skip
+
+    def _chart(self, job: str) -> dict[str, Any]:
+        """Return a chart of a job's last runs, None for fewer than two, and the seconds of the longest."""
+        bars = views.run_times(self._store.run_times(job, CHART_RUNS)) if job else []
+        if len(bars) < 2:
+            return {"chart": None, "longest": 0}
+        label = f"seconds of the last {len(bars)} runs of {job}"
+        return {"chart": views.columns(bars, label), "longest": max(bar.height for bar in bars)}
+
+    def job(self, request: Request) -> Response:
+        """Show a job: its keys, where it is, its runs and its output."""
+        name = request.path_params["job"]
+        row = self._store.job(name)
+        runs = self._runs(name)
+        if row is None and not runs["runs"]:
+            raise HTTPException(404, f"no job {views.line(name)} is known")
+        spec = row.spec if row else {}
+        defaults = template(row.job_type) if row else {}
+        given = {key: value for key, value in spec.items() if value != defaults.get(key, "")}
+        return self._shown.page(
+            "job.html", here="", row=row, spec=spec, given=given,
+            usual={key: value for key, value in spec.items() if key not in given},
+            why=self._scheduler.why(name) if row else None, estimate=self._scheduler.estimate_next_runtime(name),
+            events=self._store.events(name)[-JOB_EVENTS:], **runs, **self._values(Look(self._scheduler), name),
+            **self._output(name),
+        )  # fmt: skip
+
+    def _output(self, job: str) -> dict[str, Any]:
+        """Return the parts of a job's output as a page has them, and why there are none."""
+        with contextlib.suppress(MrcoreError):
+            parts = manifest.parts(self._settings().state_dir, job)
+            return {"parts": parts[:PAGE_RUNS], "more_parts": max(0, len(parts) - PAGE_RUNS),
+                    "output_bytes": sum(part.text_bytes for part in parts)}  # fmt: skip
+        return {"parts": [], "more_parts": 0, "output_bytes": 0}
+
+    def run(self, request: Request) -> Response:
+        """Show a run: phases, servers, slowest tasks, counters, skew, its error and its log."""
+        name, run = request.path_params["job"], int(request.path_params["run"])
+        row = self._store.run(name, run)
+        if row is None:
+            raise HTTPException(404, f"the history has no run {run} of {views.line(name)}")
+        detail = self._store.detail(name, run) or RunDetail()
+        phases = detail.phases or _phases(row.phases)
+        log = self._settings().logs_dir / "scripts" / row.job_name / f"{run}.log"
+        return self._shown.page(
+            "run.html", here="", row=row, detail=detail, spans=views.spans(phases, row.ended),
+            servers=views.by_phase(detail.servers), traceback=_traceback(row.exception), now=time.time(),
+            log=last_lines(log, LOG_LINES).decode(errors="backslashreplace") if log.is_file() else "",
+            profile=self._profile(name, run) is not None,
+        )  # fmt: skip
+
+    def _profile(self, job: str, run: int) -> bytes | None:
+        """Return the flame graph of a run that is in the history, None if it has none."""
+        with contextlib.suppress(OSError):
+            return (self._settings().state_dir / "profiles" / job / f"{run}.svg").read_bytes()
+        return None
+
+    def profile(self, request: Request) -> Response:
+        """Give the flame graph of a run."""
+        if (content := self._profile(request.path_params["job"], int(request.path_params["run"]))) is None:
+            raise HTTPException(404, "this run has no flame graph: `profile: true` in the job makes one")
+        return Response(content, media_type="image/svg+xml", headers=PROFILE_HEADERS)
+
+    # --- the machines ---
+
+    def nodes(self, request: Request) -> Response:
+        """Show nodes and cluster servers."""
+        at, answers = self._asked.get(self._ask)
+        progress = self._scheduler.progress()
+        busy = {server.server: server for server in progress.servers} if progress else {}
+        settings = self._settings()
+        return self._shown.page(
+            "nodes.html", here="nodes", at=at, answers=answers, busy=busy, nodes=settings.nodes,
+            servers=settings.servers(), progress=progress,
+        )  # fmt: skip
+
+    def _ask(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Return what each daemon, by node and name, answers within ASK_SECONDS, or its "error"; {}: not started."""
+        settings = self._settings()
+        asked = daemons(settings)
+        if settings.local and not any(row["pid"] for row in local.status(settings)):
+            return {}
+        try:
+            keys = master_pki(settings)
+        except MrcoreError as error:
+            return {(daemon.node.name, daemon.name): {"error": error.message} for daemon in asked}
+
+        def ask(daemon: Daemon) -> dict[str, Any]:
+            node, method = daemon.node, _method(daemon)
+            try:
+                with contextlib.closing(
+                    Client(node.address, daemon.port, keys, node.name, ASK_SECONDS, ASK_SECONDS)
+                ) as client:
+                    answer: dict[str, Any] = msgspec.to_builtins(client.call(method))
+            except MrcoreError as error:
+                return {"error": error.message}
+            return answer
+
+        names = [(daemon.node.name, daemon.name) for daemon in asked]
+        return dict(zip(names, on_nodes(asked, ask, ASK_AT_ONCE), strict=True))
+
+    def doctor(self, request: Request) -> Response:
+        """Show what the doctor finds; it is called when somebody asks for it."""
+        if "run" not in request.query_params:
+            return self._shown.page("doctor.html", here="doctor", findings=None, at=None)
+        at, findings = self._examined.get(lambda: doctor.judge(doctor.gather(self._settings())))
+        return self._shown.page("doctor.html", here="doctor", findings=findings, at=at)
+
+
+def _method(daemon: Daemon) -> Method[Any]:
+    return HEALTH if daemon.is_agent else HELLO
+
+
+def _number(text: str, most: int) -> int:
+    return min(most, max(1, int(text))) if text.isascii() and text.isdecimal() and len(text) < 10 else 1
+
+
+def _phases(plain: dict[str, Any]) -> list[Phase]:
+    """Return the phases of a run of which no detail was noted."""
+    return [Phase(name=name, started=times["started"], ended=times["ended"], unit="") for name, times in plain.items()]
+
+
+def _traceback(exception: dict[str, Any] | None) -> str:
+    details = (exception or {}).get("details") or {}
+    frames = details.get("traceback") or details.get("internal_traceback") or ""
+    return frames if isinstance(frames, str) else "".join(map(str, frames))
