@@ -45,8 +45,9 @@ class Draining:
     def _work(self, runner: Runner) -> None:
         try:
             runner.run()
-        except UsageError:  # another one has just begun: that will do
-            pass
+        except UsageError as error:
+            if "runner" not in error.details:  # else another one has just begun: that will do
+                self._error = error
         except BaseException as error:  # noqa: BLE001  told to who waits
             self._error = error
         finally:
