@@ -28,6 +28,7 @@ FETCHED_FONT = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 SCENES = {
     "terminal-help": [["--help"]],
     "terminal-history": [["history"], ["queue"]],
+    "terminal-why": [["plan", "words.yml"], ["why", "nightly_visits_by_page"]],
 }
 ADDRESS = "127.77.0.1"  # where no other cluster is
 JOBS = """\
@@ -73,6 +74,7 @@ def main() -> None:
             functions.read_text() + "\n\ndef broken(group, auxiliary_data):\n    return group[0][1] / 0\n"
         )
         (folder / "jobs.yml").write_text(JOBS)
+        (folder / "words.yml").write_text(JOBS.split("\n- ")[0] + "\n")
         (folder / "report.py").write_text("print('a report')\n")
         environment = {key: value for key, value in os.environ.items() if key not in ("MRCORE_CONFIG", "NO_COLOR")}
         environment |= {"MRCORE_HOME": str(folder / "home"), "TERM": "xterm-256color", "COLUMNS": str(COLUMNS)}

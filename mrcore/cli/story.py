@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mrcore.cli import common, live
+from mrcore.cli.tables import print_states
 from mrcore.text import one_line
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ TASKS = 10  # longest tries of tasks of a run
 
 def print_job(story: dict[str, Any]) -> None:
     """Print a job's keys and its newest runs."""
-    click.echo(f"{story['job_name']}: {story['state']}" + (f" ({story['reason']})" if story["reason"] else ""))
+    reason = (" (", story["reason"], ")") if story["reason"] else ()
+    print_states(f"{story['job_name']}: ", story["state"], *reason)
     if story["progress"]:
         click.echo(f"run {story['progress']['run']} is under way: {live.running(None, story['progress'])}")
     for key, value in story["job"].items():
@@ -45,7 +47,7 @@ def profiles(settings: Settings, job_name: str, run: int) -> list[str]:
 
 
 def _print_head(row: dict[str, Any]) -> None:
-    click.echo(f"run {row['run']}: {row['state']}, {row['start_time'][:19]}, {common.duration(row['seconds'])}")
+    print_states(f"run {row['run']}: ", row["state"], f", {row['start_time'][:19]}, {common.duration(row['seconds'])}")
     for phase, times in row["phases"].items():
         click.echo(f"  {phase}: {common.duration(times['seconds'])}")
     for name, count in row["counts"].items():

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mrcore.system.terminal import raw
-from mrcore.text import one_line
+from mrcore.text import escaped, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,14 @@ def terminal_console() -> Console:
     from rich.console import Console
 
     return Console(file=raw(sys.stdout), force_terminal=sys.stdout.isatty(), highlight=False)
+
+
+def print_states(*parts: str) -> None:
+    """Print a line of parts, of which those that are states have their colours on a terminal."""
+    from rich.text import Text
+
+    line = Text.assemble(*((escaped(part), state_style(part)) for part in parts))
+    terminal_console().print(line, soft_wrap=True)
 
 
 def print_table(rows: Sequence[Row], columns: Mapping[str, str], spare: Spare = ()) -> None:

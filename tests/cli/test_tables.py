@@ -131,6 +131,7 @@ def test_states_have_colours_on_a_terminal_and_stand_there_in_words(history: Sto
     screen = screen_of(120, "history")
     for state in ("succeeded", "failed", "running"):
         assert colours_of(screen, state) == {COLOURS[state]}
+    assert colours_of(screen_of(120, "show", LONG), "failed") == {"red"}
     plain = screen_of(120, "history", NO_COLOR="1")
     assert [line.split()[:4] for line in plain.display] == [line.split()[:4] for line in screen.display]
     assert colours_of(plain, "failed") == {"default"}
