@@ -19,6 +19,7 @@ from mrcore.state.progress import Phase, Progress, ServerShare
 from mrcore.text import clean, one_line
 
 STRAGGLER = 1.5  # times the median of the servers of a phase
+LEAST_WIDTH = 160  # of a chart, where a column takes 10: few columns are no walls
 STEP = 10  # per cent: how often the running job is told to who listens to the page
 
 
@@ -143,7 +144,7 @@ def columns(bars: list[Bar], label: str) -> Markup:
         for tall in [max(1.0, 100 * bar.height / top)]
     ]
     head = '<svg class="columns" role="img" aria-label="{}" viewBox="0 0 {} 100" preserveAspectRatio="none">{}</svg>'
-    return Markup(head).format(line(label), max(10, 10 * len(bars)), Markup("").join(rects))
+    return Markup(head).format(line(label), max(LEAST_WIDTH, 10 * len(bars)), Markup("").join(rects))
 
 
 def run_times(rows: Iterable[dict[str, Any]]) -> list[Bar]:

@@ -184,6 +184,9 @@ def test_a_cluster_that_runs(tmp_path: Path) -> None:
             answer = shown.ask("/jobs/shown/output")
             assert answer.text == (tmp_path / "cat").read_text() != ""
             assert answer.headers["content-disposition"] == 'attachment; filename="shown.jsonl"'
+            run = page(shown, "/jobs/shown/runs/1")
+            for words in ("PREFLIGHT", "MAP", "REDUCE", "Slowest tasks", "MAP by server, slowest first", "S_0"):
+                assert words in run, words
             parts = re.findall(r'href="(/jobs/shown/parts/[^"]+)"', page(shown, "/jobs/shown"))
             assert parts and "".join(page(shown, part) for part in parts) == answer.text
             assert shown.ask("/jobs/shown/parts/part-000001-00000-99999.data").status == 404
