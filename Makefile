@@ -40,6 +40,7 @@ bench: ## measure against a script by hand, PySpark, mrjob and Dask (installs th
 	$(PY) bench/run.py $(ARGS)
 	$(PY) bench/merge_output.py
 	$(PY) bench/transfer.py
+	$(PY) bench/progress.py
 
 docs: ## make the documents a site: site/index.html
 	@scripts/setup.sh dev,docs

@@ -142,8 +142,8 @@ def run_lines(progress: Progress, now: float) -> list[Line]:
     if progress.servers:
         up = [server for server in progress.servers if server.up]
         busy = sum(server.task is not None for server in up)
-        text = f"  {busy} of {len(up)} servers at work"
-        text += f", {len(progress.servers) - len(up)} away" if len(up) < len(progress.servers) else ""
+        text = f"  {busy} of {len(up)} servers at work" if up else "  no server has answered yet"
+        text += f", {len(progress.servers) - len(up)} away" if 0 < len(up) < len(progress.servers) else ""
         text += f", {progress.deaths} died and tried again" if progress.deaths else ""
         text += f", {progress.spills:,} spills" if progress.spills else ""
         lines.append(Line(text))
@@ -181,7 +181,7 @@ def server_lines(servers: list[ServerNow], now: float, room: int) -> list[Line]:
         task = "" if server.task is None else str(server.task)
         since = "" if server.since is None or server.task is None else duration(now - server.since)
         done = size(server.bytes) if server.task is not None else ""
-        phase = one_line(server.phase, 7) if server.up else "away"
+        phase = (one_line(server.phase, 7) if server.task is not None else "idle") if server.up else "away"
         lines.append(
             Line(
                 f"  {one_line(server.node, 14):14} {one_line(server.server, 7):7} {phase:7} {task:>5} {since:>7} "
@@ -206,7 +206,7 @@ class Display:
     def __init__(self, look: Callable[[], Progress | None], idle: str, phases: Callable[[str], bool] | None = None):
         self._look, self.idle, self._phases = look, idle, phases
         self._last: Progress | None = None
-        self._looked, self._told = 0.0, dict[tuple[str, int], int]()
+        self._looked, self._told = 0.0, set[tuple[str, int, str]]()
         self._lock = threading.RLock()
         self._console = Console(file=terminal.raw(sys.stderr))
         # Where they differ, what one of them shows would come between the lines of the other.
@@ -256,9 +256,10 @@ class Display:
         if self._in_place or not self._phases or not self._phases(job_name):
             return
         with self._lock:
-            told = self._told.setdefault((job_name, run), 0)
-            self._told[job_name, run] = max(told, len(ended))
-            for phase in ended[told:]:
+            for phase in ended:
+                if (job_name, run, phase.name) in self._told:
+                    continue
+                self._told.add((job_name, run, phase.name))
                 self.write(f"{job_name} run {run}: {phase_line(phase, time.time())}", True)
 
     def _progress(self) -> Progress | None:

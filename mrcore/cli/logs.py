@@ -197,6 +197,7 @@ def _print_log(content: bytes, raw: bool) -> None:
         return
     sys.stdout.flush()
     sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
 
 
 def _daemon(settings: Settings, name: str) -> tuple[str, str] | None:

@@ -25,10 +25,10 @@ GROUP = jobs.GROUP
 @jobs.SET
 @common.JSON
 def plan(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> None:
-    """Tell what the jobs of files would do, queueing none.
+    """Tell what jobs would do, before they are queued.
 
-    That is what they read, how long they take, and what is missing. Nodes are asked, but nothing is sent to them, and
-    no byte on any disk is changed. Status 1 if a job would fail.
+    What they would read, how long that may take, what is missing. Nodes are asked, but nothing is sent to them, and no
+    byte on any disk is changed. Status 1 if a job would fail.
     """
     batch = jobs.read_batch(files, changes)
     common.hand_over_jobs(batch, "plan", ["--json"] * as_json)

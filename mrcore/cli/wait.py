@@ -113,8 +113,9 @@ class Wait:
     def _tell_reasons(self, here: bool = False) -> None:
         """Say, once each, why jobs wait that do so for longer than those before them."""
         rows = [row for row in self._scheduler.queue() if row["job_name"] in self.awaited.left]
+        told = WAITS if here else (*WAITS, "behind")  # as the Runner it names what it runs before
         for row in rows:
-            if row["why"]["code"] in WAITS and row["why"]["code"] + row["job_name"] not in self._told:
+            if row["why"]["code"] in told and row["why"]["code"] + row["job_name"] not in self._told:
                 self._told.add(row["why"]["code"] + row["job_name"])
                 self._tell(f"{row['job_name']} waits: {row['why']['text']}; Ctrl-C leaves it in the queue")
         if rows and self._store.get("paused") and not self.awaited.running:
@@ -165,8 +166,10 @@ def wait_for(
                 else:
                     wait.for_others(take_over=settings is not None)
         except KeyboardInterrupt:
-            if scheduler.state()["runner"]:
-                quoted = shlex.quote(next(iter(wait.awaited.left), names[0]))
-                wait.display.write(f"no longer waited for; the Runner goes on: `mrcore watch {quoted}`", True)
+            left = next(iter(wait.awaited.left), names[0])
+            goes_on = f"the Runner goes on: `mrcore watch {shlex.quote(left)}`"
+            if not settings or scheduler.state()["runner"]:
+                what = goes_on if scheduler.state()["runner"] else "the jobs stay queued: `mrcore run` runs them"
+                wait.display.write(f"no longer waited for; {what}", True)
             raise
     return wait.awaited.ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import termios
 import time
@@ -44,10 +45,10 @@ class View(NamedTuple):
 @click.option("--once", is_flag=True, help="Print one snapshot and end.")
 @common.JSON
 def watch(job: str | None, once: bool, as_json: bool) -> None:
-    """Show the queue and the run under way, live.
+    """Show the queue and the run under way, in place.
 
-    `q` or Ctrl-C leaves. With JOB this ends with its run under way, or its next one, and the status is 0 only
-    if that has succeeded. When standard output is no terminal, one snapshot is printed.
+    `q` or Ctrl-C leaves. With JOB this ends with its run under way, or its next one, and the status is 0 only if that
+    has succeeded. When standard output is no terminal, one snapshot is printed.
     """
     from mrcore.cli.wait import line_of
 
@@ -104,6 +105,7 @@ def _in_place(scheduler: Scheduler, ending: _Ending | None) -> Outcome | None:
     from mrcore.system import terminal
 
     console = Console(file=terminal.raw(sys.stdout))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves the screen as it was
     with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as shown:
         while True:
             outcome = ending.look() if ending else None

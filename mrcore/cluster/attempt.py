@@ -164,10 +164,10 @@ class Attempt:
             self._lose_task(server, f"the order was refused: {error.message}", _blame(error))
 
     def task_event(self, name: str, event: TaskEvent) -> None:
-        """A server reports on its task. Stale events (of another run, task or try) are ignored."""
+        """A server reports on its task. Stale ones (of another run, task or try) are ignored, and all after a fault."""
         server = self.servers[name]
         task = server.task
-        if task is None or event.identity != (identity := self._identity(task)):
+        if task is None or self.fault or event.identity != (identity := self._identity(task)):
             return
         match event:
             case tasks.Want():
@@ -198,6 +198,7 @@ class Attempt:
                 if isinstance(why, JobFault) or why.details.get("hold"):
                     why.details |= _place(server, identity)
                     self._fail(why)
+                    self.board.died(name, why.message)
                 else:  # that it could not reach its data is no fault of the job; that its process gave up is
                     self._lose_task(server, why.message, _blame(why), **why.details)
             case tasks.Died():

@@ -205,7 +205,7 @@ def needed_bytes(
     """
     read, servers = int(before.get("input_bytes") or 0), sum(node.servers for node in nodes) or 1
     if read:
-        spilled, put_out = (int(before.get(key) or 0) / read for key in ("shuffled_bytes", "output_bytes"))
+        spilled, put_out = (int(before.get(key) or 0) / read for key in ("spilled_bytes", "output_bytes"))
         weights = {node.node: float(node.bytes) for node in nodes}
     else:
         spilled = put_out = 1.0

@@ -104,7 +104,7 @@ class Preflight:
         with Shipment(folder, settings.state_dir) as packages:
             listings = self._agents.on_all(lambda node: self._prepare_node(node, snapshot, folder, packages))
         if errors := input_faults(settings, job, listings):
-            raise JobFault(listed(errors), faults=errors)
+            raise JobFault(listed(errors), faults=errors, code="inputs")
         if settings.local:
             listings = without_aliases(listings)
         skipped = sum((Counter(listing.skipped) for listing in listings), Counter[str]())
@@ -165,29 +165,7 @@ class Preflight:
                 f"node {node.name} has {free >> 20} MiB of free disk, less than {MIN_FREE_DISK_BYTES >> 20}: make room",
                 node=node.name,
             )
-        asked = {key: job[key] for key in ("input_dirs", "shared_input")}
-        if self._settings.local:
-            asked["sibling_dirs"] = str(node.compute_dir.parent)
-        slices = functools.partial(call, LIST_INPUTS, timeout_seconds=SLICE_ANSWER_SECONDS)
-        return gather(slices, asked, [each.name for each in self._settings.nodes], node.name)
-
-    def _check_inputs(self, listings: Sequence[InputPage]) -> None:
-        errors = [error for listing in listings for error in listing.faults]
-        entries = self._job["input_dirs"]
-        matched = {entry: any(listing.matched.get(entry) for listing in listings) for entry in entries}
-        for entry in entries:
-            if not matched[entry]:
-                where = "" if entry.startswith("/") else " under any node's base_dir"
-                errors.append(f"the input {entry} matches no file{where}: check the path, or upload the files first")
-        absolute = any(entry.startswith("/") and matched[entry] for entry in entries)
-        unclear = self._job["shared_input"] is None and not self._settings.local and len(listings) > 1
-        if unclear and absolute and len({listing.fingerprint for listing in listings}) == 1:
-            errors.append(
-                "every node lists the same files for the absolute input_dirs: set shared_input: true if they are one "
-                "shared file system (each file is then read once), false if they only look alike"
-            )
-        if errors:
-            raise JobFault(listed(errors), faults=errors, code="inputs")
+        return list_node(self._settings, self._call, job, node)
 
 
 def list_node(settings: Settings, call: Call, job: Job, node: NodeSettings) -> InputPage:

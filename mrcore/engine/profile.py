@@ -1,13 +1,22 @@
-"""Where a task of a job with `profile` spends its time: the stack of its main thread, a hundred times a second."""
+"""Where a task of a job with `profile` spends its time: the stack of its main thread, a hundred times a second.
+
+While the task computes, the kernel's timer of its processor time (SIGPROF) takes the samples: a thread would have to
+wait until the main thread lets go of the interpreter, and so would see mostly calls of the system. While it waits, that
+timer stands still, and a thread takes them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
 
 from mrcore.messages.tasks import MAX_STACKS
 from mrcore.text import one_line
@@ -20,34 +29,54 @@ _HOME = str(Path(__file__).parents[2])
 
 
 class Sampler:
-    """Samples the stack of the thread that enters it, below the frame that does so. Use as a context manager."""
+    """Samples the stack of the main thread, which enters it, below the frame that does so. Use as a context manager."""
 
     def __init__(self) -> None:
         # By the identity of the code in each frame, the leaf first: code is equal to that of another file. (): no room.
         self._stacks: Counter[tuple[int, ...]] = Counter()
         self._codes: dict[int, CodeType] = {}
-        self._thread_id = 0
+        self._thread_id = self._native_id = 0
         self._root: FrameType | None = None
+        self._before: Any = None  # what SIGPROF did
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="profile", daemon=True)
 
     def __enter__(self) -> Sampler:
-        self._thread_id, self._root = threading.get_ident(), sys._getframe(1)
+        self._thread_id, self._native_id, self._root = (
+            threading.get_ident(),
+            threading.get_native_id(),
+            sys._getframe(1),
+        )
+        self._before = signal.signal(signal.SIGPROF, lambda _, frame: self._take(frame))
+        signal.siginterrupt(signal.SIGPROF, False)  # libraries that know of no interrupted calls are not to meet any
+        signal.setitimer(signal.ITIMER_PROF, SAMPLE_SECONDS, SAMPLE_SECONDS)
         self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, self._before or signal.SIG_DFL)
         self._end.set()
         self._thread.join()
         self._root = None
 
     def _watch(self) -> None:
+        seconds, busy = time.monotonic(), self._busy_seconds()
         while not self._end.wait(SAMPLE_SECONDS):
-            self._sample()
+            passed, was_busy = time.monotonic() - seconds, self._busy_seconds() - busy
+            seconds, busy = seconds + passed, busy + was_busy
+            if was_busy < passed / 2:
+                self._take(sys._current_frames().get(self._thread_id))
 
-    def _sample(self) -> None:
-        # Of its own, so that no frame, with all that it refers to, is held while we wait.
-        frame: FrameType | None = sys._current_frames().get(self._thread_id)
+    def _busy_seconds(self) -> float:
+        """Return how long the main thread has computed, or waited for a processor that others had."""
+        with contextlib.suppress(OSError, ValueError):
+            computed, waited, _ = Path(f"/proc/self/task/{self._native_id}/schedstat").read_text().split()
+            return (int(computed) + int(waited)) / 1e9
+        return time.process_time()
+
+    def _take(self, frame: FrameType | None) -> None:
+        """Count a stack. No frame, with all that it refers to, is held when this returns."""
         codes: list[CodeType] = []
         while frame is not None and frame is not self._root:
             codes.append(frame.f_code)

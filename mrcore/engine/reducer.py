@@ -63,16 +63,16 @@ class Reduce:
     def reduce(self) -> list[Part]:
         """Reduce all groups and return the finished parts. Raises JobFault naming function and key."""
         for key, values in self._sorter.groups(self._disk_based_input):
-            self._key = key
-            if self.groups % GROUPS_PER_NOTE == 0 or len(values) > LARGE_GROUP:
+            self._key, count = key, len(values)
+            if self.groups % GROUPS_PER_NOTE == 0 or count > LARGE_GROUP:
                 task.in_hand(self._in_hand(), self._in_hand)
             self.groups += 1
-            self.values += len(values)
-            if len(values) > self._least_heavy:
-                self._note_heavy(key, len(values))
+            self.values += count
+            if count > self._least_heavy:
+                self._note_heavy(key, count)
             if isinstance(values, list):
-                if len(values) > LARGE_GROUP and not self._watch.fits(len(values) * PAIR_BYTES):
-                    raise group_too_large(key, len(values), self._watch.budget_bytes)
+                if count > LARGE_GROUP and not self._watch.fits(count * PAIR_BYTES):
+                    raise group_too_large(key, count, self._watch.budget_bytes)
                 self._reduce_group(key, [(key, value) for value in values])
             else:
                 self._reduce_group(key, values)

@@ -269,7 +269,7 @@ def _died(identity: tasks.TaskIdentity, end: Json, server: str) -> tasks.Died:
     """Return what the supervisor says of the end of a task that reported none."""
     known = {name: end[name] for name in tasks.Died.__struct_fields__ if name in end}
     died = msgspec.structs.replace(convert(tasks.Died, known | {"event": "died"}), identity=identity)
-    held = f"{died.memory_bytes >> 20:,} MiB at most, of {died.budget_bytes >> 20:,}"
+    held = f"up to {died.memory_bytes >> 20:,} MiB, with a budget of {died.budget_bytes >> 20:,} MiB"
     text = (
         f"the task process {died.message} without a result"
         + (", probably by the kernel for want of memory" if died.oom else "")

@@ -91,7 +91,7 @@ class Supervisor:
             readable, _, _ = select.select(ours, [], [], logs.WINDOW_SECONDS if waits else None)
             if self._printed in readable:
                 self._log.write(os.read(self._printed, logs.READ_BYTES))
-            if self._traces and self._traces.printed in readable:
+            if self._traces and self._traces.is_open and self._traces.printed in readable:
                 self._traces.read()
             elif self._traces and self._terminal and not readable:
                 self._traces.finish_line()  # somebody is asked something there

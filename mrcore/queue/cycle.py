@@ -131,6 +131,10 @@ def reasons(rows: list[JobRow], state: State, now: float) -> list[Why]:
 
     def why(row: JobRow) -> Why:
         until, mate = due(row), held_by_retry(row, groups)
+        if row.job_name == running and not state.runner:
+            return Why("no_runner", "its Runner has ended: the next one sees to its run")
+        if row.job_name == running and hold and not hold.nodes and hold.until > now:
+            return Why("hold", "its output waits for the cluster", hold.until)
         if row.job_name == running:
             return Why("running", "it runs")
         if until > now and row.retry_at:

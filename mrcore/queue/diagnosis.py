@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from mrcore.state.store import RunRow
 from mrcore.text import one_line
 
 SLOW_FACTOR = 1.5  # of the usual time, from which a run counts as slow
+SLOW_SERVER_FACTOR = 3.0  # slower than the others, from which a server counts as slow
 SKEW_FACTOR = 4.0  # of the median partition, from which the largest counts as skewed
 MORE_INPUT_FACTOR = 1.5  # of the input of the run before
 SILENT_SECONDS = 30.0  # without a word of progress, from which that is told
@@ -242,6 +244,7 @@ def pace(
     causes = [each for each in found if is_slow or each[0] in _ALWAYS]
     step = causes[0][2] if causes else f"wait; `mrcore watch {name}` shows it, `mrcore cancel {name}` ends the run"
     lines = [line for _, some, _ in found for line in some]
+    lines += _of_phases(run, phase, earlier, now) if phase else []
     facts: dict[str, Any] = {
         "run": run.run,
         "phase": phase,
@@ -256,8 +259,20 @@ def pace(
         lines += [f"spills so far: {progress.spills}"] if progress.spills else []
         for server in busy[: int(is_slow)]:
             facts |= {"server": server.server, "node": server.node, "job_name": name}
+    if detail and is_slow and (rows := detail.slowest[:SHOWN]):
+        told = (f"{row.phase} task {row.task} on {row.server}, {clock(row.seconds)}" for row in rows)
+        lines.append(f"slowest in the last run: {'; '.join(told)}")
     lines += [] if usual else ["there are no two successful runs yet to compare it with"]
     return Pace(is_slow, text, step, causes[0][0] if causes else None, lines, facts)
+
+
+def _of_phases(run: RunRow, phase: str, earlier: Sequence[RunRow], now: float) -> list[str]:
+    """Return how long the phase under way has taken, against earlier runs."""
+    times = [each.phases[phase] for each in earlier if each.state == "succeeded" and phase in each.phases]
+    if not times:
+        return []
+    usual = statistics.median(each["ended"] - each["started"] for each in times)
+    return [f"{phase} usually takes {clock(usual)}, now {clock(now - run.phases[phase]['started'])} so far"]
 
 
 _ALWAYS = ("servers_down", "deaths", "silent")  # what is worth a look before a run is slow
@@ -283,6 +298,8 @@ def _held_up(
         yield "one_task", [text], f"`mrcore logs {busy[0].server}` shows what it prints; {cancel}"
     if skewed := _skew(detail):
         yield "skew", skewed, "a combine_function_name, or keys that spread better, make the largest partition smaller"
+    if slower := _slow_server(detail):
+        yield "slow_server", [slower[1]], f"see what else runs on {slower[0]}, and how its disk is; `mrcore doctor`"
     if progress and (more := _more_input(progress, earlier)):
         yield "more_input", [more], "wait: it has more to do than before"
 
@@ -294,6 +311,20 @@ def _more_input(progress: Progress, earlier: Sequence[RunRow]) -> str | None:
     if not before or total < MORE_INPUT_FACTOR * before:
         return None
     return f"it reads {size(total)} of input, {total / before:.1f} times as much as the last run"
+
+
+def _slow_server(detail: RunDetail | None) -> tuple[str, str] | None:
+    """Return the node of a server that mapped far slower than the others in an earlier run, and that in words."""
+    shares = [each for each in detail.servers if each.phase == "MAP" and each.seconds and each.bytes] if detail else []
+    if len(shares) < 2:
+        return None
+    slowest = min(shares, key=lambda each: each.bytes / each.seconds)
+    rate = slowest.bytes / slowest.seconds
+    usual = statistics.median(each.bytes / each.seconds for each in shares if each is not slowest)
+    if rate * SLOW_SERVER_FACTOR > usual:
+        return None
+    text = f"in the last run {slowest.server} on {slowest.node} mapped {size(rate)} a second, the others {size(usual)}"
+    return slowest.node, text
 
 
 def _longest(servers: Sequence[ServerNow]) -> list[ServerNow]:

@@ -26,6 +26,7 @@ from mrcore.settings.config import Settings, load_settings
 from mrcore.state import backup, manifest
 from mrcore.state.database import sole_runner
 from mrcore.state.doorbell import Doorbell
+from mrcore.state.progress import RunDetail
 from mrcore.state.store import Cycle, Store
 from mrcore.system.paths import close_home
 from mrcore.text import one_line, type_name
@@ -57,6 +58,7 @@ class Runner:
         self._endings = Endings(self.store, self.settings, self._report)
         self._doorbell = Doorbell(self.settings.state_dir)
         self._stopping = False
+        self._unfinished: dict[tuple[str, int], RunDetail] = {}  # of the run that is committed and not yet in place
         self.ended_by: int | None = None  # the signal that ended it
         self.ended: dict[str, int] = {}  # how many runs ended how
 
@@ -176,6 +178,7 @@ class Runner:
         finally:
             execution.stop.set()  # nothing may go on that nobody watches
         execution.detail = keeper.detail(time.time(), self.settings)
+        self._unfinished = {(name, run): execution.detail}
         try:
             self._conclude(execution, time.time())
         except ClusterFault:
@@ -213,8 +216,8 @@ class Runner:
         assert running
         name, run = running.job_name, running.run
         execution = Execution(self.store.running_spec(), run, running.number)
-        if seen := self.store.progress():
-            execution.detail = ended(seen, now)
+        seen = self.store.progress()
+        execution.detail = self._unfinished.get((name, run)) or (ended(seen, now) if seen else None)
         if self._endings.committed(name, run):
             try:
                 made = manifest.read(self.settings.state_dir, name, run)

@@ -199,11 +199,15 @@ class Scheduler:
 
         With `printed` also what the task, or the script, printed last, which may take `printed.LOG_SECONDS`.
         """
-        store, now, state = self.store, time.time(), self._state()
+        store, now, progress = self.store, time.time(), self.progress()
         job, running = store.job(job_name), store.running()
         if job is None:
             raise _unknown(job_name, "is not known", store.last_runs())
-        rows = sorted(store.queued(), key=cycle.order)
+        # The Runner goes on meanwhile: what is told is to be of one moment.
+        state = self._state()._replace(running=running and running.job_name)
+        others = [row for row in store.queued() if row.job_name != job_name]
+        rows = sorted([*others, *([job] if job.state != "out" else [])], key=cycle.order)
+        is_of_it = progress and running and (progress.job_name, progress.run) == (running.job_name, running.run)
         reasons = zip(rows, cycle.reasons(rows, state, now), strict=True)
         in_line = cycle.in_line(rows, state, now)
         place = next((place for place, row in enumerate(in_line) if row.job_name == job_name), None)
@@ -218,7 +222,7 @@ class Scheduler:
                 state=state,
                 ahead=in_line[:place],
                 running=running,
-                progress=self.progress(),
+                progress=progress if is_of_it else None,
                 committed=bool(running and manifest.path_of(state_dir, running.job_name, running.run).exists()),
                 runs=runs,
                 detail=detail,

@@ -105,37 +105,34 @@ def _waiting(known: Known, why: cycle.Why) -> _Chain:
     job, last = known.job, known.runs[0] if known.runs else None
     text, step, more, cause, facts = _WAITS[why.code](known, why)
     facts += (("until", why.until), ("behind", why.behind))
-    if why.code in ("retry", "not_before", "every", "group", "cycle"):
-        more += tuple(f"besides, {what}: {then}" for what, then in _obstacles(known))
+    more += tuple(f"besides, {what}: {then}" for what, then in _obstacles(known, why.code))
     text = f"{job.job_name} waits: {text}"
     failed = known.culprit if job.cause == "group failed" else last if job.cause == "failed" else None
     if failed:
         found = _failure(known, failed)
         of = "its run" if failed is last else "it was skipped in this cycle, since run"
         text += f"; {of} {failed.run}{'' if failed is last else f' of {failed.job_name}'} failed: {found.lines[0]}"
+        if why.code in ("cycle", "every", "behind", "next"):
+            step = f"`mrcore requeue {job.group_name or job.job_name}` runs it at once"
         return _Chain(text, f"{found.next_step}; {step}", (*found.lines[1:], *more), found.cause, facts + _facts(found))
     if last and last.state == "handed back":
         found = _failure(known, last)
         more += (f"its run {last.run} was handed back, and runs again: {found.lines[0]}",)
         return _Chain(text, step, more, cause or "handed_back", facts)
+    if last and last.state == "cancelled":
+        more += (f"its run {last.run} was cancelled by a user {known.ago(last.ended)}",)
     if last and last.state == "succeeded":
         chain = _ended_well(known, last)
         return _Chain(text, step, (*more, chain.text, *chain.more), cause or chain.cause, facts)
     return _Chain(text, step, more, cause, facts)
 
 
-def _obstacles(known: Known) -> Iterator[tuple[str, str]]:
-    """Yield what holds the whole queue, and what ends it, beside a job's own reason to wait."""
+def _obstacles(known: Known, code: str) -> Iterator[tuple[str, str]]:
+    """Yield what else holds the whole queue, and what ends it, beside the reason with this code."""
     state = known.state
-    stop = cycle.Why("", "")
-    for holds, chain in (
-        (not state.runner, _no_runner),
-        (state.paused, _paused),
-        (state.drain, _drain),
-        (state.hold, _hold),
-    ):
-        if holds:
-            yield chain(known, stop)[:2]
+    holds = {"no_runner": not state.runner, "paused": state.paused, "drain": state.drain, "hold": state.hold}
+    for name in (name for name, true in holds.items() if true and name != code):
+        yield _WAITS[name](known, cycle.Why(name, ""))[:2]
 
 
 def _retry(known: Known, why: cycle.Why) -> _Chain:
@@ -185,7 +182,11 @@ def _hold(known: Known, why: cycle.Why) -> _Chain:
     hold = known.state.hold
     assert hold
     again = f"again in {known.until(hold.until)}" if hold.until > known.now else "again now"
-    meanwhile = "script jobs go on" if hold.nodes else "no job starts: the cluster is at fault, not a job"
+    meanwhile = (
+        "script jobs go on, but not before the jobs of their group"
+        if hold.nodes
+        else "no job starts: the cluster is at fault, not a job"
+    )
     more = (f"it holds for {clock(known.now - hold.since)}, tried {hold.tries} times, and tries {again}; {meanwhile}",)
     step = "`mrcore doctor` says what to mend; then it goes on by itself, `mrcore resume` tries at once"
     if hold.nodes:

@@ -42,7 +42,7 @@ from mrcore.text import one_line
 
 USUAL_RATIO = 4.0  # of unpacked to packed bytes, until a packed file of this attempt has been read
 MOST_OF_A_BUNDLE = 0.95  # is done at most until the task says that all of it is
-NAME_CHARACTERS = 200  # of a status, a counter, a key
+NAME_CHARACTERS, WHY_CHARACTERS = 200, 500  # of a status, a counter, a key; of the reason of a death
 MAX_AMOUNT = 1 << 62  # of a sum, as of what is added
 MAX_STACKS, MAX_STACK_BYTES = 20_000, 16 << 20  # of the profile of one phase of a run
 OTHERS = "(others)"  # counters of more names than a run may have, and rare stacks
@@ -85,6 +85,7 @@ class Board:
         self._spills = self._deaths = self._reduced = 0
         self._unpacked = self._packed = 0
         self._sizes: Mapping[int, int] = {}  # bytes of partitions
+        self._whole = 0  # of all of them
         self._shares: dict[tuple[str, str], ServerShare] = {}
         self._rows: list[tuple[float, int, TaskRow]] = []  # a heap: the shortest of the longest goes first
         self._number = itertools.count()
@@ -106,7 +107,7 @@ class Board:
             self.give(server, bundles)
         else:
             hand.said = replace(hand.said, phase="SORT")
-            self.phases.setdefault("SORT", Phase(name="SORT", started=hand.started, total=sum(self._sizes.values())))
+            self.phases.setdefault("SORT", Phase(name="SORT", started=hand.started, total=self._whole))
 
     def give(self, server: str, bundles: Iterable[Bundle]) -> None:
         """The task of a server gets more bundles."""
@@ -138,7 +139,7 @@ class Board:
         if hand.sorted_at is None:
             hand.sorted_at = now
             hand.said = replace(hand.said, phase="REDUCE", bytes=0, records=0)
-            self.phases.setdefault("REDUCE", Phase(name="REDUCE", started=now, total=sum(self._sizes.values())))
+            self.phases.setdefault("REDUCE", Phase(name="REDUCE", started=now, total=self._whole))
 
     def done(self, server: str, result: TaskResult) -> None:
         """The task of a server is done."""
@@ -163,13 +164,15 @@ class Board:
         hand = self._hands.pop(server)
         self._deaths += 1
         size, said = max(self._now(hand).values(), default=0), hand.said
-        row = self._end(server, hand, "died", size, said.records, said.spills, 0, one_line(why))
+        row = self._end(server, hand, "died", size, said.records, said.spills, 0, one_line(why, WHY_CHARACTERS))
         if len(self._dead) < MAX_DEATHS:
             self._dead.append(row)
 
     def end_map(self, sizes: Mapping[int, int]) -> None:
         """All is mapped: these are the bytes of the partitions, none without a reduce function."""
-        self._sizes, self.phases["MAP"].ended = sizes, self._clock()
+        self._sizes = {number: min(MAX_AMOUNT, size) for number, size in sizes.items()}
+        self._whole = min(MAX_AMOUNT, sum(sizes.values()))
+        self.phases["MAP"].ended = self._clock()
 
     def _add(self, phase: str, size: int, records: int) -> None:
         self._done[phase] = min(MAX_AMOUNT, self._done[phase] + size)
@@ -282,7 +285,7 @@ class Board:
         if hand.identity.phase != MAP:
             if hand.sorted_at is None:
                 return {"SORT": min(hand.size, said.bytes)}
-            return {"SORT": hand.size, "REDUCE": min(hand.size, said.bytes)}
+            return {"SORT": hand.size, "REDUCE": min(hand.size, said.bytes) if said.phase == "REDUCE" else 0}
         plain, packed = next(iter(hand.todo.values()), (0, 0))
         ratio = self._unpacked / self._packed if self._packed else USUAL_RATIO
         share = (said.bytes - hand.mark) / max(1.0, plain + ratio * packed)

@@ -15,6 +15,7 @@ import pytest
 from clusters import TestCluster
 from commands import MRCORE, UNFIT, mrcore
 from conditions import wait_until
+from screen import Terminal
 
 from mrcore.cluster.plan import GUESS, NodePlan, expected_seconds, needed_bytes
 from mrcore.messages.nodes import InputFile
@@ -176,7 +177,7 @@ def test_estimates_from_plain_numbers() -> None:
     node = NodePlan(node="a", servers=1, files=2, bytes=200)
     files = {"a": [InputFile("/x", 100, 0, 1), InputFile("/y.gz", 100, 0, 2)]}
     assert needed_bytes({}, [node], files) == ({"a": 1200}, GUESS)
-    counts = {"input_bytes": 1000, "shuffled_bytes": 500, "output_bytes": 100}
+    counts = {"input_bytes": 1000, "spilled_bytes": 500, "output_bytes": 100}
     assert needed_bytes(counts, [node], files)[0] == {"a": 120}
     run = RunRow("j", 1, "succeeded", 1, 0, 0.0, 10.0, 1, {}, {"input_bytes": 100}, None, "mapreduce", None)
     assert expected_seconds([run], 200) == (20.0, "the pace of 1 earlier runs")
@@ -260,3 +261,29 @@ def test_logs_f_follows_a_script_and_a_server(cluster: TestCluster, here: Path) 
         wait_until(lambda: "I read seen by the server" in of_server.text(), 60, "the server's lines")
         of_server.process.send_signal(signal.SIGINT)
         assert of_server.wait() == 130
+
+
+@pytest.mark.slow
+def test_on_a_terminal_a_real_run_is_shown_in_place_and_leaves_only_its_result(
+    cluster: TestCluster, here: Path
+) -> None:
+    cluster.write_inputs({"a": "a b\n" * 1000, "b": "GATE\n", "c": "c\n"}, entry="in/shown")
+    cluster.close_gate("map")
+    terminal, watch = (Terminal([MRCORE, *given], rows=24) for given in (["run", write("shown")], ["watch"]))
+    try:
+        cluster.waiting("map")
+        terminal.until(lambda: any("of 2 servers at work" in line for line in terminal.display()))
+        shown = [line for line in terminal.display() if line]
+        assert shown[0] == "shown: queued; it runs once" and shown[1].startswith("shown run 1: ")
+        assert [line.split()[0] for line in shown[2:4]] == ["PREFLIGHT", "MAP"] and " % " in shown[3]
+        watch.until(lambda: any(line.startswith("  node-") and " MAP " in line for line in watch.display()))
+        watch.type("q")
+        assert watch.wait() == 0
+        cluster.open_gate("map")
+        assert terminal.wait() == 0
+        left = [line for line in terminal.display() if line]
+        assert len(left) == 2 and left[1].startswith("shown run 1: succeeded in ")
+        assert left[1].endswith("next: `mrcore cat shown --head 5`")
+    finally:
+        terminal.kill()
+        watch.kill()

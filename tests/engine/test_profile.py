@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ def test_a_profile_says_where_map_and_reduce_spend_their_time(tmp_path: Path) ->
         assert hottest.startswith(root) and f";{kind[0]} ({kind}_functions.py:6)" in hottest
 
 
+def test_waiting_and_calls_of_the_system_have_their_true_shares(tmp_path: Path) -> None:
+    code = SPIN + (
+        "import os\ndef look():\n    os.stat('/')\ndef rest():\n    time.sleep(0.03)\n"
+        "def m(line, aux):\n    for _ in range(10):\n        spin(0.002)\n        look()\n    rest()\n    return []\n"
+    )
+    work = Task(tmp_path, code, reduce_function_name=None, profile=True)
+    stacks = work.map(bundles(work, tmp_path, "line\n" * 60))["profile"]
+    counts = {name: sum(n for stack, n in stacks.items() if f";{name} (" in stack) for name in ("spin", "look", "rest")}
+    assert counts["spin"] > 40 and counts["rest"] > 40 and counts["look"] < 0.2 * counts["spin"], counts
+
+
 def test_without_profile_nothing_is_sampled(tmp_path: Path) -> None:
     code = "import threading\ndef m(line, aux):\n    return [(each.name, 1) for each in threading.enumerate()]\n"
     for more in ({}, {"profile": True}):
@@ -63,7 +75,7 @@ def test_deep_and_many_stacks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
                 name,
                 "exec",
             )
-            exec(code, {"look": sampler._sample})
+            exec(code, {"look": lambda: sampler._take(sys._getframe())})
     stacks = sampler.stacks()
     assert len(stacks) <= 8 and stacks[OTHERS] >= 13
     for stack in stacks:
@@ -76,7 +88,7 @@ def test_rare_stacks_are_counted_together_where_a_profile_would_be_too_large(mon
         for number in range(20):
             code = compile("look()", f"file-{number}", "exec")
             for _ in range(20 - number):
-                exec(code, {"look": sampler._sample})
+                exec(code, {"look": lambda: sampler._take(sys._getframe())})
     stacks = sampler.stacks()
     assert stacks[OTHERS] > 0 and sum(stacks.values()) >= 210
     assert any("file-0" in stack for stack in stacks) and not any("file-19" in stack for stack in stacks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import TestCluster
 from conditions import wait_until
 from run_task import Failed, Task
 
@@ -90,6 +93,57 @@ def test_counts_of_a_killed_try_do_not_count(tmp_path: Path) -> None:
         work.map(bundles)
     assert (tmp_path / "gate").exists()
     assert work.map(bundles)["user_counters"] == {"lines": 10_000, "bytes": len(content)}
+
+
+MAP_AND_DIE = """
+import os, signal
+from mrcore import task
+from gates import gate
+
+def m(line, auxiliary_data):
+    task.count("lines")
+    task.count("bytes", len(line))
+    if line.startswith("GATE"):
+        gate("map")
+    return [(line[:2], 1)]
+"""
+REDUCE_AND_DIE = """
+from mrcore import task
+from gates import gate
+
+def r(group, auxiliary_data):
+    task.count("groups")
+    task.count("values", len(group))
+    if group[0][0] == "GA":
+        gate("reduce")
+    return [(group[0][0], len(group))]
+"""
+
+
+@pytest.mark.slow
+def test_counters_of_a_run_are_exact_though_its_tasks_are_killed(tmp_path: Path) -> None:
+    lines = [f"{n % 60:02} {n}\n" for n in range(30_000)]
+    lines[15_000] = "GATE\n"
+    with TestCluster(tmp_path, 1, 2) as made:
+        made.write_inputs({"lines.txt": "".join(lines)})
+        (tmp_path / "projects/gated/map_functions.py").write_text(MAP_AND_DIE)
+        (tmp_path / "projects/gated/reduce_functions.py").write_text(REDUCE_AND_DIE)
+        job = made.job(map_function_name="m", reduce_function_name="r", number_of_partitions=3)
+        manifests: list[Any] = []
+        thread = threading.Thread(target=lambda: manifests.append(made.run(job)))
+        for gate in ("map", "reduce"):
+            made.close_gate(gate)
+        thread.start()
+        for gate in ("map", "reduce"):
+            for pid in made.waiting(gate):
+                os.kill(pid, signal.SIGKILL)  # in the middle of its work, after thousands of counts
+                (made.gates / f"{gate}-{pid}").unlink()
+            made.waiting(gate)
+            made.open_gate(gate)
+        thread.join(60)
+        (manifest,) = manifests
+    counted = {"lines": len(lines), "bytes": sum(map(len, lines)), "groups": 61, "values": len(lines)}
+    assert manifest["counts"]["counters"] == counted and manifest["counts"]["task_deaths"] == 2
 
 
 def test_the_101st_name_of_a_counter_fails_the_job_by_name(tmp_path: Path) -> None:

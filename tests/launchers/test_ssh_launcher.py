@@ -359,3 +359,20 @@ def test_a_file_is_copied_whole_or_not_at_all(running: DeployedCluster, tmp_path
     assert [path.name for path in folder.iterdir()] == ["backup-1"]
     with pytest.raises(ClusterFault, match=r"w1: .*(mkdir|File exists|Not a directory)"):
         ssh.copy_file(running.settings, "w1", source, target)
+
+
+def test_logs_of_nodes_are_searched_and_read_on(running: DeployedCluster) -> None:
+    folder = running.nodes[1].compute_dir / "logs"
+    assert ssh.read_on(running.settings, "w2", {"S_77": None}, 0) == {}
+    (folder / "S_10.log.1").write_text("t j/1 map-0-1 | old\nt other/1 map-0-1 | no\n")
+    (folder / "S_10.log").write_text("t j/1 map-0-1 | new\n")
+    (folder / "S_11.log").write_text("t j/1 map-1-1 | else\nt j/12 map-1-1 | no\n")
+    found = ssh.find_in_logs(running.settings, "w2", " j/1 ", 10)
+    assert [line.rpartition(b" ")[2] for line in found] == [b"old\n", b"new\n", b"else\n"]
+    assert ssh.find_in_logs(running.settings, "w2", " nobody/1 ", 10) == []
+    grown = ssh.read_on(running.settings, "w2", {"S_10": None, "S_11": None}, 5)
+    assert [grown[name].data for name in ("S_10", "S_11")] == [b" new\n", b"| no\n"]
+    with (folder / "S_10.log").open("ab") as log:
+        log.write(b"\xff more\n")
+    again = ssh.read_on(running.settings, "w2", {name: each.position for name, each in grown.items()}, 5)
+    assert [again[name].data for name in ("S_10", "S_11")] == [b"\xff more\n", b""]

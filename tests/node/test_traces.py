@@ -90,7 +90,10 @@ def test_the_kernels_count_of_kills_tells_that_memory_was_short(
     assert died.oom == bool(grown) and died.in_hand == "the heavy thing"
     assert (died.memory_bytes, died.budget_bytes) == (300 << 20, 256 << 20)
     assert ("probably by the kernel for want of memory" in died.message) == bool(grown)
-    assert "it held 300 MiB at most, of 256; it had in hand: the heavy thing; see the log of S_0" in died.message
+    assert (
+        "it held up to 300 MiB, with a budget of 256 MiB; it had in hand: the heavy thing; see the log of S_0"
+        in died.message
+    )
 
 
 def test_what_user_code_wrote_over_its_note_is_a_message_all_the_same(traces: Traces) -> None:

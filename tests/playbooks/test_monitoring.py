@@ -18,7 +18,7 @@ from mrcore.web.health import NodeWatch
 from mrcore.web.metrics import render
 
 ROLE = PROJECT / "roles/monitoring"
-RULES, TESTS = ROLE / "files/mrcore.rules.yml", PROJECT / "tests/playbooks/alerts.yml"
+RULES, TESTS = ROLE / "files/mrcore.rules.yml", PROJECT / "tests/support/alerts.yml"
 NAMES = re.compile(r"\bmrcore_[a-z_]+\b")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fake_cluster import FakeCluster
 from queues import job
 
 from mrcore.errors import MrcoreError
+from mrcore.queue.progress import Keeper
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
@@ -149,6 +151,19 @@ def test_what_a_dead_runner_left_stays_known(settings: Settings, scheduler: Sche
     assert detail["phases"][0]["done"] == 4 and detail["phases"][0]["ended"] and detail["counters"] == {"bad": 1}
 
 
+def test_detail_of_a_run_whose_output_came_into_place_later(
+    settings: Settings, scheduler: Scheduler, runner: Runner, reports: list[tuple[str, dict[str, Any]]]
+) -> None:
+    scheduler.submit_job(job("wc", "half"))
+    thread = threading.Thread(target=runner.run, args=(True,))
+    thread.start()
+    wait_until(lambda: [event for event, _ in reports if event == "hold"], 20, "the hold")
+    (settings.state_dir / "back").touch()
+    thread.join()
+    assert scheduler.history("wc")[0]["state"] == "succeeded"
+    assert scheduler.run("wc", 1)["detail"]["slowest"][0]["server"] == "S_0"
+
+
 def test_details_and_profiles_go_with_the_history(config: Path, scheduler: Scheduler, home: Path) -> None:
     settings = scheduler.settings.model_copy(update={"history_keep_runs": 2})
     scheduler.submit_job(job("wc", run_once=False))
@@ -174,6 +189,16 @@ def test_a_script_has_its_phase(settings: Settings, scheduler: Scheduler, tmp_pa
         thread.join()
     assert (seen.job_type, seen.phases[0].name, seen.phases[0].unit) == ("script", "SCRIPT", "")
     assert scheduler.run("s", 1)["detail"]["phases"][0]["ended"] is not None
+
+
+def test_a_transfer_has_bytes_of_a_total(scheduler: Scheduler) -> None:
+    keeper = Keeper(scheduler.store, {"job_name": "up", "job_type": "file_transfer"}, 1, lambda event, **facts: None)
+    keeper("LIST", files=0, sent_bytes=0, total_bytes=0)
+    keeper("TRANSFER", files=0, sent_bytes=0, total_bytes=100)
+    keeper("TRANSFER", files=2, sent_bytes=40, total_bytes=100)
+    list_, moved = keeper.progress(time.time()).phases
+    assert (list_.name, list_.unit, list_.total) == ("LIST", "", 0) and list_.ended is not None
+    assert (moved.name, moved.unit, moved.done, moved.total, moved.records) == ("TRANSFER", "bytes", 40, 100, 2)
 
 
 def test_a_hook_gets_the_counters(settings: Settings, scheduler: Scheduler, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from clusters import TestCluster
 
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import load_settings
+from mrcore.state import profiles
 
 pytestmark = pytest.mark.slow
 MAX_AGE_SECONDS = 10.0  # hard; about one second, when the machine has nothing else to do
@@ -70,3 +71,57 @@ def test_every_phase_rises_while_it_goes_on(tmp_path: Path) -> None:
     assert sum(share["bytes"] for share in shares["MAP"]) == counts["input_bytes"]
     assert {row["outcome"] for row in detail["slowest"]} == {"done"} and not detail["deaths"]
     assert 0 < detail["median_partition_bytes"] <= detail["largest_partition_bytes"]
+
+
+FATAL_ONCE = """
+import os
+from mrcore import task
+
+def counted(line, auxiliary_data):
+    task.count("lines")
+    task.count("characters", len(line))
+    if task.offset and task.offset > 300_000 and not os.path.exists({mark!r}):
+        open({mark!r}, "w").close()
+        os.kill(os.getpid(), 9)
+    for word in line.split()[:3]:
+        yield word, 1
+
+def broken(line, auxiliary_data):
+    task.count("tries")
+    raise ValueError("not this line")
+
+def longer(group, auxiliary_data):
+    task.count("groups")
+    yield group[0][0], sorted(len(repr(value)) for value in range(2_000))[-1] + len(group)
+"""
+
+
+def test_counters_and_detail_of_a_run_that_lost_a_task(tmp_path: Path) -> None:
+    with TestCluster(tmp_path, nodes=2, servers=1) as cluster:
+        project = tmp_path / "projects" / "fatal"
+        project.mkdir()
+        for name in ("map", "reduce"):
+            (project / f"{name}_functions.py").write_text(FATAL_ONCE.format(mark=str(tmp_path / "died")))
+        texts = {f"text-{number}": watched.text(8_000, 2_000, 8_000 * number) for number in range(2)}
+        cluster.write_inputs(texts, entry="inputs/busy")
+        names = {"project_name": "fatal", "map_function_name": "counted", "reduce_function_name": "longer"}
+        job = watched.job(**names, profile=True)
+        broken = job | {"job_name": "broken", "map_function_name": "broken", "job_priority": -1}
+        scheduler, _ = run_watched(cluster, tmp_path, job, broken)
+    (run,) = scheduler.history("busy")
+    lines = [line for text in texts.values() for line in text.splitlines(keepends=True)]
+    words = {word for line in lines for word in line.split()[:3]}
+    counters = {"lines": len(lines), "characters": sum(map(len, lines)), "groups": len(words)}
+    detail = scheduler.run("busy", run["run"])["detail"]
+    assert run["counts"]["task_deaths"] == 1 and run["counts"]["counters"] == detail["counters"] == counters
+    (death,) = detail["deaths"]
+    assert (death["phase"], death["outcome"]) == ("MAP", "died") and "SIGKILL" in death["why"], death
+    assert sum(share["tasks"] for share in detail["servers"] if share["phase"] == "MAP") >= 2
+    assert detail["heavy_keys"][0]["values"] >= detail["heavy_keys"][-1]["values"] > 0
+    svg, scope = profiles.paths(scheduler.settings.state_dir, "busy", run["run"])
+    assert detail["profile"] and "longer (reduce_functions.py" in svg.read_text()
+    assert {profile["name"] for profile in json.loads(scope.read_text())["profiles"]} >= {"REDUCE"}
+    failed = scheduler.run("broken", 1)
+    assert failed["state"] == "failed" and failed["detail"]["counters"] == {}, "of tries that count"
+    assert {share["phase"] for share in failed["detail"]["servers"]} == {"MAP"}
+    assert "not this line" in failed["detail"]["deaths"][0]["why"]

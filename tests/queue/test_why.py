@@ -14,24 +14,25 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from checkout import text_of
+from checkout import PROJECT, text_of
 from clusters import TestCluster
 from fake_cluster import FakeCluster
+from msgspec.structs import replace
 from queues import job
 
 from mrcore.engine.disk_sort import group_too_large
 from mrcore.errors import ClusterFault, JobFault, UsageError
 from mrcore.launchers import local
-from mrcore.queue import printed
+from mrcore.queue import printed, why
+from mrcore.queue.diagnosis import STEPS
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.queue.why import Explanation
 from mrcore.settings.config import Settings
-from mrcore.state.progress import HeavyKey, Phase, Progress, RunDetail, ServerNow, TaskRow
+from mrcore.state.progress import HeavyKey, Phase, Progress, RunDetail, ServerNow, ServerShare, TaskRow
 
 SECTION = text_of("docs/operations.md").split("## Why does it not run?")[1].split("\n## ")[0]
 ROWS = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)?) \|", SECTION, re.MULTILINE)
-Parts = tuple[str, str]  # what the first line says, and the next step
 
 
 class World:
@@ -54,6 +55,7 @@ class World:
         """Successful runs of an hour ago."""
         for took in seconds:
             run = self.store.start_run(name, self.now - 3600)
+            self.store.enter_phase(name, run, "MAP", self.now - 3600)
             self.store.end_run(name, run, "succeeded", self.now - 3600 + took, counts)
             if detail:
                 self.store.set_detail(name, run, detail)
@@ -233,7 +235,7 @@ def running(world: World) -> None:
     world.submit(job("it", run_once=False))
     world.past_runs("it", 10, 12)
     world.start("it", 5, fraction=0.4, eta_seconds=7.0, servers=[server("S_0", status="page 3"), server("S_1")])
-    assert "says: page 3" in world.scheduler.why("it").lines[2]
+    assert "says: page 3" in world.scheduler.why("it").lines[3]
     world.scheduler.submit_job(job("it", "fail", run_once=False))
     assert "the job was replaced meanwhile" in world.scheduler.why("it").lines[-1]
     world.scheduler.delete_job("it")
@@ -258,17 +260,21 @@ def runner_died(world: World) -> None:
     world.start("it", 5)
     world.runner._doorbell.close()
     assert "handed back, and runs again" in world.scheduler.why("it").lines[2]
+    assert world.scheduler.queue()[0]["why"]["code"] == "no_runner"
 
 
 @case("`output_pending`", "run 1 of it is committed, and waits for its output", "`mrcore doctor`")
 def output_pending(world: World) -> None:
     world.submit(job("it", "half"))
     world.step()
+    world.store.set_hold(replace(world.store.hold(), until=time.time() + 60))  # type: ignore[type-var]
+    assert world.scheduler.queue()[0]["why"]["code"] == "hold"
 
 
 @case("`slow`", r"run 3 of it takes longer than usual: MAP; usually 11 s, now 2:00", "`mrcore watch it`")
 def slow(world: World) -> None:
     world.slow()
+    assert "MAP usually takes 11 s, now 2:00 so far" in world.scheduler.why("it").lines
 
 
 @case("`slow`, `servers_down`", "takes longer than usual", "`mrcore cluster start`")
@@ -306,6 +312,19 @@ def skew(world: World) -> None:
     lines = world.scheduler.why("it").lines
     assert "in the last run the largest partition was 10 times the median (90.0 MiB)" in lines
     assert "  key 'the': 12,345 values" in lines
+
+
+@case("`slow`, `slow_server`", "takes longer than usual", "see what else runs on w1")
+def slow_server(world: World) -> None:
+    shares = [
+        ServerShare(phase="MAP", server=f"S_{number}", node=f"w{number}", tasks=1, seconds=10, bytes=size, records=1)
+        for number, size in enumerate((100 << 20, 20 << 20, 100 << 20))
+    ]
+    task = TaskRow(phase="MAP", task=7, try_=1, server="S_1", node="w1", started=1.0, seconds=70)
+    world.slow(detail=RunDetail(servers=shares, slowest=[task]))
+    lines = world.scheduler.why("it").lines
+    assert "in the last run S_1 on w1 mapped 2.0 MiB a second, the others 10.0 MiB" in lines
+    assert "slowest in the last run: MAP task 7 on S_1, 1:10" in lines
 
 
 @case("`slow`, `more_input`", "takes longer than usual", "wait: it has more to do")
@@ -612,12 +631,70 @@ def test_a_node_that_does_not_answer_costs_little_time_and_no_answer(
     check(found, "`failed`, `function`", *REAL["`failed`, `function`"])
 
 
+# --- What goes together ----------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_failed_and_stays_and_those_skipped_with_it_say_so(world: World) -> None:
+    world.submit(*(job(name, does, group_name="g", run_once=False) for name, does in (("a", "fail"), ("it", "ok"))))
+    world.step()
+    world.step()
+    for name, of in (("a", "its run 1 failed"), ("it", "it was skipped in this cycle, since run 1 of a failed")):
+        found = world.scheduler.why(name)
+        assert (found.code, found.cause) == ("cycle", "other")
+        assert re.search(f"its next cycle begins in .*; {of}: map failed", found.lines[0])
+        assert found.next_step.endswith("; `mrcore requeue g` runs it at once")
+
+
+def test_what_holds_the_whole_queue_is_told_beside_a_jobs_own_reason(world: World) -> None:
+    CASES["`not_before`"].make(world)
+    world.scheduler.pause()
+    world.runner._doorbell.close()
+    besides = [line for line in world.scheduler.why("it").lines if line.startswith("besides, ")]
+    assert [line.split(": ")[0] for line in besides] == [
+        "besides, no Runner runs the queue",
+        "besides, the queue is paused",
+    ]
+
+
+def test_what_the_runner_does_meanwhile_makes_no_answer_fail(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.submit(job("it", run_once=False))
+    world.start("it", 5)
+    before = world.scheduler._state()
+    world.store.end_run("it", 1, "succeeded", world.now)
+    monkeypatch.setattr(world.scheduler, "_state", lambda: before)
+    assert (before.running, world.scheduler.why("it").code) == ("it", "next")
+
+
+def test_a_run_that_was_cancelled_is_told_of_a_job_that_recurs(world: World) -> None:
+    world.submit(job("it", run_once=False))
+    world.store.start_run("it", world.now)
+    world.store.cancel_running()
+    world.step()
+    assert any(line.startswith("its run 1 was cancelled by a user") for line in world.scheduler.why("it").lines)
+
+
+def test_a_deployed_cluster_is_told_how_its_runner_is_started(world: World) -> None:
+    CASES["`no_runner`"].make(world)
+    world.scheduler.settings = world.settings.model_copy(update={"local": False})
+    assert re.search("systemctl start mrcore-runner.*make start INVENTORY=", world.scheduler.why("it").next_step)
+
+
 # --- The table -------------------------------------------------------------------------------------------------------
 
 
 def test_each_row_has_a_test_and_each_test_a_row() -> None:
     assert len(ROWS) == len(set(ROWS)) > 50
     assert set(ROWS) == {*CASES, *REAL} and not CASES.keys() & REAL.keys()
+
+
+def test_every_code_of_the_queue_and_of_an_error_has_its_row() -> None:
+    told = {tuple(re.findall(r"`([a-z_]+)`", row)) for row in ROWS}
+    assert {("failed", cause) for cause in STEPS.keys() - {"cluster"}} <= told, "a cluster's fault fails no job"
+    assert why._WAITS.keys() <= {code for code, *_ in told}
+    packages = ("engine", "cluster", "state", "project", "queue")
+    texts = (path.read_text() for name in packages for path in (PROJECT / "mrcore" / name).glob("*.py"))
+    codes = {code for text in texts for code in re.findall(r'\bcode"?[=:] ?"([a-z_]+)"', text)}
+    assert codes and codes <= STEPS.keys()
 
 
 def test_an_unknown_job_is_an_error_that_names_the_nearest(world: World) -> None:

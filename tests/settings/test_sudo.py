@@ -58,6 +58,17 @@ def test_a_submitters_file_is_read_as_the_submitter_and_runs_as_the_user(people:
 
 
 @pytest.mark.needs_root
+def test_run_and_plan_take_a_submitters_file_as_well(people: People) -> None:
+    text = script("quick", script_location="~/quick.py")
+    people.shell("echo pass >~/quick.py; cat >~/quick.json && chmod 600 ~/quick.json", text, "alice")
+    planned = people.mrcore("alice", "plan", "quick.json")
+    assert planned.returncode == 0 and f"{TOP}/home/alice/quick.py" in planned.stdout, planned.stderr
+    done = people.mrcore("alice", "run", "quick.json")
+    assert done.returncode == 0 and "quick run 1: succeeded" in done.stdout, done.stderr
+    people.mrcore("alice", "delete", "quick")
+
+
+@pytest.mark.needs_root
 def test_who_the_user_himself_or_root_submits_for(people: People) -> None:
     text = script("own", script_location=str(TOP / "home/alice/script.py"))
     assert people.mrcore("mrcore", "submit", "-", input=text).returncode == 0  # LOGNAME and USER are the caller's

@@ -105,6 +105,9 @@ def act(spec: Spec, content: bytes, connection: socket.socket) -> None:
                 breakpoint()
             except RuntimeError as error:
                 say("failed", error={"class": "JobFault", "message": str(error), "details": {}})
+        case "ask":
+            print("your name? ", end="", flush=True)
+            say("done", result={"answer": sys.stdin.readline()})
         case "look":
             said = os.read(0, 10).decode()
             descriptors = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))

@@ -286,6 +286,10 @@ def test_in_a_window_all_is_seen_and_kept(tmp_path: Path) -> None:
         os.write(master, b"c\n")
         listener.until("died")
         assert b"(Pdb)" not in whole(log)
+        listener, _ = first.start("ask", run=4)
+        wait_until(lambda: b"your name? " in seen, 20, "a question without the end of a line")
+        os.write(master, b"me\n")
+        assert listener.until("done")["result"] == {"answer": "me\n"}
     finally:
         window.terminate()
         assert window.wait(20) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrcore.system import tags
@@ -22,6 +22,7 @@ def untagged(lines: bytes) -> bytes:
     return b"".join(text + b"\n" for text, _ in texts)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.binary(max_size=20) | st.sampled_from([b"\n", b"\r", b"a\nb\n"])))
 def test_however_bytes_arrive_each_line_has_one_tag_and_none_is_lost(pieces: list[bytes]) -> None:
     tagger, printed = Tagger(WHOSE), b"".join(pieces)

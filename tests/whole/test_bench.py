@@ -57,3 +57,13 @@ def test_digests_tell_bags_from_sequences_and_do_not_mind_the_writer(tmp_path: P
     rows = {name: digest([paths[name]], True, "\t" if name == "c" else None) for name in texts}
     assert bags["a"] == bags["b"] == bags["c"] != bags["d"]
     assert rows["a"] == rows["c"] != rows["b"]
+
+
+@pytest.mark.slow
+def test_what_progress_costs_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(RUN.with_name("progress.py")), "--seconds", "3", "--rounds", "1"]
+    done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for what in ("of a core on the master", "first run", "second run", "max age", "at 1/3", "ratio"):
+        assert what in done.stdout, done.stdout
+    assert not [*tmp_path.iterdir()]

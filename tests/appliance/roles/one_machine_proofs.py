@@ -62,6 +62,8 @@ def test_the_user_has_no_password(host: Host) -> None:
         ("/opt/mrcore/bin/units", 0o755, "root"),
         ("/usr/local/share/bash-completion/completions/mrcore", 0o644, "root"),
         ("/var/lib/mrcore/.ssh/id_ed25519", 0o600, "mrcore"),
+        ("/etc/prometheus/mrcore/token", 0o400, "root"),
+        ("/etc/prometheus/mrcore/mrcore.rules.yml", 0o644, "root"),
         ("/srv/mrcore/projects", 0o2770, "mrcore"),
         ("/srv/mrcore", 0o755, "root"),
         ("/var/lib/mrcore", 0o755, "root"),
