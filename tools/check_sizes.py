@@ -24,7 +24,7 @@ BUDGETS = {
     "cluster": 1_260,
     "demo": 450,
     "engine": 2_450,
-    "face": 850,
+    "face": 860,
     "launchers": 760,
     "messages": 470,
     "node": 1_310,

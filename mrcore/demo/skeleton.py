@@ -87,8 +87,7 @@ def make(projects: Path, name: str, local: bool) -> list[str]:
     commands = [
         f"mrcore test {name}",
         "mrcore cluster start" if local else f"mrcore upload {sample} inputs/{name}",
-        f"mrcore submit {shown / 'job.yml'}",
-        *(["mrcore run --once"] if local else []),
+        f"mrcore run {shown / 'job.yml'}",
         f"mrcore cat {name}",
     ]
     files = {"map_functions.py": MAP, "reduce_functions.py": REDUCE, "test_functions.py": TESTS}

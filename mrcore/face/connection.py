@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mrcore.settings.config import Settings, load_settings
 
 MapFunction = packing.Function | str
 ReduceFunction = packing.Function | str | None
+NAME_CHARACTERS = 80  # of a function's name, in that of a job that was given none
 Input = str | os.PathLike[str]
 
 
@@ -127,7 +129,8 @@ class Cluster:
     def _queue(self, scheduler: Scheduler, job: dict[str, Any], name: str | None) -> JobHandle:
         if name is None:
             content = json.dumps(job, sort_keys=True, default=str).encode()
-            name = f"{job['map_function_name']}-{hashlib.sha256(content).hexdigest()[:8]}"
+            said = re.sub("[^A-Za-z0-9_]", "_", job["map_function_name"])[:NAME_CHARACTERS]
+            name = f"{said}-{hashlib.sha256(content).hexdigest()[:8]}"
         scheduler.submit_job(job | {"job_name": name})
         return JobHandle(self._scheduler, name)
 

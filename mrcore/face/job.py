@@ -14,6 +14,7 @@ from mrcore.face import tables
 from mrcore.face.draining import Draining
 from mrcore.face.shown import JobProgress, Why, live
 from mrcore.launchers import launcher_of
+from mrcore.queue.awaited import RUNS_LOOKED_AT, Outcome, outcome
 from mrcore.queue.scheduler import Scheduler
 from mrcore.state import manifest, outputs
 from mrcore.state.progress import Phase
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.2  # between two looks at a job that is waited for
 LOOK_SECONDS = 1.0  # between two looks whether a Runner and a cluster are there
 SPOOL_BYTES = 16 << 20  # of a part that stay in memory while its items are read
-_ENDED = ("succeeded", "failed", "cancelled")
 
 
 class JobHandle:
@@ -55,9 +55,9 @@ class JobHandle:
         return row if row is not None and row.number == self._number else None
 
     def _run(self) -> RunRow | None:
-        """Return the newest run of this submission."""
-        runs = self._scheduler.store.runs(self.name)
-        return next((run for run in runs if run.number == self._number), None)
+        """Return the newest run of this submission; None while it has none, and once another one has run."""
+        newest = next(iter(self._scheduler.store.runs(self.name, 1)), None)
+        return newest if newest is not None and newest.number == self._number else None
 
     @property
     def state(self) -> str:
@@ -69,13 +69,14 @@ class JobHandle:
             return "running"
         if row is None:
             return "replaced"
-        if self._has_ended(row, run):
-            return str(row.cause if row.state == "out" else run.state if run else row.state)
-        return row.state
+        ended = self._outcome(row)
+        if ended is None:
+            return row.state
+        return ended.state if ended.run is not None else str(row.cause or row.state)
 
-    def _has_ended(self, row: JobRow, run: RunRow | None) -> bool:
-        """Return whether it is out of the queue, or a run has ended and will not be tried again by itself."""
-        return row.state == "out" or (run is not None and run.state in _ENDED and row.retry_at is None)
+    def _outcome(self, row: JobRow) -> Outcome | None:
+        """Return how it has ended; None: it has not, and runs or will run by itself."""
+        return outcome(row, self._scheduler.store.runs(self.name, RUNS_LOOKED_AT), self._number)
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class JobHandle:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         view, looked = live(progress), 0.0
-        with Draining(self._scheduler.settings) as draining:
+        with Draining(self._scheduler.settings, self._is_over) as draining:
             try:
                 while not self._is_over():
                     if time.monotonic() - looked > LOOK_SECONDS:
@@ -143,7 +144,7 @@ class JobHandle:
 
     def _is_over(self) -> bool:
         row = self._row()
-        return row is None or self._has_ended(row, self._run())
+        return row is None or self._outcome(row) is not None
 
     def _require_cluster(self) -> None:
         """Raise ClusterFault when this job needs a local cluster and no daemon of it runs."""

@@ -18,6 +18,7 @@ from mrcore.face import modules
 from mrcore.face.places import place_of
 from mrcore.face.sources import Module, NotSource
 from mrcore.system.paths import PARTIAL, fsync_dir, fsync_file, remove_tree
+from mrcore.text import one_line
 
 Function = Callable[[Any, Any], Any]
 MAX_PROJECTS = 200  # packed ones that are kept, beside those of jobs in the queue
@@ -97,7 +98,7 @@ def _check(key: str, function: Function) -> None:
 
 def _written_in(functions: dict[str, Function]) -> str:
     code = getattr(inspect.unwrap(next(iter(functions.values()))), "__code__", None)
-    return place_of(code.co_filename).replace("\n", " ") if code else "a Python program"
+    return one_line(place_of(code.co_filename)) if code else "a Python program"
 
 
 def _pickled(kind: str, functions: dict[str, Function], why: NotSource) -> tuple[str, bytes]:

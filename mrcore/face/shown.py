@@ -15,10 +15,7 @@ from mrcore.text import one_line
 
 TEXT_LIMIT = 200  # characters of a reason or a status
 MAX_COUNTERS = 20  # that are shown
-_BAR = (
-    "<div style='max-width:40em;height:0.9em;border-radius:0.4em;background:#8883'>"
-    "<div style='width:{percent:.1f}%;height:100%;border-radius:0.4em;background:{colour}'></div></div>"
-)
+_BAR = "<progress max='1' {value} style='width:100%;max-width:40em;accent-color:{colour}'></progress><br>"
 _COLOURS = {"succeeded": "#2a8a4a", "failed": "#b3372f", "group failed": "#b3372f", "cancelled": "#888888"}
 
 
@@ -49,8 +46,10 @@ class JobProgress(msgspec.Struct, frozen=True, kw_only=True):
         return f"<{self}>"
 
     def _repr_html_(self) -> str:
-        fraction = 1.0 if self.state == "succeeded" else self.fraction or 0.0
-        bar = _BAR.format(percent=100 * min(1.0, max(0.0, fraction)), colour=_COLOURS.get(self.state, "#3567b3"))
+        fraction = 1.0 if self.state == "succeeded" else self.fraction
+        unknown = fraction is None and self.state == "running"  # without a value the bar only shows that it goes on
+        value = "" if unknown else f"value='{min(1.0, max(0.0, fraction or 0.0)):.3f}'"
+        bar = _BAR.format(value=value, colour=_COLOURS.get(self.state, "#3567b3"))
         phases = " → ".join(
             f"{escape(phase.name)} {duration(phase.ended - phase.started)}" if phase.ended else escape(phase.name)
             for phase in self.phases

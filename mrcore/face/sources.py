@@ -17,13 +17,13 @@ import symtable
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import dedent
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from mrcore.face import modules
 from mrcore.face.places import place_of
 from mrcore.project.origin import Piece
+from mrcore.text import one_line
 
 MAX_LITERAL_BYTES = 1 << 20  # of the text of one constant
 _FUTURE = "from __future__ import annotations"
@@ -91,7 +91,7 @@ class Module:
         elif isinstance(thing, re.Pattern):
             self._imports["re"] = "import re"
             self._constants[name] = f"{name} = re.compile({thing.pattern!r}, {int(thing.flags)})"
-        elif (literal := _literal(thing)) is not None:
+        elif (literal := _constant(thing)) is not None:
             text = f"{name} = {literal}"
             if len(text) > MAX_LITERAL_BYTES:
                 raise NotSource(f"{name} has more than {MAX_LITERAL_BYTES >> 20} MiB: give it as auxiliary data")
@@ -110,7 +110,11 @@ class Module:
                 self._definitions[name] = f"{name} = {base.__name__}"
 
     def _define(self, name: str, found: Definition, scope: dict[str, Any]) -> None:
-        for used in _names(found.text, "annotations" in self._imports):
+        try:
+            names = _names(found.text, "annotations" in self._imports)
+        except SyntaxError:
+            raise NotSource(f"the source of {name} cannot be told from what is around it") from None
+        for used in names:
             if used != name and used in scope:
                 self._use(used, scope[used], scope)
                 self._submodules(used, scope[used], found.text)
@@ -143,7 +147,7 @@ class Module:
             if isinstance(definition, str):
                 lines += ["", "", definition]
                 continue
-            lines += ["", "", f"# {definition.place}, line {definition.line}"]
+            lines += ["", "", f"# {one_line(definition.place)}, line {definition.line}"]
             body = definition.text.rstrip("\n").split("\n")
             pieces.append(Piece(len(lines) + 1, len(lines) + len(body), definition.place, definition.line))
             lines += body
@@ -159,6 +163,14 @@ def _importable(thing: Any) -> tuple[str, str] | None:
         return None
     found = vars(sys.modules[module]).get(name) if module in sys.modules else None
     return (module, name) if found is thing and modules.is_importable(module) else None
+
+
+def _constant(thing: Any) -> str | None:
+    """Return what `_literal` does; None also for what holds itself, or an int that is too large to be read back."""
+    try:
+        return _literal(thing)
+    except (RecursionError, ValueError):
+        return None
 
 
 def _literal(thing: Any) -> str | None:
@@ -189,7 +201,10 @@ def _source(thing: FunctionType | type) -> Definition:
             lines, first = inspect.getsourcelines(thing)
         except (OSError, TypeError):
             raise NotSource(f"the source of {name} cannot be found") from None
-        return Definition(dedent("".join(lines)), place_of(thing.__code__.co_filename), first)
+        place = place_of(thing.__code__.co_filename)
+        if lines[0][:1].isspace():  # inside of another one: as it is, since a text in it may be indented, too
+            return Definition("if True:\n" + "".join(lines), place, first - 1)
+        return Definition("".join(lines), place, first)
     for file in _files_of(thing):
         lines = linecache.getlines(file)
         for node in _top_level("".join(lines)):

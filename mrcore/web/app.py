@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import signal
 import socket
 import sys
@@ -30,6 +29,7 @@ from mrcore.settings.config import Settings
 from mrcore.system.paths import make_private, write_atomic
 from mrcore.web import access, pages, views
 from mrcore.web.live import Live, LiveResponse, Look
+from mrcore.web.metrics import render
 
 
 class _Job(StringConvertor):
@@ -47,6 +47,7 @@ class _Part(StringConvertor):
 for _name, _kind in {"job": _Job, "run": _Run, "part": _Part}.items():
     register_url_convertor(_name, _kind())
 PORT = 8643
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # the text format that Prometheus always took
 MAX_FORM_BYTES, MAX_FORM_FIELDS = 4_096, 10
 MAX_CONNECTIONS = 100
 IDLE_SECONDS = 15  # of a connection between two requests
@@ -74,9 +75,7 @@ def make(
         return LiveResponse(live, request.query_params.get("job", "")[:100])
 
     async def metrics(request: Request) -> Response:
-        module = importlib.import_module("mrcore.web.metrics")
-        content = await run_in_threadpool(module.render, settings())
-        return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await run_in_threadpool(render, settings()), media_type=METRICS_TYPE)
 
     async def act(request: Request) -> Response:
         if not control:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -32,20 +33,17 @@ class _Chunks(io.RawIOBase):
     """What a thread writes is read by the event loop, which sets the pace."""
 
     def __init__(self) -> None:
-        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[bytes | None](QUEUED_CHUNKS)
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[bytes | Exception | None](QUEUED_CHUNKS)
         self.gone = threading.Event()
 
     def write(self, data: Any) -> int:
         """Hand over some bytes."""
         for start in range(0, len(data), CHUNK_BYTES):
-            self._put(bytes(data[start : start + CHUNK_BYTES]))
+            self.put(bytes(data[start : start + CHUNK_BYTES]))
         return len(data)
 
-    def end(self) -> None:
-        """Say that there is no more."""
-        self._put(None)
-
-    def _put(self, chunk: bytes | None) -> None:
+    def put(self, chunk: bytes | Exception | None) -> None:
+        """Hand over some bytes, None at their end, or why there are no more. Raises _Gone."""
         if self.gone.is_set():
             raise _Gone
         waiting = asyncio.run_coroutine_threadsafe(self._queue.put(chunk), self._loop)
@@ -55,8 +53,8 @@ class _Chunks(io.RawIOBase):
             waiting.cancel()
             raise _Gone from None
 
-    async def get(self) -> bytes | None:
-        """Return the next bytes, None at the end."""
+    async def get(self) -> bytes | Exception | None:
+        """Return what `put` was given."""
         return await self._queue.get()
 
     def drop(self) -> None:
@@ -86,28 +84,28 @@ class Downloads:
         keys, chunks = master_pki(settings), _Chunks()
 
         def read() -> None:
-            for each in chosen:
-                outputs.read_part(settings, keys, job, each, chunks.write)
-            chunks.end()
+            try:
+                for each in chosen:
+                    outputs.read_part(settings, keys, job, each, chunks.write)
+                chunks.put(None)
+            except _Gone:
+                pass
+            except Exception as error:  # noqa: BLE001  for who waits
+                with contextlib.suppress(_Gone):
+                    chunks.put(error)
 
         headers = {"content-disposition": f'attachment; filename="{name}"'}
         return StreamingResponse(self._stream(read, chunks), media_type="application/jsonl", headers=headers)
 
     async def _stream(self, read: Callable[[], None], chunks: _Chunks) -> AsyncIterator[bytes]:
         self._under_way += 1
-        reading = asyncio.create_task(asyncio.to_thread(read))
+        reader = threading.Thread(target=read, name="download", daemon=True)
+        reader.start()
         try:
-            while True:
-                getting = asyncio.ensure_future(chunks.get())
-                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    getting.cancel()
-                    reading.result()  # an error: the connection ends before the end of the file, which shows
-                    return
-                if (chunk := getting.result()) is None:
-                    return
+            while (chunk := await chunks.get()) is not None:
+                if isinstance(chunk, Exception):
+                    raise chunk  # the connection ends before the end of the file, which shows
                 yield chunk
         finally:
             self._under_way -= 1
             chunks.drop()
-            reading.add_done_callback(lambda task: task.cancelled() or task.exception())

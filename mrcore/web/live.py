@@ -58,17 +58,20 @@ class Live:
         self._look, self._render = look, render
         self.viewers = 0
         self._now: Look | None = None
-        self._rendered: dict[str, dict[str, str]] = {}  # of that look
+        self._rendered: dict[str, asyncio.Task[dict[str, str]]] = {}  # of that look
         self._next = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def _watch(self) -> None:
+        told = ""  # of an error that stays, once
         try:
             while self.viewers:
                 try:
                     self._now, self._rendered = await run_in_threadpool(self._look, self._now), {}
                 except MrcoreError as error:
-                    log.warning("%s", error.message)
+                    if error.message != told:
+                        log.warning("%s", error.message)
+                    told = error.message
                 self._wake()
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
@@ -79,10 +82,15 @@ class Live:
         waited, self._next = self._next, asyncio.Event()
         waited.set()
 
-    def _elements(self, job: str) -> dict[str, str]:
-        if self._now and job not in self._rendered:
-            self._rendered[job] = self._render(self._now, job)
-        return self._rendered.get(job, {})
+    async def _elements(self, job: str) -> dict[str, str]:
+        if self._now is None:
+            return {}
+        if job not in self._rendered:
+            self._rendered[job] = asyncio.create_task(run_in_threadpool(self._render, self._now, job))
+        try:
+            return await asyncio.shield(self._rendered[job])  # others may wait for the same
+        except MrcoreError:  # the queue cannot be read; the next look says so
+            return {}
 
     async def events(self, job: str) -> AsyncIterator[bytes]:
         """Give what changes for a viewer of a job's page, or of the queue's, in the form of server-sent events."""
@@ -94,7 +102,7 @@ class Live:
         quiet_since = time.monotonic()
         while self._task and time.monotonic() < until:
             await self._next.wait()
-            fresh = self._elements(job)
+            fresh = await self._elements(job)
             changed = [html for name, html in fresh.items() if sent.get(name) != html]
             sent = fresh
             if changed:

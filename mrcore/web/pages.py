@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,19 +13,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mrcore.admin import doctor
+from mrcore.admin import doctor, findings
 from mrcore.errors import MrcoreError
-from mrcore.launchers import local
+from mrcore.launchers import launcher_of, local
 from mrcore.launchers.launcher import Daemon, daemons
 from mrcore.messages.methods import HEALTH, HELLO, Method
 from mrcore.queue.job import template
 from mrcore.queue.scheduler import Scheduler
-from mrcore.settings.config import Settings
+from mrcore.queue.scripts import log_of
+from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
 from mrcore.state.progress import Phase, RunDetail
-from mrcore.state.store import ENDINGS
+from mrcore.state.store import ENDINGS, RunRow
 from mrcore.system.logs import last_lines
 from mrcore.system.parallel import on_nodes
+from mrcore.system.tags import parse_tag
 from mrcore.web import downloads, views
 from mrcore.web.live import Look
 from mrcore.wire.client import Client
@@ -67,6 +69,7 @@ class Pages:
     def __init__(self, settings: Callable[[], Settings], scheduler: Scheduler, shown: views.Templates) -> None:
         self._settings, self._scheduler, self._shown = settings, scheduler, shown
         self._store = scheduler.store
+        self._reading = threading.Lock()
         self._asked, self._examined = Kept(NODES_SECONDS), Kept(DOCTOR_SECONDS)
         self.output = downloads.Downloads(settings).output
 
@@ -162,13 +165,33 @@ class Pages:
             raise HTTPException(404, f"the history has no run {run} of {views.line(name)}")
         detail = self._store.detail(name, run) or RunDetail()
         phases = detail.phases or _phases(row.phases)
-        log = self._settings().logs_dir / "scripts" / row.job_name / f"{run}.log"
         return self._shown.page(
             "run.html", here="", row=row, detail=detail, spans=views.spans(phases, row.ended),
             servers=views.by_phase(detail.servers), traceback=_traceback(row.exception), now=time.time(),
-            log=last_lines(log, LOG_LINES).decode(errors="backslashreplace") if log.is_file() else "",
+            log=self._log(row) if self._settings().local or "log" in request.query_params else None,
             profile=self._profile(name, run) is not None,
         )  # fmt: skip
+
+    def _log(self, row: RunRow) -> str:
+        """Return the last lines that a run printed: its script, or its tasks on all nodes, in order of their times."""
+        settings = self._settings()
+        if row.job_type != "mapreduce":
+            file = log_of(settings, row.job_name, row.run)
+            return last_lines(file, LOG_LINES).decode(errors="backslashreplace") if file.is_file() else ""
+        launcher, words = launcher_of(settings), f" {row.job_name}/{row.run} "
+
+        def find(node: NodeSettings) -> list[str]:
+            try:
+                found = launcher.find_in_logs(settings, node.name, words, LOG_LINES)
+            except MrcoreError as error:
+                return [f"{node.name}: {error.message}"]
+            return [line.decode(errors="backslashreplace").rstrip("\n") for line in found]
+
+        with self._reading:  # each look may open a connection to every node
+            lines = [line for some in on_nodes(settings.nodes, find, ASK_AT_ONCE) for line in some]
+        tagged = [(tag.time, line) for line in lines if (tag := parse_tag(line)) and (tag.job, tag.run) == row[:2]]
+        untold = [line for line in lines if parse_tag(line) is None]
+        return "\n".join([*untold, *(line for _, line in sorted(tagged)[-LOG_LINES:])])
 
     def _profile(self, job: str, run: int) -> bytes | None:
         """Return the flame graph of a run that is in the history, None if it has none."""
@@ -221,11 +244,14 @@ class Pages:
         return dict(zip(names, on_nodes(asked, ask, ASK_AT_ONCE), strict=True))
 
     def doctor(self, request: Request) -> Response:
-        """Show what the doctor finds; it is called when somebody asks for it."""
-        if "run" not in request.query_params:
-            return self._shown.page("doctor.html", here="doctor", findings=None, at=None)
-        at, findings = self._examined.get(lambda: doctor.judge(doctor.gather(self._settings())))
-        return self._shown.page("doctor.html", here="doctor", findings=findings, at=at)
+        """Show what the doctor found last, or finds when somebody asks for it."""
+        at: float | None = None
+        found: Sequence[Any] | None = None
+        if "run" in request.query_params:
+            at, found = self._examined.get(lambda: doctor.judge(doctor.gather(self._settings())))
+        elif kept := findings.last(self._settings()):
+            at, found = kept.time, kept.findings
+        return self._shown.page("doctor.html", here="doctor", findings=found, at=at)
 
 
 def _method(daemon: Daemon) -> Method[Any]:

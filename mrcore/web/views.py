@@ -109,7 +109,7 @@ def as_json(value: object) -> str:
 
 def share(part: float, whole: float) -> int:
     """Return per cent, 0 to 100; 0 when there is no whole."""
-    return min(100, max(0, int(100 * part / whole))) if whole > 0 else 0
+    return min(100, max(0, int(100 * part / whole + 1e-9))) if whole > 0 else 0
 
 
 def spoken(progress: Progress | None) -> str:
@@ -117,7 +117,7 @@ def spoken(progress: Progress | None) -> str:
     if progress is None:
         return ""
     phase = progress.phases[-1].name if progress.phases else "starting"
-    told = f", {int(progress.fraction * 100) // STEP * STEP} %" if progress.fraction is not None else ""
+    told = f", {share(progress.fraction, 1) // STEP * STEP} %" if progress.fraction is not None else ""
     return f"{progress.job_name}, run {progress.run}: {phase}{told}"
 
 

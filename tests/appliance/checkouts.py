@@ -24,7 +24,7 @@ def checkout(folder: Path, version: str, wire: int | None = None, broken: bool =
     for name in subprocess.run(listed, capture_output=True, check=True).stdout.decode().split("\0"):
         if name and name.split("/")[0] not in SKIPPED and (PROJECT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(PROJECT / name, folder / name)
+            shutil.copy2(PROJECT / name, folder / name, follow_symlinks=False)
     package = folder / "mrcore/__init__.py"
     text = re.sub(r'__version__ = ".*"', f'__version__ = "{version}"', package.read_text())
     if wire is not None:

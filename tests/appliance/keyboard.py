@@ -89,9 +89,9 @@ def publish(lab: Lab) -> Path:
         cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True,
     ).stdout  # fmt: skip
     for name in filter(None, listed.split("\0")):
-        if (PROJECT / name).is_file():
+        if (PROJECT / name).is_file() or (PROJECT / name).is_symlink():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(PROJECT / name, target / name)
+            shutil.copy2(PROJECT / name, target / name, follow_symlinks=False)
     identity = ["-c", "user.name=lab", "-c", "user.email=lab@localhost"]
     for words in (["init", "-q"], ["add", "--all"], ["commit", "-q", "-m", "as it is"]):
         subprocess.run(["git", *identity, *words], cwd=target, check=True)

@@ -99,14 +99,18 @@ def quiet_home() -> Iterator[Settings]:
 @given(st.binary(max_size=200) | ANY_TEXT.map(lambda text: f"job_name: {text}\n".encode(errors="surrogatepass")))
 def test_job_files_of_random_bytes(quiet_home: Settings, content: bytes) -> None:
     Path("job.yml").write_bytes(content)
-    code, out, err = call("submit", "job.yml")
-    assert (code, out, err.count("\n")) == (2, "", 1), err
+    for command in ("submit", "run"):
+        code, out, err = call(command, "job.yml")
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert call("plan", "job.yml")[0] in (1, 2)
 
 
 @settings(QUIET, max_examples=20)
 @given(st.dictionaries(KEYS, ANY_VALUE, max_size=3), st.booleans(), st.dictionaries(ANY_TEXT, ANY_VALUE, max_size=1))
 def test_jobs_of_random_values(quiet_home: Settings, values: dict[str, Any], known: bool, more: dict[str, Any]) -> None:
     job = BASE | values | ({} if known else more) | {"run_once": True}
+    Path("job.json").write_text(json.dumps(job))
+    assert call("plan", "job.json")[0] in (0, 1, 2) and call("plan", "job.json", "--json")[0] in (0, 1, 2)
     for submit in (lambda: Scheduler(quiet_home).submit_job(dict(job)), lambda: call("submit", "job.json")):
         Path("job.json").write_text(json.dumps(job))
         with contextlib.suppress(MrcoreError):
@@ -154,7 +158,8 @@ ARGUMENT = st.binary(max_size=30).map(lambda text: text.replace(b"\0", b"")) | N
 @settings(BRIEF, max_examples=10)
 @given(st.sampled_from(sorted(cli.cli.commands)), st.lists(ARGUMENT, max_size=3))
 def test_arguments_of_random_bytes(quiet_home: Settings, command: str, arguments: list[bytes]) -> None:
-    if command in ("cluster", "run", "try", "attach", "pause"):  # which would start something, run code, stop the queue
+    starts = ("cluster", "run", "try", "attach", "demo", "test", "dashboard")
+    if command in (*starts, "pause"):  # which would start something, run code, stop the queue
         command = "show"
     status, _, err = clean_run(command, "--", *arguments, cwd=Path.cwd())
     assert status in (0, 1, 2) and (err.count("\n") <= 2 or err.startswith("Usage: ")), err
@@ -239,9 +244,12 @@ def test_names_and_records_of_random_bytes_on_a_cluster(
         assert sorted(cluster.items("good")) == [["one", 2], ["two", 1]]
         queue = json.loads(clean_run("queue", "--json", cwd=cluster.folder, environment=environment)[1])
         assert queue["jobs"] == [] and queue["hold"] is None
-        for command in (["show", "odd"], ["history"], ["show", "odd", "--json"]):
+        last = str(Scheduler(cluster.settings).history("odd")[0]["run"])
+        shown = (["show", "odd"], ["history"], ["show", "odd", "--json"], ["show", "odd", "--run", last], ["watch"])
+        for command in (*shown, ["logs", "odd"]):
             status_of_it, text, _ = clean_run(*command, cwd=cluster.folder, environment=environment)
             assert status_of_it == 0 and not UNFIT.search(text.decode())
+        assert clean_run("plan", "jobs.json", cwd=cluster.folder, environment=environment)[0] in (0, 1)
         (run, *_) = Scheduler(cluster.settings).history("odd")
         expected = _expected(files, function, on_bad_text)
         if isinstance(expected, Counter):

@@ -23,7 +23,6 @@ def test_from_new_to_the_output(home: Path) -> None:
     assert [command[:2] for command in typed] == [
         ["mrcore", "test"],
         ["mrcore", "cluster"],
-        ["mrcore", "submit"],
         ["mrcore", "run"],
         ["mrcore", "cat"],
     ]

@@ -193,8 +193,21 @@ def test_with_a_runner_elsewhere_a_program_only_waits(home: Path, text: Path, tm
             runner.wait(60)
 
 
+def test_a_job_that_waits_behind_another_is_not_begun_for_nothing(home: Path, text: Path) -> None:
+    with cluster(home) as made:
+        first, second = (made.submit(map=_first, inputs=text, name=name) for name in ("one", "two"))
+        assert first.wait(60).state == "succeeded"
+        assert second.state == "queued" and mrcore.Scheduler(made.settings).history("two") == []
+        second.wait(60)
+        assert [run["state"] for run in mrcore.Scheduler(made.settings).history()] == ["succeeded", "succeeded"]
+
+
 def _first(line: str, auxiliary_data: object) -> list[tuple[str, int]]:
     return [(line[0], 1)]
+
+
+def _zähle_was_auf_einer_Zeile_steht(line: str, auxiliary_data: object) -> list[tuple[str, int]]:
+    return [(line, len(line))]
 
 
 def test_a_project_by_name_and_what_is_wrong_with_a_call(home: Path, tmp_path: Path) -> None:
@@ -227,6 +240,8 @@ def test_the_same_job_again_has_the_same_name(home: Path) -> None:
     made = mrcore.connect(home=home, address=own_address())
     first, again = (made.submit(map=_first, inputs="x") for _ in range(2))
     assert again.name == first.name and first.state == "replaced" and again.state == "queued"
+    foreign = made.submit(map=_zähle_was_auf_einer_Zeile_steht, inputs="x")
+    assert re.fullmatch("_z_hle_was_auf_einer_Zeile_steht-[0-9a-f]{8}", foreign.name)
     others = [made.submit(map=_first, inputs="y"), made.submit(map=_first, inputs="x", compress=True)]
     assert len({first.name, *(other.name for other in others)}) == 3
 

@@ -91,7 +91,7 @@ def test_a_notebook_runs_functions_of_its_cells_on_a_cluster(
         mrcore.connect(home=home).stop()
     shown = [cell.outputs for cell in notebook.cells]
     bars = [output for output in shown[4] if "text/html" in output.get("data", {})]
-    assert "succeeded" in bars[0]["data"]["text/html"] and "width:100.0%" in bars[0]["data"]["text/html"]
+    assert "succeeded" in bars[0]["data"]["text/html"] and "value='1.000'" in bars[0]["data"]["text/html"]
     assert len(bars) == 2, "one that was replaced all the time, and the job itself"
     words = [word for word in re.findall("[a-z]+", text.read_text().lower()) if len(word) > 3]
     oracle = Counter((word[0], word) for word in words)

@@ -90,6 +90,14 @@ def failing(line, auxiliary_data):
 pick = lambda line, auxiliary_data: [(len(line), os.path.basename(line.strip()))]
 
 
+def outer():
+    def inside(line, auxiliary_data):
+        text = """one
+            two"""
+        return [(text, 1 // (len(line) - 1))]
+    return inside
+
+
 def closing(n):
     def closed(line, auxiliary_data):
         return [(n, 1 // len(line.strip()))]
@@ -167,9 +175,11 @@ def test_what_a_function_uses_arrives_with_it(script: ModuleType, tmp_path: Path
     assert "open(" not in text and f"script.py, line {line_of('def words')}\ndef words(" in text
 
 
-@pytest.mark.parametrize("name", ["pick", "closed"])
-def test_a_lambda_and_a_closure_give_what_they_give_here(script: ModuleType, tmp_path: Path, name: str) -> None:
-    function = script.pick if name == "pick" else script.closing(7)
+@pytest.mark.parametrize("name", ["pick", "inside", "closed"])
+def test_a_lambda_an_inner_function_and_a_closure_give_what_they_give_here(
+    script: ModuleType, tmp_path: Path, name: str
+) -> None:
+    function = {"pick": script.pick, "inside": script.outer()}.get(name) or script.closing(7)
     project, names = packed(tmp_path / "projects", map=function)
     assert (project / "map.pickle").exists() == (name == "closed")
     status, out, err = tried(project, names, TEXT, tmp_path)
@@ -182,11 +192,14 @@ def test_a_deployed_cluster_gets_no_pickle(script: ModuleType) -> None:
         packing.pack({"map_function_name": script.closing(7)}, may_pickle=False)
 
 
-@pytest.mark.parametrize(("name", "code"), [("failing", "return [int("), ("closed", "return [(n, 1 //")])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("failing", "return [int("), ("inside", "return [(text, 1 //"), ("closed", "return [(n, 1 //")],
+)
 def test_an_error_names_the_line_where_the_function_was_written(
     script: ModuleType, tmp_path: Path, name: str, code: str
 ) -> None:
-    function = script.failing if name == "failing" else script.closing(7)
+    function = {"failing": script.failing, "inside": script.outer()}.get(name) or script.closing(7)
     project, names = packed(tmp_path / "projects", map=function, reduce=script.add)
     status, _, err = tried(project, names, "one\n" if name == "failing" else "\n", tmp_path)
     assert status == 1 and f"(script.py, line {line_of(code)})" in err, err
@@ -206,15 +219,21 @@ LITERALS = st.recursive(
 
 @given(LITERALS)
 def test_a_constant_is_written_as_source_of_an_equal_one(value: Any) -> None:
-    text = sources._literal(value)
+    text = sources._constant(value)
     assert text is not None
     again = eval(text)
     assert again == value and repr(type(again)) == repr(type(value))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), [object()], {"a": {float("nan")}}])
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+
+
+@pytest.mark.parametrize(
+    "value", [ENDLESS, [10**5000], float("nan"), float("inf"), object(), [object()], {"a": {float("nan")}}]
+)
 def test_what_is_no_constant_is_not_written(value: Any) -> None:
-    assert sources._literal(value) is None
+    assert sources._constant(value) is None
 
 
 def test_the_same_functions_are_the_same_project_in_every_process(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ def test_progress_is_told_in_one_line() -> None:
 
 def test_progress_is_a_bar_with_phases_and_counters() -> None:
     page = RUNNING._repr_html_()
-    assert "width:42.0%" in page and "PREFLIGHT 0.5 s → MAP" in page and "bad date: 7" in page
-    assert "width:100.0%" in JobProgress(name="words", state="succeeded")._repr_html_()
+    assert "<progress max='1' value='0.420'" in page and "PREFLIGHT 0.5 s → MAP" in page and "bad date: 7" in page
+    assert "value='1.000'" in JobProgress(name="words", state="succeeded")._repr_html_()
+    assert "value='0.000'" in JobProgress(name="words", state="queued")._repr_html_()
+    assert "value=" not in JobProgress(name="words", state="running")._repr_html_(), "not known"
 
 
 def test_what_comes_from_outside_is_no_markup() -> None:

@@ -95,7 +95,7 @@ def progress(run: int, share: float, servers: int = 12, job: str = "clicks_per_u
     )  # fmt: skip
 
 
-def detail(servers: int = 12) -> RunDetail:
+def detail(servers: int = 12, text: str = MARKUP) -> RunDetail:
     """What is known of a run in which one server was slow and one key heavy."""
     now = time.time() - 4_000
     shares = [
@@ -124,30 +124,30 @@ def detail(servers: int = 12) -> RunDetail:
         servers=shares, slowest=tasks, deaths=[dead],
         heavy_keys=[
             HeavyKey(key='"anonymous"', values=41_200_000, partition=3),
-            HeavyKey(key=f'"{MARKUP}"', values=902_000, partition=7),
+            HeavyKey(key=f'"{text}"', values=902_000, partition=7),
         ],
         largest_partition_bytes=3 << 30, median_partition_bytes=700 << 20, profile=True,
-        counters={"lines without a user": 18_230, MARKUP[:40]: 7},
+        counters={"lines without a user": 18_230, text[:40]: 7},
     )  # fmt: skip
 
 
-def fill(settings: Settings, runs: int = 240) -> Store:
-    """A queue in the middle of its day: a run under way, jobs that wait, one that failed, a history."""
+def fill(settings: Settings, runs: int = 240, text: str = MARKUP) -> Store:
+    """A queue in the middle of its day: a run under way, jobs that wait, one that failed, a history. `text`: in it."""
     store, now = Store(settings.state_dir), time.time()
     add_runs(store, runs, 6)
     for name, keys in {
         "clicks_per_user": {"group_name": "nightly", "job_priority": 5.0, "run_once": True},
         "sessions": {"group_name": "nightly", "job_priority": 5.0},
         "top_pages": {"group_name": "nightly"},
-        "report": {"job_type": "script", "group_name": MARKUP},
+        "report": {"job_type": "script", "group_name": text},
     }.items():
         store.submit(spec(name, keys.pop("job_type", "mapreduce"), **keys), now)
     store.submit(spec("broken_dates"), now - 900)
     run = store.start_run("broken_dates", now - 800)
-    message = f"map function parse raised ValueError: no date in {MARKUP}"
+    message = f"map function parse raised ValueError: no date in {text}"
     error = {"class": "JobFault", "message": message, "details": {"traceback": FRAMES, "file": "/data/clicks.log"}}
     store.end_run("broken_dates", run, "failed", now - 700, {"lines": 1_204_331, "skipped": {"binary": 2}}, error)
-    store.set_detail("broken_dates", run, detail())
+    store.set_detail("broken_dates", run, detail(text=text))
     store.move_job("broken_dates", "out", f"failed: {message}", now - 700, "failed")
     number = store.start_run("clicks_per_user", now - 120)
     store.set_progress(progress(number, 0.4))

@@ -46,7 +46,8 @@ PART = {"name": part_name(3, 7, 0, False), "partition": 7, "crc32": 1} | dict.fr
 RUN = {"id": "map-7-2-0", "bytes": 9, "groups": 1, "values": 2, "max_decoded": 3, "partitions": {"0": 9}, "samples": []}
 COMMON: Json = {"peak_bytes": 1, "counters": {"lines": 2}, "seconds": {"map": 0.5}}
 HONEST: dict[str, Any] = {  # an answer of each method that is one
-    "health": WHO | {"disk_free_bytes": 5, "time": 1.5, "served_bytes": {"run": 7}},
+    "health": WHO
+    | {"disk_free_bytes": 5, "disk_total_bytes": 9, "cpus": 2, "load": 0.5, "time": 1.5, "served_bytes": {"run": 7}},
     "start_run": {"disk_free_bytes": 5},
     "list_inputs": INPUTS,
     "check_tails": [[10, 5, None]],

@@ -39,5 +39,11 @@ function watch(place) {
   source.onerror = () => offline && (offline.hidden = false);
 }
 
+// A button that takes something away asks first.
+document.addEventListener("submit", (event) => {
+  const question = event.target.dataset.ask;
+  if (question && !confirm(question)) event.preventDefault();
+});
+
 const live = document.querySelector("[data-live]");
 if (live) watch(live.dataset.live);
