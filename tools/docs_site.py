@@ -31,6 +31,14 @@ NAMED = {
 }
 
 
+# Pages that are a section of a document.
+SECTIONS = {
+    "dashboard.md": ("docs/operations.md", "The dashboard"),
+    "why.md": ("docs/operations.md", "Why does it not run?"),
+    "glossary.md": ("docs/architecture.md", "Glossary"),
+}
+
+
 def places() -> dict[str, str]:
     """Return the place in the site for each document of the checkout, both relative."""
     found = dict(NAMED)
@@ -44,14 +52,12 @@ def places() -> dict[str, str]:
 
 
 def made() -> dict[str, str]:
-    """Return the text of each page that no file holds; links in it are those of a document at the checkout's top."""
-    architecture = (CHECKOUT / "docs/architecture.md").read_text(encoding="utf-8")
-    glossary = architecture.split("\n## Glossary\n")[1].split("\n## ")[0]
-    return {
-        "reference-jobs.md": docs_reference.jobs_page(),
-        "reference-commands.md": docs_reference.commands_page(),
-        "glossary.md": f"# Glossary\n{glossary}",
-    }
+    """Return the text of each page that no file holds."""
+    pages = {"reference-jobs.md": docs_reference.jobs_page(), "reference-commands.md": docs_reference.commands_page()}
+    for place, (source, title) in SECTIONS.items():
+        whole = (CHECKOUT / source).read_text(encoding="utf-8")
+        pages[place] = f"# {title}\n" + whole.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return pages
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -88,7 +94,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Lead the links of a page to places of the site."""
     where = places()
-    source = next((document for document, place in where.items() if place == page.file.src_uri), "")
+    source, _ = SECTIONS.get(page.file.src_uri, ("", ""))
+    source = source or next((document for document, place in where.items() if place == page.file.src_uri), "")
 
     def led(match: re.Match[str]) -> str:
         picture, text, target = match.groups()

@@ -184,12 +184,12 @@ def test_what_the_readmes_say_works_after_the_demo_in_the_same_home(home: Path, 
         (work / name).parent.mkdir(exist_ok=True)
         (work / name).write_text(content)
     commands = typed(readme.split("## A job from nothing")[1].split("\n## ")[0])
-    assert commands[-1] == "mrcore cluster stop" and "mrcore submit longest_words.yml" in commands
+    assert commands[-1] == "mrcore cluster stop" and "mrcore run longest_words.yml" in commands
     documents = sorted(work.glob("projects/*/README.md"))
     assert len(documents) == 6
     for document in documents:
         commands[-1:-1] = typed(document.read_text())
-    assert commands.count("mrcore run --once") == 7
+    assert commands.count("mrcore run --once") == 6
     library = "/usr/lib/python3*/*.py"
     assert any(library in command for command in commands)
     script = "\n".join(commands).replace(library, f"{sysconfig.get_path('stdlib')}/a*.py")
