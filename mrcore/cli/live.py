@@ -51,9 +51,8 @@ def size(count: float) -> str:
 
 def time_left(progress: Progress, now: float) -> str | None:
     """Return "about 2 min left"; None where it cannot be estimated."""
-    if progress.eta_seconds is None:
-        return None
-    return f"about {duration(max(0.0, progress.eta_seconds - (now - progress.updated)))} left"
+    left = progress.left_seconds(now)
+    return None if left is None else f"about {duration(left)} left"
 
 
 def how_far(progress: Progress, now: float) -> str:
@@ -99,14 +98,13 @@ def now_of(scheduler: Scheduler) -> Progress | None:
         return found
     if (row := scheduler.store.running()) is None:
         return None
-    phases = [Phase(name=name, unit="", **times) for name, times in row.phases.items()]
     return Progress(
         job_name=row.job_name,
         run=row.run,
         job_type=row.job_type,
         started=row.started,
         updated=time.time(),
-        phases=phases,
+        phases=row.plain_phases(),
     )
 
 

@@ -111,11 +111,12 @@ def show(job: str, run: int | None, as_json: bool) -> None:
     With --run N it is that run's: also what its servers and tasks did.
     """
     from mrcore.cli import story
+    from mrcore.state import profiles
 
     scheduler = common.scheduler_in_force()
     told = scheduler.show(job) if run is None else scheduler.run(job, run)
     if run is not None:
-        told["profiles"] = story.profiles(scheduler.settings, job, run)
+        told["profiles"] = sorted(map(str, profiles.paths(scheduler.settings.state_dir, job, run)))
     if as_json:
         return common.print_json(told)
     if run is None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mrcore.cli import common, live
 from mrcore.cli.tables import print_states
 from mrcore.text import one_line
-
-if TYPE_CHECKING:
-    from mrcore.settings.config import Settings
 
 RUNS = 10  # of a job, newest first
 TASKS = 10  # longest tries of tasks of a run
@@ -38,12 +35,6 @@ def print_run(row: dict[str, Any]) -> None:
         _print_detail(detail)
     for path in row["profiles"]:
         click.echo(f"flame graph: {one_line(path)}")
-
-
-def profiles(settings: Settings, job_name: str, run: int) -> list[str]:
-    """Return the files of a run's profile."""
-    folder = settings.state_dir / "profiles" / job_name
-    return [str(path) for path in sorted(folder.glob(f"{run}.*"))]
 
 
 def _print_head(row: dict[str, Any]) -> None:

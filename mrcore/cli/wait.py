@@ -18,7 +18,6 @@ from mrcore.queue.awaited import Awaited, Outcome
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
-from mrcore.state.progress import Phase
 from mrcore.text import one_line
 
 WAITS = ("not_before", "every", "retry", "drain", "cycle", "group")  # reasons to wait that are told, each once
@@ -102,7 +101,7 @@ class Wait:
 
     def _tell_phases(self, name: str, run: int) -> None:
         detail, row = self._store.detail(name, run), self._store.run(name, run)
-        plain = [Phase(name=phase, unit="", **times) for phase, times in (row.phases if row else {}).items()]
+        plain = row.plain_phases() if row else []
         self.display.tell_phases(name, run, detail.phases if detail and detail.phases else plain)
 
     def _tell(self, text: str) -> None:

@@ -17,7 +17,6 @@ from mrcore.launchers import launcher_of
 from mrcore.queue.awaited import RUNS_LOOKED_AT, Outcome, outcome
 from mrcore.queue.scheduler import Scheduler
 from mrcore.state import manifest, outputs
-from mrcore.state.progress import Phase
 from mrcore.state.store import JobRow, RunRow
 from mrcore.wire.tls import master_pki
 
@@ -89,15 +88,14 @@ class JobHandle:
         state, run, now = self.state, self._run(), self._scheduler.progress()
         facts: dict[str, Any] = {"name": self.name, "state": state}
         if run is not None:
-            facts |= {"run": run.run, "phases": [Phase(name=name, **times) for name, times in run.phases.items()]}
+            facts |= {"run": run.run, "phases": run.plain_phases()}
         if (
             state == "running"
             and now is not None
             and run is not None
             and (now.job_name, now.run) == (self.name, run.run)
         ):
-            left = None if now.eta_seconds is None else max(0.0, now.updated + now.eta_seconds - time.time())
-            phases = now.phases or facts["phases"]
+            left, phases = now.left_seconds(time.time()), now.phases or facts["phases"]
             facts |= {"phases": phases, "fraction": now.fraction, "eta_seconds": left, "counters": now.counters}
         elif state == "succeeded":
             facts |= {"fraction": 1.0}

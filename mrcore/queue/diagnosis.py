@@ -233,9 +233,7 @@ def pace(
     """Return how far a run is, against what is usual, and what holds it up."""
     name, took, phase = run.job_name, now - run.started, next(reversed(run.phases), None)
     is_slow = bool(usual and took > max(SLOW_FACTOR * usual["median_seconds"], usual["max_seconds"]))
-    fraction, left = (progress.fraction, progress.eta_seconds) if progress else (None, None)
-    if progress and left is not None:
-        left = max(0.0, left - (now - progress.updated))
+    fraction, left = (progress.fraction, progress.left_seconds(now)) if progress else (None, None)
     text = f"run {run.run} of {name} {'takes longer than usual' if is_slow else 'runs'}: {phase or 'it begins'}"
     text += f", {share(fraction)}" if fraction is not None else ""
     text += f", about {clock(left)} left" if left is not None else ""

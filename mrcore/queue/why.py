@@ -232,8 +232,8 @@ _WAITS = {
 
 def _left(known: Known, running: RunRow) -> float | None:
     """Return the seconds that the run under way may still take."""
-    if known.progress and known.progress.eta_seconds is not None:
-        return max(0.0, known.progress.eta_seconds - (known.now - known.progress.updated))
+    if known.progress and (left := known.progress.left_seconds(known.now)) is not None:
+        return left
     usual = known.usual.get(running.job_name)
     return max(0.0, usual["median_seconds"] - (known.now - running.started)) if usual else None
 

@@ -22,7 +22,7 @@ from mrcore.system.paths import PARTIAL, write_atomic
 from mrcore.text import one_line
 
 Profiles = Mapping[str, Mapping[str, int]]  # samples by phase and stack: frames from the root on, joined by ";"
-SUFFIXES = (".svg", ".speedscope.json")
+FLAME_GRAPH, SPEEDSCOPE = ".svg", ".speedscope.json"
 FRAME_CHARACTERS = 200
 LEAST_SHARE, MAX_FRAMES = 0.001, 1_500  # of what is drawn of a phase: narrower frames, and then the narrowest, are not
 WIDTH, ROW, MARGIN, CHARACTER = 1_200, 18, 12, 6.7  # pixels
@@ -32,8 +32,13 @@ HUES = {"user": (8, 40), "python": (200, 30), "mrcore": (120, 30)}
 
 def paths(state_dir: Path, job: str, run: int) -> list[Path]:
     """Return the files that there are of a run: its flame graph, and what speedscope reads."""
-    folder = state_dir / "profiles" / job
-    return [path for suffix in SUFFIXES if (path := folder / f"{run}{suffix}").exists()]
+    both = (path(state_dir, job, run, suffix) for suffix in (FLAME_GRAPH, SPEEDSCOPE))
+    return [file for file in both if file.exists()]
+
+
+def path(state_dir: Path, job: str, run: int, suffix: str) -> Path:
+    """Return where one of a run's files is, if it is there."""
+    return state_dir / "profiles" / job / f"{run}{suffix}"
 
 
 def write(state_dir: Path, job: str, run: int, profiles: Profiles) -> bool:
@@ -45,18 +50,18 @@ def write(state_dir: Path, job: str, run: int, profiles: Profiles) -> bool:
     folder = state_dir / "profiles" / job
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     name = f"{job} run {run}"
-    write_atomic(folder / f"{run}.speedscope.json", msgspec.json.encode(_speedscope(name, sampled)), 0o600)
-    write_atomic(folder / f"{run}.svg", _flame_graph(name, sampled).encode(), 0o600)
+    write_atomic(folder / f"{run}{SPEEDSCOPE}", msgspec.json.encode(_speedscope(name, sampled)), 0o600)
+    write_atomic(folder / f"{run}{FLAME_GRAPH}", _flame_graph(name, sampled).encode(), 0o600)
     return True
 
 
 def prune(state_dir: Path, job: str, kept_runs: set[int]) -> None:
     """Forget the profiles of other runs than these, and what was being written when its writer died."""
     folder = state_dir / "profiles" / job
-    for path in folder.glob("*"):
-        number = path.name.partition(".")[0]
-        if path.name.endswith(PARTIAL) or (number.isdecimal() and int(number) not in kept_runs):
-            path.unlink(missing_ok=True)
+    for file in folder.glob("*"):
+        number = file.name.partition(".")[0]
+        if file.name.endswith(PARTIAL) or (number.isdecimal() and int(number) not in kept_runs):
+            file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there is none, or some are left
         folder.rmdir()
 

@@ -55,6 +55,10 @@ class Progress(msgspec.Struct, kw_only=True):
     fraction: float | None = None
     eta_seconds: float | None = None  # from `updated` on
 
+    def left_seconds(self, now: float) -> float | None:
+        """Return the seconds that it will still take from `now` on."""
+        return None if self.eta_seconds is None else max(0.0, self.eta_seconds - (now - self.updated))
+
 
 class TaskRow(msgspec.Struct, kw_only=True):
     """A try of a task. `outcome`: done, died or running (when the run ended)."""

@@ -18,7 +18,7 @@ import msgspec
 from mrcore.errors import MrcoreError
 from mrcore.messages.kinds import convert, decode
 from mrcore.state.database import Database, open_to_read
-from mrcore.state.progress import Progress, RunDetail
+from mrcore.state.progress import Phase, Progress, RunDetail
 from mrcore.system import procfs
 from mrcore.text import one_line, plain
 
@@ -99,6 +99,10 @@ class RunRow(NamedTuple):
     exception: dict[str, Any] | None
     job_type: str
     group_name: str | None
+
+    def plain_phases(self) -> list[Phase]:
+        """Return its phases with their times alone: of a run whose detail is not noted, or not yet."""
+        return [Phase(name=name, unit="", **times) for name, times in self.phases.items()]
 
 
 class Hold(msgspec.Struct):

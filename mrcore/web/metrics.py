@@ -137,15 +137,14 @@ def _running(scheduler: Scheduler) -> Iterator[Metric]:
     info = [([run.job_name, run.job_type, phases[-1] if phases else ""], 1.0)] if run else []
     yield _gauge("mrcore_run_info", "1; the run under way.", info, "job_name", "job_type", "phase")
     usual = scheduler.estimate_next_runtime(run.job_name) if run else None
-    eta = progress.eta_seconds if progress else None
-    left = None if eta is None or progress is None else max(0.0, eta - (now - progress.updated))
     values: list[tuple[str, str, float | None]] = [
         ("start_timestamp_seconds", "When it began.", run.started if run else None),
         ("elapsed_seconds", "How long it has been going on.", now - run.started if run else None),
         ("usual_seconds", "How long the job's last successful runs took (median of 20).",
          usual["median_seconds"] if usual else None),
         ("done_ratio", "How much of it is done, from 0 to 1.", progress.fraction if progress else None),
-        ("remaining_seconds", "How long it will still take, by estimate.", left),
+        ("remaining_seconds", "How long it will still take, by estimate.",
+         progress.left_seconds(now) if progress else None),
         ("tasks_died", "Tries of its tasks that died.", progress.deaths if progress else None),
     ]  # fmt: skip
     for suffix, text, value in values:
