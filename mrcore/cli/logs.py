@@ -14,7 +14,7 @@ from mrcore.cli import cluster, common
 from mrcore.errors import UsageError
 from mrcore.system.follow import Lines, Position, read_on
 from mrcore.system.logs import LINE_BYTES, last_lines
-from mrcore.system.tags import parse_tag
+from mrcore.system.tags import of_run
 from mrcore.text import clean, one_line
 
 if TYPE_CHECKING:
@@ -105,16 +105,12 @@ class _Job:
             file = self._file(run)
             content = last_lines(file, lines) if file.is_file() else b""
         else:
-            from mrcore.launchers.launcher import NODES_AT_ONCE
-            from mrcore.system.parallel import on_nodes
+            from mrcore.launchers.launcher import lines_of_run
 
-            words = f" {self._name}/{run} "
-            found = on_nodes(
-                self._settings.nodes,
-                lambda node: self._launcher.find_in_logs(self._settings, node.name, words, lines),
-                NODES_AT_ONCE,
-            )
-            content = b"".join(_last(self._tagged((line for some in found for line in some), run), lines))
+            found, errors = lines_of_run(self._launcher, self._settings, self._name, run, lines)
+            for error in errors.values():
+                raise error
+            content = b"".join(found)
         if not content:
             what = f"run {run} of {self._name} has printed nothing that is still there" if run else "it has not run yet"
             click.echo(f"{what}; `mrcore show {self._name}` tells what is known of it", err=True)
@@ -168,16 +164,8 @@ class _Job:
                 found += self._whole[node, log].of(grown.data)
             return found
 
-        return self._tagged((line for some in on_nodes(list(self._at), look, NODES_AT_ONCE) for line in some), run)
-
-    def _tagged(self, lines: Iterable[bytes], run: int) -> list[bytes]:
-        """Return those of these lines that tasks of a run have printed, in order of their times."""
-        found = []
-        for line in lines:
-            tag = parse_tag(line.decode(errors="backslashreplace"))
-            if tag and (tag.job, tag.run) == (self._name, run):
-                found.append((tag.time, line))
-        return [line for _, line in sorted(found, key=lambda pair: pair[0])]
+        looks = on_nodes(list(self._at), look, NODES_AT_ONCE)
+        return of_run((line for some in looks for line in some), self._name, run)
 
     def _file(self, run: int) -> Path:
         from mrcore.queue.scripts import log_of

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mrcore import RELEASE, WIRE_VERSION
 from mrcore.errors import MrcoreError, Unreachable
 from mrcore.launchers.launcher import NODES_AT_ONCE, Daemon, daemons, try_nodes
-from mrcore.messages.methods import HEALTH, HELLO, Method
 from mrcore.messages.nodes import Versions
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.system.deadline import Deadline
@@ -46,11 +45,10 @@ def check(settings: Settings, nodes: Iterable[NodeSettings], wait_seconds: float
 def _objection(daemon: Daemon, pki: Pki, deadline: Deadline) -> str:
     """Return what is wrong with one daemon; empty if nothing is."""
     node = daemon.node
-    method: Method[Any] = HEALTH if daemon.is_agent else HELLO
     with contextlib.closing(Client(node.address, daemon.port, pki, node.name)) as client:
         for _ in deadline.tries(RETRY_SECONDS):
             try:
-                answer: Versions = client.call(method)
+                answer: Versions = client.call(daemon.method)
                 break
             except MrcoreError as error:
                 message = error.message

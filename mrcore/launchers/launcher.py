@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 from mrcore.errors import MrcoreError
+from mrcore.messages.methods import HEALTH, HELLO, Method
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import manifest
 from mrcore.system.follow import Growth, Position
 from mrcore.system.parallel import on_nodes
+from mrcore.system.tags import of_run
 
 T = TypeVar("T")
 NODES_AT_ONCE = 64  # they only wait
@@ -53,6 +55,11 @@ class Daemon(NamedTuple):
     def is_agent(self) -> bool:
         """Return whether it is a node agent, not a cluster server."""
         return self.name == "agent"
+
+    @property
+    def method(self) -> Method[Any]:
+        """Return what it is asked to see whether it answers."""
+        return HEALTH if self.is_agent else HELLO
 
     def status(self, pid: int | None, state: str) -> DaemonStatus:
         """Return its row of `status`."""
@@ -128,6 +135,19 @@ def try_nodes(
     answers = dict(zip((node.name for node in nodes), on_nodes(nodes, one, at_once), strict=True))
     errors = {name: answer for name, answer in answers.items() if isinstance(answer, MrcoreError)}
     return {name: answer for name, answer in answers.items() if not isinstance(answer, MrcoreError)}, errors
+
+
+def lines_of_run(
+    launcher: Launcher, settings: Settings, job: str, run: int, lines: int
+) -> tuple[list[bytes], dict[str, MrcoreError]]:
+    """Return the last lines that a run's tasks printed, on all nodes, in order of their times; and by node's name why
+    those of some are not known.
+    """
+    words = f" {job}/{run} "
+    found, errors = try_nodes(
+        settings.nodes, lambda node: launcher.find_in_logs(settings, node.name, words, lines), NODES_AT_ONCE
+    )
+    return of_run((line for some in found.values() for line in some), job, run)[-lines:], errors
 
 
 def removable(state_dir: Path, entries: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 MAX_PARTIAL_BYTES = 16 << 10  # of a line that has no end yet; a longer one becomes several
@@ -30,6 +31,13 @@ def parse_tag(line: str) -> Tag | None:
     if not (match := _TAG.match(line)):
         return None
     return Tag(match[1], match[2], int(match[3]), match[4], line[match.end() :])
+
+
+def of_run(lines: Iterable[bytes], job: str, run: int) -> list[bytes]:
+    """Return those of a log's lines that tasks of this run printed, in order of their times."""
+    tagged = ((parse_tag(line.decode(errors="backslashreplace")), line) for line in lines)
+    found = [(tag.time, line) for tag, line in tagged if tag and (tag.job, tag.run) == (job, run)]
+    return [line for _, line in sorted(found, key=lambda pair: pair[0])]
 
 
 class Tagger:

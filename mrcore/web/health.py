@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from typing import Any, NamedTuple
 
 from mrcore.errors import MrcoreError
-from mrcore.messages.methods import HEALTH, HELLO, Method
+from mrcore.launchers.launcher import Daemon, daemons
 from mrcore.messages.nodes import Health
-from mrcore.settings.config import NodeSettings, Settings
+from mrcore.settings.config import Settings
 from mrcore.system.parallel import on_nodes
 from mrcore.text import one_line, type_name
 from mrcore.wire.client import Client
@@ -22,7 +21,6 @@ FRESH_SECONDS = 5.0  # what is younger is not asked again
 WAIT_SECONDS, FIRST_SECONDS = 0.2, 2.0  # for answers to who looks; when nothing is known yet
 ASK_SECONDS = 5.0  # each of: to connect, to answer
 AT_ONCE = 32
-Daemon = tuple[NodeSettings, int, Method[Any]]
 
 
 class NodeSeen(NamedTuple):
@@ -40,19 +38,20 @@ class Seen(NamedTuple):
 
     time: float
     nodes: tuple[NodeSeen, ...]
+    answers: dict[tuple[str, str], Any]  # of each daemon, by its node and name; a MrcoreError: why there is none
 
 
 class NodeWatch:
     """Asks all daemons when somebody looks and what is known is old. One object for a process, for any thread."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seen, self._asked = Seen(0.0, ()), float("-inf")
+    def __init__(self, ask_seconds: float = ASK_SECONDS) -> None:
+        self._ask_seconds, self._lock = ask_seconds, threading.Lock()
+        self._seen, self._asked = Seen(0.0, (), {}), float("-inf")
         self._asking: threading.Thread | None = None
         self._clients: dict[tuple[Any, ...], Client] = {}  # kept, so that a look costs no handshakes
 
-    def look(self, settings: Settings) -> Seen:
-        """Return how the nodes are, or were when they were asked last."""
+    def look(self, settings: Settings, patient: bool = False) -> Seen:
+        """Return how the nodes are, or were when they were asked last; `patient`: once all have answered, or not."""
         with self._lock:
             asking = self._asking
             if asking is None or not asking.is_alive():
@@ -61,7 +60,7 @@ class NodeWatch:
                 self._asked = time.monotonic()
                 asking = self._asking = threading.Thread(target=self._ask, args=(settings,), name="nodes", daemon=True)
                 asking.start()
-        asking.join(WAIT_SECONDS if self._seen.time else FIRST_SECONDS)
+        asking.join(None if patient else WAIT_SECONDS if self._seen.time else FIRST_SECONDS)
         return self._seen
 
     def close(self) -> None:
@@ -78,28 +77,30 @@ class NodeWatch:
 
     def _answers(self, settings: Settings) -> Seen:
         keys = master_pki(settings)
-        daemons: list[Daemon] = [(node, node.agent_port, HEALTH) for node in settings.nodes]
-        daemons += [(server.node, server.port, HELLO) for server in settings.servers()]
-        asked = on_nodes(daemons, lambda daemon: self._call(keys, *daemon), AT_ONCE)
-        wanted = {_key(keys, node, port) for node, port, _ in daemons}
-        for gone in self._clients.keys() - wanted:
+        asked = daemons(settings)
+        answers = on_nodes(asked, lambda daemon: self._call(keys, daemon), AT_ONCE)
+        for gone in self._clients.keys() - {_key(keys, daemon) for daemon in asked}:
             self._clients.pop(gone).close()
         found = []
-        for node, answer in zip(settings.nodes, asked, strict=False):
-            servers = [each for (of, _, _), each in zip(daemons, asked, strict=True) if of == node][1:]
-            ends = self._clients[_key(keys, node, node.agent_port)].certificate_ends() if answer else None
-            found.append(NodeSeen(node.name, answer, ends, len(servers), sum(each is not None for each in servers)))
-        return Seen(time.time(), tuple(found))
+        for agent, answer in zip(asked[: len(settings.nodes)], answers, strict=False):
+            node, up = agent.node, not isinstance(answer, MrcoreError)
+            servers = [each for daemon, each in zip(asked, answers, strict=True) if daemon.node == node][1:]
+            ends = self._clients[_key(keys, agent)].certificate_ends() if up else None
+            servers_up = sum(not isinstance(each, MrcoreError) for each in servers)
+            found.append(NodeSeen(node.name, answer if up else None, ends, len(servers), servers_up))
+        names = [(daemon.node.name, daemon.name) for daemon in asked]
+        return Seen(time.time(), tuple(found), dict(zip(names, answers, strict=True)))
 
-    def _call(self, keys: Pki, node: NodeSettings, port: int, method: Method[Any]) -> Any:
-        key = _key(keys, node, port)
-        with contextlib.suppress(MrcoreError):  # a UsageError: a local cluster that was never started has no keys
+    def _call(self, keys: Pki, daemon: Daemon) -> Any:
+        key, node, seconds = _key(keys, daemon), daemon.node, self._ask_seconds
+        try:
             client = self._clients.get(key)
             if client is None:
-                client = self._clients[key] = Client(node.address, port, keys, node.name, ASK_SECONDS, ASK_SECONDS)
-            return client.call(method)
-        return None
+                client = self._clients[key] = Client(node.address, daemon.port, keys, node.name, seconds, seconds)
+            return client.call(daemon.method)
+        except MrcoreError as error:  # a UsageError: a local cluster that was never started has no keys
+            return error
 
 
-def _key(keys: Pki, node: NodeSettings, port: int) -> tuple[Any, ...]:
-    return keys, node.name, node.address, port
+def _key(keys: Pki, daemon: Daemon) -> tuple[Any, ...]:
+    return keys, daemon.node.name, daemon.node.address, daemon.port

@@ -16,30 +16,26 @@ from starlette.responses import Response
 from mrcore.admin import doctor, findings
 from mrcore.errors import MrcoreError
 from mrcore.launchers import launcher_of, local
-from mrcore.launchers.launcher import Daemon, daemons
-from mrcore.messages.methods import HEALTH, HELLO, Method
+from mrcore.launchers.launcher import lines_of_run
 from mrcore.queue.job import template
 from mrcore.queue.scheduler import Scheduler
 from mrcore.queue.scripts import log_of
-from mrcore.settings.config import NodeSettings, Settings
-from mrcore.state import manifest
-from mrcore.state.progress import Phase, RunDetail
+from mrcore.settings.config import Settings
+from mrcore.state import manifest, profiles
+from mrcore.state.progress import RunDetail
 from mrcore.state.store import ENDINGS, RunRow
 from mrcore.system.logs import last_lines
-from mrcore.system.parallel import on_nodes
-from mrcore.system.tags import parse_tag
 from mrcore.web import downloads, views
+from mrcore.web.health import NodeWatch
 from mrcore.web.live import Look
-from mrcore.wire.client import Client
-from mrcore.wire.tls import master_pki
 
 PAGE_RUNS = 100
 MAX_PAGE = 1_000
 JOB_RUNS, JOB_EVENTS, CHART_RUNS = 20, 50, 100
 MAX_JOBS_SHOWN, MAX_FALLEN_SHOWN = 500, 50
 LOG_LINES = 200
-ASK_SECONDS, ASK_AT_ONCE = 2.0, 32
-NODES_SECONDS, DOCTOR_SECONDS = 5.0, 30.0  # how old what was asked may be
+ASK_SECONDS = 2.0  # of a daemon, for the page of nodes: each of: to connect, to answer
+DOCTOR_SECONDS = 30.0  # how old what he found may be
 PROFILE_HEADERS = {
     # What a profile's SVG holds runs nothing, and loads nothing.
     "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'",
@@ -70,7 +66,7 @@ class Pages:
         self._settings, self._scheduler, self._shown = settings, scheduler, shown
         self._store = scheduler.store
         self._reading = threading.Lock()
-        self._asked, self._examined = Kept(NODES_SECONDS), Kept(DOCTOR_SECONDS)
+        self._watch, self._examined = NodeWatch(ASK_SECONDS), Kept(DOCTOR_SECONDS)
         self.output = downloads.Downloads(settings).output
 
     # --- the queue, live ---
@@ -164,7 +160,7 @@ class Pages:
         if row is None:
             raise HTTPException(404, f"the history has no run {run} of {views.line(name)}")
         detail = self._store.detail(name, run) or RunDetail()
-        phases = detail.phases or _phases(row.phases)
+        phases = detail.phases or row.plain_phases()
         return self._shown.page(
             "run.html", here="", row=row, detail=detail, spans=views.spans(phases, row.ended),
             servers=views.by_phase(detail.servers), traceback=_traceback(row.exception), now=time.time(),
@@ -178,25 +174,15 @@ class Pages:
         if row.job_type != "mapreduce":
             file = log_of(settings, row.job_name, row.run)
             return last_lines(file, LOG_LINES).decode(errors="backslashreplace") if file.is_file() else ""
-        launcher, words = launcher_of(settings), f" {row.job_name}/{row.run} "
-
-        def find(node: NodeSettings) -> list[str]:
-            try:
-                found = launcher.find_in_logs(settings, node.name, words, LOG_LINES)
-            except MrcoreError as error:
-                return [f"{node.name}: {error.message}"]
-            return [line.decode(errors="backslashreplace").rstrip("\n") for line in found]
-
         with self._reading:  # each look may open a connection to every node
-            lines = [line for some in on_nodes(settings.nodes, find, ASK_AT_ONCE) for line in some]
-        tagged = [(tag.time, line) for line in lines if (tag := parse_tag(line)) and (tag.job, tag.run) == row[:2]]
-        untold = [line for line in lines if parse_tag(line) is None]
-        return "\n".join([*untold, *(line for _, line in sorted(tagged)[-LOG_LINES:])])
+            found, errors = lines_of_run(launcher_of(settings), settings, row.job_name, row.run, LOG_LINES)
+        untold = "".join(f"{node}: {error.message}\n" for node, error in errors.items())
+        return untold + b"".join(found).decode(errors="backslashreplace").rstrip("\n")
 
     def _profile(self, job: str, run: int) -> bytes | None:
         """Return the flame graph of a run that is in the history, None if it has none."""
         with contextlib.suppress(OSError):
-            return (self._settings().state_dir / "profiles" / job / f"{run}.svg").read_bytes()
+            return profiles.path(self._settings().state_dir, job, run, profiles.FLAME_GRAPH).read_bytes()
         return None
 
     def profile(self, request: Request) -> Response:
@@ -209,39 +195,16 @@ class Pages:
 
     def nodes(self, request: Request) -> Response:
         """Show nodes and cluster servers."""
-        at, answers = self._asked.get(self._ask)
-        progress = self._scheduler.progress()
+        settings, progress = self._settings(), self._scheduler.progress()
+        seen, answers = None, dict[tuple[str, str], dict[str, Any]]()
+        if not settings.local or any(row["pid"] for row in local.status(settings)):  # else it is not started
+            seen = self._watch.look(settings, patient=True)
+            answers = {who: _plain(answer) for who, answer in seen.answers.items()}
         busy = {server.server: server for server in progress.servers} if progress else {}
-        settings = self._settings()
         return self._shown.page(
-            "nodes.html", here="nodes", at=at, answers=answers, busy=busy, nodes=settings.nodes,
-            servers=settings.servers(), progress=progress,
+            "nodes.html", here="nodes", at=seen.time if seen else time.time(), answers=answers, busy=busy,
+            nodes=settings.nodes, servers=settings.servers(), progress=progress,
         )  # fmt: skip
-
-    def _ask(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Return what each daemon, by node and name, answers within ASK_SECONDS, or its "error"; {}: not started."""
-        settings = self._settings()
-        asked = daemons(settings)
-        if settings.local and not any(row["pid"] for row in local.status(settings)):
-            return {}
-        try:
-            keys = master_pki(settings)
-        except MrcoreError as error:
-            return {(daemon.node.name, daemon.name): {"error": error.message} for daemon in asked}
-
-        def ask(daemon: Daemon) -> dict[str, Any]:
-            node, method = daemon.node, _method(daemon)
-            try:
-                with contextlib.closing(
-                    Client(node.address, daemon.port, keys, node.name, ASK_SECONDS, ASK_SECONDS)
-                ) as client:
-                    answer: dict[str, Any] = msgspec.to_builtins(client.call(method))
-            except MrcoreError as error:
-                return {"error": error.message}
-            return answer
-
-        names = [(daemon.node.name, daemon.name) for daemon in asked]
-        return dict(zip(names, on_nodes(asked, ask, ASK_AT_ONCE), strict=True))
 
     def doctor(self, request: Request) -> Response:
         """Show what the doctor found last, or finds when somebody asks for it."""
@@ -254,17 +217,16 @@ class Pages:
         return self._shown.page("doctor.html", here="doctor", findings=found, at=at)
 
 
-def _method(daemon: Daemon) -> Method[Any]:
-    return HEALTH if daemon.is_agent else HELLO
+def _plain(answer: Any) -> dict[str, Any]:
+    """Return a daemon's answer for a template, or its "error"."""
+    plain: dict[str, Any] = (
+        {"error": answer.message} if isinstance(answer, MrcoreError) else msgspec.to_builtins(answer)
+    )
+    return plain
 
 
 def _number(text: str, most: int) -> int:
     return min(most, max(1, int(text))) if text.isascii() and text.isdecimal() and len(text) < 10 else 1
-
-
-def _phases(plain: dict[str, Any]) -> list[Phase]:
-    """Return the phases of a run of which no detail was noted."""
-    return [Phase(name=name, started=times["started"], ended=times["ended"], unit="") for name, times in plain.items()]
 
 
 def _traceback(exception: dict[str, Any] | None) -> str:

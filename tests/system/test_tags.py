@@ -44,3 +44,13 @@ def test_a_tag_is_read_back_and_other_lines_have_none() -> None:
     assert (found.job, found.run, found.task, found.text) == ("a.b-c", 12, "reduce-31-2", "of | bars é")
     for other in ("", "2026-11-27 20:16:10 INFO started", "a b/1 sort-1-1 | x", "a b/x map-1-1 | x", "a b/1 map-1-1|x"):
         assert parse_tag(other) is None
+
+
+def test_the_lines_of_a_run_come_in_order_of_their_times_and_no_others() -> None:
+    late, early = b"2026-11-27T20:16:11 j/1 map-0-1 | late\n", b"2026-11-27T20:16:10 j/1 reduce-0-1 | \xff\n"
+    others = [
+        b"the server's own j/1 line\n",
+        b"2026-11-27T20:16:10 j/2 map-0-1 | x\n",
+        b"2026-11-27T20:16:10 k/1 map-0-1 | x\n",
+    ]
+    assert tags.of_run([late, *others, early], "j", 1) == [early, late]
