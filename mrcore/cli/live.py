@@ -25,6 +25,7 @@ from mrcore.queue.cycle import duration
 from mrcore.state.progress import Phase, Progress, ServerNow
 from mrcore.system import terminal
 from mrcore.text import escaped, one_line
+from mrcore.units import percent
 
 if TYPE_CHECKING:
     from mrcore.queue.scheduler import Scheduler
@@ -60,7 +61,7 @@ def how_far(progress: Progress, now: float) -> str:
     phase = current(progress)
     share = _fraction(phase) if phase else None
     name = one_line(phase.name, 20) if phase else ""
-    first = f"{name} {share:.0%}".replace("%", " %") if share is not None else name
+    first = f"{name} {percent(share)}" if share is not None else name
     return ", ".join(filter(None, (first, time_left(progress, now))))
 
 
@@ -132,7 +133,7 @@ def run_lines(progress: Progress, now: float) -> list[Line]:
     """Return the run under way: a head, its phases with bars, its servers' count, its counters."""
     more = [duration(now - progress.started)]
     if progress.fraction is not None:
-        more.insert(0, f"{progress.fraction:.0%}".replace("%", " %"))
+        more.insert(0, percent(progress.fraction))
     if left := time_left(progress, now):
         more.append(left)
     lines = [Line(f"{progress.job_name} run {progress.run}: {', '.join(more)}", "bold")]
@@ -156,9 +157,9 @@ def _bar_line(phase: Phase, now: float) -> str:
     seconds, share = (phase.ended or now) - phase.started, _fraction(phase)
     filled = round(BAR * share) if share is not None else 0
     full, empty = ("━", "─") if terminal.speaks_unicode(sys.stderr) else ("#", "-")
-    percent = f"{share:4.0%}".replace("%", " %") if share is not None else ""
+    done = percent(share) if share is not None else ""
     bar = full * filled + empty * (BAR - filled) if share is not None else " " * BAR
-    line = f"  {one_line(phase.name, 9):9} {bar} {percent:>6} {seconds:6.1f} s"
+    line = f"  {one_line(phase.name, 9):9} {bar} {done:>6} {seconds:6.1f} s"
     if phase.done and phase.unit == "bytes":
         total = f" of {size(phase.total)}" if phase.total else ""
         rate = f"  {size(phase.done / seconds)}/s" if seconds > 0.1 else ""

@@ -12,6 +12,7 @@ import msgspec
 from mrcore.face.places import shell
 from mrcore.state.progress import Phase
 from mrcore.text import one_line
+from mrcore.units import seconds
 
 TEXT_LIMIT = 200  # characters of a reason or a status
 MAX_COUNTERS = 20  # that are shown
@@ -39,7 +40,7 @@ class JobProgress(msgspec.Struct, frozen=True, kw_only=True):
         if self.state == "running" and self.fraction is not None:
             words.append(f"{self.fraction:.0%}")
         if self.eta_seconds is not None:
-            words.append(f"about {duration(self.eta_seconds)} left")
+            words.append(f"about {seconds(self.eta_seconds)} left")
         return one_line(", ".join(words) + (f": {self.why}" if self.why else ""), TEXT_LIMIT + 100)
 
     def __repr__(self) -> str:
@@ -51,7 +52,7 @@ class JobProgress(msgspec.Struct, frozen=True, kw_only=True):
         value = "" if unknown else f"value='{min(1.0, max(0.0, fraction or 0.0)):.3f}'"
         bar = _BAR.format(value=value, colour=_COLOURS.get(self.state, "#3567b3"))
         phases = " → ".join(
-            f"{escape(phase.name)} {duration(phase.ended - phase.started)}" if phase.ended else escape(phase.name)
+            f"{escape(phase.name)} {seconds(phase.ended - phase.started)}" if phase.ended else escape(phase.name)
             for phase in self.phases
         )
         counters = ", ".join(f"{escape(name)}: {n:,}" for name, n in sorted(self.counters.items())[:MAX_COUNTERS])
@@ -80,14 +81,6 @@ class Why(msgspec.Struct, frozen=True, kw_only=True):
 def escape(text: object) -> str:
     """Return a text as HTML shows it, on one line, cleaned and bounded."""
     return html.escape(one_line(text, TEXT_LIMIT + 100))
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time as people read it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s"
 
 
 class Live(Protocol):

@@ -12,6 +12,7 @@ from mrcore.settings.config import Settings
 from mrcore.state.progress import Progress, RunDetail, ServerNow, TaskRow
 from mrcore.state.store import RunRow
 from mrcore.text import one_line
+from mrcore.units import percent, size
 
 SLOW_FACTOR = 1.5  # of the usual time, from which a run counts as slow
 SLOW_SERVER_FACTOR = 3.0  # slower than the others, from which a server counts as slow
@@ -60,19 +61,6 @@ def clock(seconds: float) -> str:
     whole = int(seconds)
     hours = f"{whole // 3600}:{whole // 60 % 60:02}" if whole >= 3600 else f"{whole // 60}"
     return f"{seconds:.0f} s" if seconds < 60 else f"{hours}:{whole % 60:02}"
-
-
-def share(fraction: float) -> str:
-    """Return a fraction in per cent."""
-    return f"{100 * fraction:.0f} %"
-
-
-def size(count: float) -> str:
-    """Return bytes in a unit that keeps the number short."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 # --- Failed ----------------------------------------------------------------------------------------------------------
@@ -235,7 +223,7 @@ def pace(
     is_slow = bool(usual and took > max(SLOW_FACTOR * usual["median_seconds"], usual["max_seconds"]))
     fraction, left = (progress.fraction, progress.left_seconds(now)) if progress else (None, None)
     text = f"run {run.run} of {name} {'takes longer than usual' if is_slow else 'runs'}: {phase or 'it begins'}"
-    text += f", {share(fraction)}" if fraction is not None else ""
+    text += f", {percent(fraction)}" if fraction is not None else ""
     text += f", about {clock(left)} left" if left is not None else ""
     text += f"; usually {clock(usual['median_seconds'])}, now {clock(took)}" if usual else f"; {clock(took)} so far"
     found = list(_held_up(run, progress, detail, earlier, now))
@@ -378,6 +366,6 @@ def left_out(run: RunRow, spec: dict[str, Any]) -> list[LeftOut]:
         text = f"{replaced:,} lines that are not UTF-8 were read with replacement characters (on_bad_text)"
         found.append(LeftOut("bad_text", text, "mend the files, if these characters matter"))
     if spec.get("downsample", 1.0) < 1.0:
-        text = f"it is a sample: of the lines {share(spec['downsample'])} were read (downsample)"
+        text = f"it is a sample: of the lines {percent(spec['downsample'])} were read (downsample)"
         found.append(LeftOut("sample", text, "`--set downsample=1.0` reads everything"))
     return found

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mrcore.queue import cycle, diagnosis
-from mrcore.queue.diagnosis import Failure, clock, share
+from mrcore.queue.diagnosis import Failure, clock
 from mrcore.settings.config import Settings
 from mrcore.state.progress import Progress, RunDetail
 from mrcore.state.store import JobRow, RunRow
 from mrcore.text import one_line
+from mrcore.units import percent
 
 NAMED = 5  # jobs that a line names
 LINE_CHARACTERS = 600  # of a line of a chain, which may hold text from outside
@@ -243,7 +244,7 @@ def _line_of_jobs(known: Known, title: str) -> str:
     told = []
     if running := known.running:
         left, fraction = _left(known, running), known.progress.fraction if known.progress else None
-        told.append(f"{running.job_name} (runs" + (f", {share(fraction)}" if fraction is not None else ""))
+        told.append(f"{running.job_name} (runs" + (f", {percent(fraction)}" if fraction is not None else ""))
         told[0] += f", about {clock(left)} left)" if left is not None else ")"
     for row in known.ahead:
         usual = known.usual.get(row.job_name)

@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse
 from mrcore import __version__
 from mrcore.state.progress import Phase, Progress, ServerShare
 from mrcore.text import clean, one_line
+from mrcore.units import seconds, size
 
 STRAGGLER = 1.5  # times the median of the servers of a phase
 LEAST_WIDTH = 160  # of a chart, where a column takes 10: few columns are no walls
@@ -49,31 +50,9 @@ class Templates:
 # --- Text ------------------------------------------------------------------------------------------------------------
 
 
-def size(count: float | None) -> str:
-    """Return bytes for people."""
-    if count is None:
-        return ""
-    power = min(4, max(0, int(abs(count)).bit_length() - 1) // 10)
-    unit, amount = ("B", "KiB", "MiB", "GiB", "TiB")[power], count / 1024**power
-    return f"{amount:.0f} {unit}" if power == 0 or amount >= 100 else f"{amount:.1f} {unit}"
-
-
 def number(count: int | None) -> str:
     """Return a count for people."""
     return "" if count is None else f"{count:,}"
-
-
-def seconds(length: float | None) -> str:
-    """Return a length of time for people."""
-    if length is None:
-        return ""
-    if length < 10:
-        return f"{length:.1f} s"
-    if length < 60:
-        return f"{length:.0f} s"
-    minutes, rest = divmod(round(length), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def moment(at: float | str | None) -> Markup:

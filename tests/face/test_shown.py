@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from mrcore.face import shown
-from mrcore.face.shown import InNotebook, JobProgress, OnTerminal, Silent, Why
+from mrcore.face.shown import JobProgress, Why
 from mrcore.state.progress import Phase
 
 RUNNING = JobProgress(
@@ -40,31 +37,3 @@ def test_what_comes_from_outside_is_no_markup() -> None:
     for page in (progress._repr_html_(), Why(code="x", lines=(evil, evil), next_step="")._repr_html_()):
         assert "<script" not in page and "\x1b" not in page and "&lt;script&gt;" in page
     assert "\x1b" not in str(progress)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.25, "0.2 s"), (59, "59 s"), (61, "1 min 1 s"), (3 * 3600 + 120, "3 h 2 min")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert shown.duration(seconds) == text
-
-
-def test_a_terminal_gets_one_line_that_is_written_over(capsys: pytest.CaptureFixture[str]) -> None:
-    view = OnTerminal()
-    view.show(RUNNING)
-    view.show(RUNNING)
-    view.close()
-    err = capsys.readouterr().err
-    assert err == f"\r\x1b[K{RUNNING}\n"
-
-
-def test_who_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(shown.live(False), Silent) and isinstance(shown.live(True), Silent)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert isinstance(shown.live(True), OnTerminal)
-
-    class Shell:
-        kernel = object()
-
-    monkeypatch.setattr(shown, "shell", Shell)
-    assert isinstance(shown.live(True), InNotebook)

@@ -356,7 +356,7 @@ def out_of_memory(world: World) -> None:
     details |= {"signal": 9, "memory_bytes": 300 << 20, "in_hand": "map function m, the lines from byte 8 of /x on"}
     fail(world, JobFault("a task was tried 3 times", **details))
     lines = world.scheduler.why("it").lines
-    held, of = "it held 300.0 MiB at most", f"in hand: {details['in_hand']}"
+    held, of = "it held 300 MiB at most", f"in hand: {details['in_hand']}"
     for line in ("the kernel probably ended it for want of memory", held, of):
         assert line in lines
 

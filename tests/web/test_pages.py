@@ -196,32 +196,6 @@ def test_a_cluster_that_runs(tmp_path: Path) -> None:
 # --- Pure ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (150 << 10, "150 KiB"), (48 << 30, "48.0 GiB"),
-        (1 << 50, "1024 TiB"), (None, ""),
-    ],
-)  # fmt: skip
-def test_bytes_for_people(count: int | None, text: str) -> None:
-    assert views.size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("length", "text"),
-    [
-        (0.04, "0.0 s"),
-        (9.94, "9.9 s"),
-        (59, "59 s"),
-        (60, "1 min 00 s"),
-        (3_599.6, "1 h 00 min"),
-        (90_000, "25 h 00 min"),
-    ],
-)
-def test_times_for_people(length: float, text: str) -> None:
-    assert views.seconds(length) == text
-
-
 @given(st.text(), st.text())
 def test_commands_in_lines_are_marked_and_all_else_is_text(before: str, command: str) -> None:
     marked = views.marked(f"{before}`{command}`")
