@@ -19,7 +19,8 @@ import msgspec
 from mrcore import VERSIONS
 from mrcore.errors import MrcoreError, UsageError
 from mrcore.launchers import local
-from mrcore.messages.methods import HEALTH, HELLO, LIST_FILES, Method
+from mrcore.launchers.launcher import Daemon, daemons
+from mrcore.messages.methods import LIST_FILES
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import NodeSettings, Settings
 from mrcore.state import outputs
@@ -39,7 +40,6 @@ RENEW_SECONDS = 30 * 86400.0  # certificates are renewed when they have less lef
 MAX_BACKUP_AGE_SECONDS = 2 * 86400.0  # the timer makes one each day
 
 Json = dict[str, Any]
-Daemon = tuple[NodeSettings, int, Method[Any]]
 
 
 class Facts(TypedDict):
@@ -70,13 +70,10 @@ def gather(settings: Settings, deep: bool = False) -> Facts:
     with contextlib.closing(scheduler.store):
         queue = scheduler.state() | {"jobs": len(scheduler.queue())}
     started = not settings.local or any(row["pid"] for row in local.status(settings))
-    daemons: dict[str, Daemon] = {node.name: (node, node.agent_port, HEALTH) for node in settings.nodes}
-    daemons |= {server.name: (server.node, server.port, HELLO) for server in settings.servers()}
-    keys = master_pki(settings) if started else None
-    asked = on_nodes(daemons.values(), lambda daemon: _ask(keys, *daemon), AT_ONCE) if keys else []
-    answers = dict(zip(daemons, asked, strict=started))
-    nodes = {node.name: answers[node.name] for node in settings.nodes if started}
-    servers = {server.name: answers[server.name] for server in settings.servers() if started}
+    keys, asked = (master_pki(settings), daemons(settings)) if started else (None, [])
+    answers = list(zip(asked, on_nodes(asked, lambda daemon: _ask(keys, daemon), AT_ONCE), strict=True)) if keys else []
+    nodes = {daemon.node.name: answer for daemon, answer in answers if daemon.is_agent}
+    servers = {daemon.name: answer for daemon, answer in answers if not daemon.is_agent}
     files = {name: settings.pki_dir / f"{name}.crt" for name in ("ca", "master")}
     ends = {f"{name}.crt": pki.ends(file) for name, file in files.items() if started or file.exists()}
     master = {
@@ -96,11 +93,12 @@ def gather(settings: Settings, deep: bool = False) -> Facts:
     return {"master": master, "nodes": nodes, "servers": servers, "queue": queue, "outputs": wrong}
 
 
-def _ask(keys: Pki, node: NodeSettings, port: int, method: Method[Any]) -> Json:
-    with contextlib.closing(Client(node.address, port, keys, node.name, ASK_SECONDS, ASK_SECONDS)) as client:
+def _ask(keys: Pki, daemon: Daemon) -> Json:
+    node = daemon.node
+    with contextlib.closing(Client(node.address, daemon.port, keys, node.name, ASK_SECONDS, ASK_SECONDS)) as client:
         begun = time.time()
         try:
-            answer: Json = msgspec.to_builtins(client.call(method))
+            answer: Json = msgspec.to_builtins(client.call(daemon.method))
         except MrcoreError as error:
             return {"error": error.message, "code": error.details.get("code"), "node": node.name}
         if "time" in answer:  # the answer was made between `begun` and now
