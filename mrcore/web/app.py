@@ -28,6 +28,7 @@ from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
 from mrcore.system.paths import make_private, write_atomic
 from mrcore.web import access, pages, views
+from mrcore.web.connections import IDLE_SECONDS, Connection
 from mrcore.web.live import Live, LiveResponse, Look
 from mrcore.web.metrics import render
 
@@ -50,7 +51,6 @@ PORT = 8643
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # the text format that Prometheus always took
 MAX_FORM_BYTES, MAX_FORM_FIELDS = 4_096, 10
 MAX_CONNECTIONS = 100
-IDLE_SECONDS = 15  # of a connection between two requests
 END_SECONDS = 2  # that pages under way have when we are told to end
 ACTIONS: dict[str, Callable[[Scheduler, str], object]] = {
     "pause": lambda scheduler, _: scheduler.pause(),
@@ -62,11 +62,11 @@ ACTIONS: dict[str, Callable[[Scheduler, str], object]] = {
 
 
 def make(
-    settings: Callable[[], Settings], token: str, port: int, *, control: bool = False, names: Iterable[str] = ()
+    settings: Callable[[], Settings], token: str, *, control: bool = False, names: Iterable[str] = ()
 ) -> access.Guard:
     """Return the dashboard of a cluster; `control`: with buttons that change the queue; `names`: see `Access`."""
     scheduler = Scheduler(settings())
-    gate = access.Access(token, port, names)
+    gate = access.Access(token, names)
     shown = views.Templates(control, gate.form_token, settings().cluster_name)
     here = pages.Pages(settings, scheduler, shown)
     live = Live(lambda before: Look(scheduler, before), here.elements)
@@ -168,9 +168,9 @@ class Server:
         host = f"[{self.address}]" if is_v6 else self.address
         self.url = f"http://{host}:{self.port}/"
         self._note = state_dir / "dashboard.url"
-        app = make(self.settings, self.token, self.port, control=self.control, names=(*self.names, host))
+        app = make(self.settings, self.token, control=self.control, names=(*self.names, host))
         config = uvicorn.Config(
-            app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
+            app, loop="asyncio", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=END_SECONDS,
         )  # fmt: skip

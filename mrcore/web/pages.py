@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -39,6 +40,7 @@ JOB_RUNS, JOB_EVENTS, CHART_RUNS = 20, 50, 100
 MAX_JOBS_SHOWN, MAX_FALLEN_SHOWN = 500, 50
 LOG_LINES = 200
 ASK_SECONDS, ASK_AT_ONCE = 2.0, 32
+TURN_SECONDS = 5.0  # for others' questions to nodes to be answered: who waits keeps a thread from other pages
 NODES_SECONDS, DOCTOR_SECONDS = 5.0, 30.0  # how old what was asked may be
 PROFILE_HEADERS = {
     # What a profile's SVG holds runs nothing, and loads nothing.
@@ -48,8 +50,19 @@ PROFILE_HEADERS = {
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def _turn(lock: threading.Lock) -> Iterator[None]:
+    """Hold a lock that others hold while nodes are asked for them. Raises HTTPException after TURN_SECONDS."""
+    if not lock.acquire(timeout=TURN_SECONDS):
+        raise HTTPException(503, "this is being asked for another page, and some node is slow: load it again later")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Kept:
-    """Answers that cost something, kept for some seconds; who asks meanwhile waits for the same one."""
+    """Answers that cost something, kept for some seconds; who asks meanwhile waits for the same one, in `_turn`."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._lock = seconds, threading.Lock()
@@ -57,7 +70,7 @@ class Kept:
 
     def get(self, make: Callable[[], T]) -> tuple[float, T]:
         """Return when the answer was made, and the answer."""
-        with self._lock:
+        with _turn(self._lock):
             if self._made is None or time.time() - self._made[0] > self._seconds:
                 self._made = (time.time(), make())
             return self._made
@@ -145,7 +158,7 @@ class Pages:
             "job.html", here="", row=row, spec=spec, given=given,
             usual={key: value for key, value in spec.items() if key not in given},
             why=self._scheduler.why(name) if row else None, estimate=self._scheduler.estimate_next_runtime(name),
-            events=self._store.events(name)[-JOB_EVENTS:], **runs, **self._values(Look(self._scheduler), name),
+            events=self._store.events(name, JOB_EVENTS), **runs, **self._values(Look(self._scheduler), name),
             **self._output(name),
         )  # fmt: skip
 
@@ -169,7 +182,7 @@ class Pages:
             "run.html", here="", row=row, detail=detail, spans=views.spans(phases, row.ended),
             servers=views.by_phase(detail.servers), traceback=_traceback(row.exception), now=time.time(),
             log=self._log(row) if self._settings().local or "log" in request.query_params else None,
-            profile=self._profile(name, run) is not None,
+            profile=self._profile(name, run).is_file(),
         )  # fmt: skip
 
     def _log(self, row: RunRow) -> str:
@@ -187,22 +200,22 @@ class Pages:
                 return [f"{node.name}: {error.message}"]
             return [line.decode(errors="backslashreplace").rstrip("\n") for line in found]
 
-        with self._reading:  # each look may open a connection to every node
+        with _turn(self._reading):  # each look may open a connection to every node
             lines = [line for some in on_nodes(settings.nodes, find, ASK_AT_ONCE) for line in some]
         tagged = [(tag.time, line) for line in lines if (tag := parse_tag(line)) and (tag.job, tag.run) == row[:2]]
         untold = [line for line in lines if parse_tag(line) is None]
         return "\n".join([*untold, *(line for _, line in sorted(tagged)[-LOG_LINES:])])
 
-    def _profile(self, job: str, run: int) -> bytes | None:
-        """Return the flame graph of a run that is in the history, None if it has none."""
-        with contextlib.suppress(OSError):
-            return (self._settings().state_dir / "profiles" / job / f"{run}.svg").read_bytes()
-        return None
+    def _profile(self, job: str, run: int) -> Path:
+        """Return where the flame graph of a run is, if it has one."""
+        return self._settings().state_dir / "profiles" / job / f"{run}.svg"
 
     def profile(self, request: Request) -> Response:
         """Give the flame graph of a run."""
-        if (content := self._profile(request.path_params["job"], int(request.path_params["run"]))) is None:
-            raise HTTPException(404, "this run has no flame graph: `profile: true` in the job makes one")
+        try:
+            content = self._profile(request.path_params["job"], int(request.path_params["run"])).read_bytes()
+        except OSError:
+            raise HTTPException(404, "this run has no flame graph: `profile: true` in the job makes one") from None
         return Response(content, media_type="image/svg+xml", headers=PROFILE_HEADERS)
 
     # --- the machines ---
