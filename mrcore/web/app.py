@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -21,8 +22,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
-from mrcore.errors import MrcoreError, UsageError
+from mrcore.errors import ClusterFault, MrcoreError, UsageError
 from mrcore.messages.kinds import PART_PATTERN
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
@@ -61,6 +63,33 @@ ACTIONS: dict[str, Callable[[Scheduler, str], object]] = {
 }
 
 
+class _QueueFile:
+    """The queue's file as it was opened; SQLite goes on with it when it is moved away, and would make an empty one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._opened = path, path.stat()
+
+    def require(self) -> None:
+        """Raise ClusterFault when another one, or none, has its name by now."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._path.stat(), self._opened):
+                return
+        raise ClusterFault(
+            f"the queue {self._path} is no longer the file that this dashboard has opened: bring it back, or start the "
+            "dashboard again (on a deployed master, `systemctl restart mrcore-dashboard`)"
+        )
+
+
+class _Route(Route):
+    """What is told of the queue, or done to it: nothing if its file is not there."""
+
+    file: _QueueFile
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.file.require()
+        await super().handle(scope, receive, send)
+
+
 def make(
     settings: Callable[[], Settings], token: str, *, control: bool = False, names: Iterable[str] = ()
 ) -> access.Guard:
@@ -90,21 +119,24 @@ def make(
         status, text = _told(request, error)
         return HTMLResponse(shown.part("error.html", status=status, text=text, here=""), status)
 
-    routes: list[BaseRoute] = [
-        Route("/", here.queue),
-        Route("/history", here.history),
-        Route("/nodes", here.nodes),
-        Route("/doctor", here.doctor),
-        Route("/jobs/{job:job}", here.job),
-        Route("/jobs/{job:job}/output", here.output),
-        Route("/jobs/{job:job}/parts/{part:part}", here.output),
-        Route("/jobs/{job:job}/runs/{run:run}", here.run),
-        Route("/jobs/{job:job}/runs/{run:run}/profile.svg", here.profile),
-        Route("/live", stream),
-        Route("/metrics", metrics),
-        *(Route(f"/actions/{name}", act, methods=["POST"], name=name) for name in ACTIONS),
-        Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
+    told = [
+        _Route("/", here.queue),
+        _Route("/history", here.history),
+        _Route("/nodes", here.nodes),
+        _Route("/doctor", here.doctor),
+        _Route("/jobs/{job:job}", here.job),
+        _Route("/jobs/{job:job}/output", here.output),
+        _Route("/jobs/{job:job}/parts/{part:part}", here.output),
+        _Route("/jobs/{job:job}/runs/{run:run}", here.run),
+        _Route("/jobs/{job:job}/runs/{run:run}/profile.svg", here.profile),
+        _Route("/live", stream),
+        _Route("/metrics", metrics),
+        *(_Route(f"/actions/{name}", act, methods=["POST"], name=name) for name in ACTIONS),
     ]
+    file = _QueueFile(scheduler.store.path)
+    for route in told:
+        route.file = file
+    routes: list[BaseRoute] = [*told, Mount("/static", StaticFiles(directory=Path(__file__).parent / "static"))]
     handlers: Any = {MrcoreError: refused, HTTPException: refused}
     return access.Guard(Starlette(routes=routes, exception_handlers=handlers), gate)
 

@@ -287,3 +287,21 @@ def test_dashboards_of_several_clusters_do_not_take_each_others_cookie() -> None
     """A browser sends a host's cookies to all its ports, and tunnels lead one host to many masters."""
     cookies = [access.Access(token, ["a"]).cookie for token in ("x" * 43, "y" * 43)]
     assert len(set(cookies)) == 2
+
+
+def test_a_queue_that_is_away_is_neither_told_of_nor_made_anew_nor_changed(tmp_path: Path) -> None:
+    """What has it open would show it for ever, and lose what is asked for; a scrape would find an empty one."""
+    store = fill(settings_of(tmp_path), 3)
+    with dashboard(tmp_path, "--control") as running:
+        away = store.path.with_name("elsewhere")
+        assert running.ask("/").status == 200
+        store.path.rename(away)
+        for path in ("/", "/history", "/metrics", "/jobs/sessions", "/live"):
+            answer = running.ask(path)
+            assert (answer.status, "is no longer the file that this dashboard has opened" in answer.text) == (503, True)
+        assert running.ask("/actions/pause", "POST", "").status == 503
+        assert not store.path.exists() and not store.get("paused")
+        assert running.ask("/static/style.css").status == 200
+        away.rename(store.path)
+        assert running.ask("/").status == running.ask("/metrics").status == 200
+    store.close()
