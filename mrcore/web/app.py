@@ -216,7 +216,8 @@ class Server:
             self._server.run(sockets=[self._socket])
         finally:
             with contextlib.suppress(OSError):
-                self._note.unlink()
+                if self._note.read_text() == f"{self.url}\n":  # else that of one which was started later
+                    self._note.unlink()
 
 
 def token_file(state_dir: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -305,3 +306,17 @@ def test_a_queue_that_is_away_is_neither_told_of_nor_made_anew_nor_changed(tmp_p
         away.rename(store.path)
         assert running.ask("/").status == running.ask("/metrics").status == 200
     store.close()
+
+
+def test_the_end_of_one_dashboard_hides_no_other(tmp_path: Path) -> None:
+    fill(settings_of(tmp_path), 3).close()
+    with contextlib.ExitStack() as others:
+        first = others.enter_context(dashboard(tmp_path))
+        second = others.enter_context(dashboard(tmp_path))
+        note = second.state_dir / "dashboard.url"
+        assert note.read_text() == f"{second.url}\n"
+        first.close()
+        assert note.read_text() == f"{second.url}\n"
+        others.pop_all()
+        second.close()
+        assert not note.exists()
