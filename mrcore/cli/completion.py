@@ -7,6 +7,7 @@ settings with a fault, or a queue that the caller may not read, only means that 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from mrcore.settings.config import Settings
 
 GROUP = "Administration"
+# What a shell would obey, were it typed: names of folders are others' to choose, and bash inserts what it is given.
+_HARMLESS = re.compile(r"(?!-)[\w.@%+=:,/-]+")
 # Where a new word must not follow the "=" of KEY=VALUE at once.
 _NO_BLANK = "    [[ ${COMPREPLY[0]-} == *= ]] && compopt -o nospace\n\n    return 0\n"
 
@@ -82,7 +85,8 @@ class _Completed(click.types.StringParamType):
         if self._source is None:
             return [CompletionItem(incomplete, type="file")]
         with contextlib.suppress(Exception):
-            return [CompletionItem(word) for word in self._source(ctx) if word.startswith(incomplete)]
+            words = (word for word in self._source(ctx) if _HARMLESS.fullmatch(word))
+            return [CompletionItem(word) for word in words if word.startswith(incomplete)]
         return []
 
 

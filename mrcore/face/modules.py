@@ -59,14 +59,14 @@ def files(names: set[str]) -> dict[str, bytes]:
             within = str(path.relative_to(place.parent))
             if any(part.startswith(".") for part in Path(within).parts):
                 continue
-            found[within] = path.read_bytes()
-            if path.suffix == ".py":
-                left |= _imported(found[within])
-            if sum(map(len, found.values())) > MAX_BYTES:
+            if sum(map(len, found.values())) + path.stat().st_size > MAX_BYTES:  # before it is read: it may be huge
                 raise UsageError(
                     f"module {name}, which a function imports, has with the others more than {MAX_BYTES >> 20} MiB in "
                     f"{place}: install it on the nodes, or make a project of it (docs/jobs.md)"
                 )
+            found[within] = path.read_bytes()
+            if path.suffix == ".py":
+                left |= _imported(found[within])
     return found
 
 

@@ -385,9 +385,10 @@ class Store(Database):
                 "INSERT INTO events (time, job_name, run, text) VALUES (?, ?, ?, ?)", (now, name, run, one_line(text))
             )
 
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """Return a job's story: time, run, text."""
-        return self.rows("SELECT time, run, text FROM events WHERE job_name = ? ORDER BY id", name)
+    def events(self, name: str, last: int = -1) -> list[dict[str, Any]]:
+        """Return a job's story, or its `last` events: time, run, text."""
+        newest = "SELECT id, time, run, text FROM events WHERE job_name = ? ORDER BY id DESC LIMIT ?"
+        return self.rows(f"SELECT time, run, text FROM ({newest}) ORDER BY id", name, last)
 
     def last_event(self) -> int:
         """Return a number that is another one when something has happened to any job."""

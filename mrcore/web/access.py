@@ -7,8 +7,11 @@ SameSite) nor act (Origin, a token in each form).
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+import os
 import secrets
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlencode
@@ -18,7 +21,6 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mrcore.errors import UsageError
-from mrcore.system.paths import write_atomic
 
 TOKEN_BYTES = 32
 MIN_TOKEN_CHARACTERS = 32
@@ -41,8 +43,11 @@ def read_token(file: Path) -> str:
     """Return the token in a file, which is made with a new one if it is not there. Raises UsageError."""
     try:
         if not file.exists():
-            write_atomic(file, f"{secrets.token_urlsafe(TOKEN_BYTES)}\n".encode(), 0o600)
-        if file.stat().st_mode & 0o077:
+            _make_token(file)
+        status = file.stat()
+        if os.geteuid() not in (0, status.st_uid):
+            raise UsageError(f"the token {file} is another account's, who knows it: remove it, or name another file")
+        if status.st_mode & 0o077:
             raise UsageError(f"others may read the token {file}: `chmod 600 {file}`, or remove it to get a new one")
         token = file.read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:
@@ -52,13 +57,28 @@ def read_token(file: Path) -> str:
     return token
 
 
+def _make_token(file: Path) -> None:
+    """Have a token in a file that nobody else could prepare; of two who make one at the same time, the first wins."""
+    descriptor, partial = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)  # of mode 0600, under a new name
+    try:
+        with open(descriptor, "w", encoding="ascii") as stream:
+            stream.write(f"{secrets.token_urlsafe(TOKEN_BYTES)}\n")
+            stream.flush()
+            os.fsync(descriptor)
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, file)
+    finally:
+        os.unlink(partial)
+
+
 class Access:
     """What a request must bring. `names`: of hosts, beside those of this machine itself, by which it may be called."""
 
-    def __init__(self, token: str, port: int, names: Iterable[str] = ()) -> None:
+    def __init__(self, token: str, names: Iterable[str] = ()) -> None:
         self._token, self._names = token, {*ALWAYS, *(name.lower() for name in names)}
-        self.cookie = f"mrcore_{port}"  # browsers share cookies between the ports of a machine
         self._session, self.form_token = (self._derived(what) for what in ("session", "form"))
+        # Browsers share cookies between the ports of a machine, and tunnels give dashboards of many masters one port.
+        self.cookie = f"mrcore_{self._derived('cookie')[:12]}"
         self._metrics = self._derived("metrics")  # what Prometheus is given: it opens nothing else
 
     def _derived(self, what: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -21,13 +22,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
-from mrcore.errors import MrcoreError, UsageError
+from mrcore.errors import ClusterFault, MrcoreError, UsageError
 from mrcore.messages.kinds import PART_PATTERN
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
 from mrcore.system.paths import make_private, write_atomic
 from mrcore.web import access, pages, views
+from mrcore.web.connections import IDLE_SECONDS, Connection
 from mrcore.web.live import Live, LiveResponse, Look
 from mrcore.web.metrics import render
 
@@ -50,7 +53,6 @@ PORT = 8643
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # the text format that Prometheus always took
 MAX_FORM_BYTES, MAX_FORM_FIELDS = 4_096, 10
 MAX_CONNECTIONS = 100
-IDLE_SECONDS = 15  # of a connection between two requests
 END_SECONDS = 2  # that pages under way have when we are told to end
 ACTIONS: dict[str, Callable[[Scheduler, str], object]] = {
     "pause": lambda scheduler, _: scheduler.pause(),
@@ -61,12 +63,39 @@ ACTIONS: dict[str, Callable[[Scheduler, str], object]] = {
 }
 
 
+class _QueueFile:
+    """The queue's file as it was opened; SQLite goes on with it when it is moved away, and would make an empty one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._opened = path, path.stat()
+
+    def require(self) -> None:
+        """Raise ClusterFault when another one, or none, has its name by now."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._path.stat(), self._opened):
+                return
+        raise ClusterFault(
+            f"the queue {self._path} is no longer the file that this dashboard has opened: bring it back, or start the "
+            "dashboard again (on a deployed master, `systemctl restart mrcore-dashboard`)"
+        )
+
+
+class _Route(Route):
+    """What is told of the queue, or done to it: nothing if its file is not there."""
+
+    file: _QueueFile
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.file.require()
+        await super().handle(scope, receive, send)
+
+
 def make(
-    settings: Callable[[], Settings], token: str, port: int, *, control: bool = False, names: Iterable[str] = ()
+    settings: Callable[[], Settings], token: str, *, control: bool = False, names: Iterable[str] = ()
 ) -> access.Guard:
     """Return the dashboard of a cluster; `control`: with buttons that change the queue; `names`: see `Access`."""
     scheduler = Scheduler(settings())
-    gate = access.Access(token, port, names)
+    gate = access.Access(token, names)
     shown = views.Templates(control, gate.form_token, settings().cluster_name)
     here = pages.Pages(settings, scheduler, shown)
     live = Live(lambda before: Look(scheduler, before), here.elements)
@@ -90,21 +119,24 @@ def make(
         status, text = _told(request, error)
         return HTMLResponse(shown.part("error.html", status=status, text=text, here=""), status)
 
-    routes: list[BaseRoute] = [
-        Route("/", here.queue),
-        Route("/history", here.history),
-        Route("/nodes", here.nodes),
-        Route("/doctor", here.doctor),
-        Route("/jobs/{job:job}", here.job),
-        Route("/jobs/{job:job}/output", here.output),
-        Route("/jobs/{job:job}/parts/{part:part}", here.output),
-        Route("/jobs/{job:job}/runs/{run:run}", here.run),
-        Route("/jobs/{job:job}/runs/{run:run}/profile.svg", here.profile),
-        Route("/live", stream),
-        Route("/metrics", metrics),
-        *(Route(f"/actions/{name}", act, methods=["POST"], name=name) for name in ACTIONS),
-        Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
+    told = [
+        _Route("/", here.queue),
+        _Route("/history", here.history),
+        _Route("/nodes", here.nodes),
+        _Route("/doctor", here.doctor),
+        _Route("/jobs/{job:job}", here.job),
+        _Route("/jobs/{job:job}/output", here.output),
+        _Route("/jobs/{job:job}/parts/{part:part}", here.output),
+        _Route("/jobs/{job:job}/runs/{run:run}", here.run),
+        _Route("/jobs/{job:job}/runs/{run:run}/profile.svg", here.profile),
+        _Route("/live", stream),
+        _Route("/metrics", metrics),
+        *(_Route(f"/actions/{name}", act, methods=["POST"], name=name) for name in ACTIONS),
     ]
+    file = _QueueFile(scheduler.store.path)
+    for route in told:
+        route.file = file
+    routes: list[BaseRoute] = [*told, Mount("/static", StaticFiles(directory=Path(__file__).parent / "static"))]
     handlers: Any = {MrcoreError: refused, HTTPException: refused}
     return access.Guard(Starlette(routes=routes, exception_handlers=handlers), gate)
 
@@ -168,9 +200,9 @@ class Server:
         host = f"[{self.address}]" if is_v6 else self.address
         self.url = f"http://{host}:{self.port}/"
         self._note = state_dir / "dashboard.url"
-        app = make(self.settings, self.token, self.port, control=self.control, names=(*self.names, host))
+        app = make(self.settings, self.token, control=self.control, names=(*self.names, host))
         config = uvicorn.Config(
-            app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
+            app, loop="asyncio", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=END_SECONDS,
         )  # fmt: skip
@@ -184,7 +216,8 @@ class Server:
             self._server.run(sockets=[self._socket])
         finally:
             with contextlib.suppress(OSError):
-                self._note.unlink()
+                if self._note.read_text() == f"{self.url}\n":  # else that of one which was started later
+                    self._note.unlink()
 
 
 def token_file(state_dir: Path) -> Path:

@@ -50,8 +50,11 @@ class NodeWatch:
         self._asking: threading.Thread | None = None
         self._clients: dict[tuple[Any, ...], Client] = {}  # kept, so that a look costs no handshakes
 
-    def look(self, settings: Settings, patient: bool = False) -> Seen:
-        """Return how the nodes are, or were when they were asked last; `patient`: once all have answered, or not."""
+    def look(self, settings: Settings, wait_seconds: float | None = None) -> Seen:
+        """Return how the nodes are, or were when they were asked last if they do not all answer within this time.
+
+        Without it who looks hardly waits, but for the first answers.
+        """
         with self._lock:
             asking = self._asking
             if asking is None or not asking.is_alive():
@@ -60,7 +63,7 @@ class NodeWatch:
                 self._asked = time.monotonic()
                 asking = self._asking = threading.Thread(target=self._ask, args=(settings,), name="nodes", daemon=True)
                 asking.start()
-        asking.join(None if patient else WAIT_SECONDS if self._seen.time else FIRST_SECONDS)
+        asking.join(wait_seconds or (WAIT_SECONDS if self._seen.time else FIRST_SECONDS))
         return self._seen
 
     def close(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -35,6 +36,7 @@ JOB_RUNS, JOB_EVENTS, CHART_RUNS = 20, 50, 100
 MAX_JOBS_SHOWN, MAX_FALLEN_SHOWN = 500, 50
 LOG_LINES = 200
 ASK_SECONDS = 2.0  # of a daemon, for the page of nodes: each of: to connect, to answer
+TURN_SECONDS = 5.0  # for others' questions to nodes to be answered: who waits keeps a thread from other pages
 DOCTOR_SECONDS = 30.0  # how old what he found may be
 PROFILE_HEADERS = {
     # What a profile's SVG holds runs nothing, and loads nothing.
@@ -44,8 +46,19 @@ PROFILE_HEADERS = {
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def _turn(lock: threading.Lock) -> Iterator[None]:
+    """Hold a lock that others hold while nodes are asked for them. Raises HTTPException after TURN_SECONDS."""
+    if not lock.acquire(timeout=TURN_SECONDS):
+        raise HTTPException(503, "this is being asked for another page, and some node is slow: load it again later")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Kept:
-    """Answers that cost something, kept for some seconds; who asks meanwhile waits for the same one."""
+    """Answers that cost something, kept for some seconds; who asks meanwhile waits for the same one, in `_turn`."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._lock = seconds, threading.Lock()
@@ -53,7 +66,7 @@ class Kept:
 
     def get(self, make: Callable[[], T]) -> tuple[float, T]:
         """Return when the answer was made, and the answer."""
-        with self._lock:
+        with _turn(self._lock):
             if self._made is None or time.time() - self._made[0] > self._seconds:
                 self._made = (time.time(), make())
             return self._made
@@ -141,7 +154,7 @@ class Pages:
             "job.html", here="", row=row, spec=spec, given=given,
             usual={key: value for key, value in spec.items() if key not in given},
             why=self._scheduler.why(name) if row else None, estimate=self._scheduler.estimate_next_runtime(name),
-            events=self._store.events(name)[-JOB_EVENTS:], **runs, **self._values(Look(self._scheduler), name),
+            events=self._store.events(name, JOB_EVENTS), **runs, **self._values(Look(self._scheduler), name),
             **self._output(name),
         )  # fmt: skip
 
@@ -165,7 +178,7 @@ class Pages:
             "run.html", here="", row=row, detail=detail, spans=views.spans(phases, row.ended),
             servers=views.by_phase(detail.servers), traceback=_traceback(row.exception), now=time.time(),
             log=self._log(row) if self._settings().local or "log" in request.query_params else None,
-            profile=self._profile(name, run) is not None,
+            profile=self._profile(name, run).is_file(),
         )  # fmt: skip
 
     def _log(self, row: RunRow) -> str:
@@ -174,21 +187,21 @@ class Pages:
         if row.job_type != "mapreduce":
             file = log_of(settings, row.job_name, row.run)
             return last_lines(file, LOG_LINES).decode(errors="backslashreplace") if file.is_file() else ""
-        with self._reading:  # each look may open a connection to every node
+        with _turn(self._reading):  # each look may open a connection to every node
             found, errors = lines_of_run(launcher_of(settings), settings, row.job_name, row.run, LOG_LINES)
         untold = "".join(f"{node}: {error.message}\n" for node, error in errors.items())
         return untold + b"".join(found).decode(errors="backslashreplace").rstrip("\n")
 
-    def _profile(self, job: str, run: int) -> bytes | None:
-        """Return the flame graph of a run that is in the history, None if it has none."""
-        with contextlib.suppress(OSError):
-            return profiles.path(self._settings().state_dir, job, run, profiles.FLAME_GRAPH).read_bytes()
-        return None
+    def _profile(self, job: str, run: int) -> Path:
+        """Return where the flame graph of a run is, if it has one."""
+        return profiles.path(self._settings().state_dir, job, run, profiles.FLAME_GRAPH)
 
     def profile(self, request: Request) -> Response:
         """Give the flame graph of a run."""
-        if (content := self._profile(request.path_params["job"], int(request.path_params["run"]))) is None:
-            raise HTTPException(404, "this run has no flame graph: `profile: true` in the job makes one")
+        try:
+            content = self._profile(request.path_params["job"], int(request.path_params["run"])).read_bytes()
+        except OSError:
+            raise HTTPException(404, "this run has no flame graph: `profile: true` in the job makes one") from None
         return Response(content, media_type="image/svg+xml", headers=PROFILE_HEADERS)
 
     # --- the machines ---
@@ -198,7 +211,9 @@ class Pages:
         settings, progress = self._settings(), self._scheduler.progress()
         seen, answers = None, dict[tuple[str, str], dict[str, Any]]()
         if not settings.local or any(row["pid"] for row in local.status(settings)):  # else it is not started
-            seen = self._watch.look(settings, patient=True)
+            seen = self._watch.look(settings, TURN_SECONDS)
+            if not seen.time:
+                raise HTTPException(503, "nodes are being asked, and some are slow: load this page again later")
             answers = {who: _plain(answer) for who, answer in seen.answers.items()}
         busy = {server.server: server for server in progress.servers} if progress else {}
         return self._shown.page(

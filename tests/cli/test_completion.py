@@ -147,3 +147,20 @@ def test_a_real_bash_completes(queued: Path) -> None:
 def test_the_other_shells_get_a_script(home: Path, shell: str) -> None:
     status, out, _ = mrcore("completion", shell)
     assert status == 0 and f"_MRCORE_COMPLETE={shell}_complete" in out
+
+
+def test_no_name_of_a_folder_becomes_a_command(queued: Path) -> None:
+    """Bash inserts what it is offered as it is: others choose names of projects, and Enter would obey them."""
+    for name in (
+        "visits$(id)",
+        "visits;id",
+        "visits`id`",
+        "vis its",
+        "visits\nplain,vis",
+        "visits*",
+        "-visits",
+        "vis\x1b[2J",
+    ):
+        Path("projects", name).mkdir()
+    assert words("mrcore try vis") == ["visits"]
+    assert "-visits" not in words("mrcore try -")

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrcore.errors import UsageError
-from mrcore.face import packing, sources
+from mrcore.face import modules, packing, sources
 
 SCRIPT = '''\
 import json as js
@@ -299,3 +299,11 @@ def test_our_own_support_counts_as_the_users(tmp_path: Path) -> None:
     made = packing.pack({"map_function_name": wait_until}, True)
     assert made.files["conditions.py"] == (SUPPORT / "conditions.py").read_bytes()
     assert b"from conditions import wait_until" in made.files["map_functions.py"]
+
+
+def test_a_module_that_is_too_large_is_not_even_read(script: ModuleType, tmp_path: Path) -> None:
+    """A data file beside a package may be larger than the memory."""
+    with (tmp_path / "work/own_package/huge.bin").open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(UsageError, match=r"module own_package, which a function imports, .* more than 64 MiB"):
+        modules.files({"own_package"})

@@ -170,3 +170,13 @@ def test_who_is_watched_from_where() -> None:
 def test_without_the_dashboard_there_is_nothing_to_scrape() -> None:
     _, (fault,) = watchers(mrcore_monitoring=True)
     assert "mrcore_dashboard" in fault
+
+
+def test_a_reset_takes_away_what_lets_into_dashboard_and_metrics() -> None:
+    removed = (PROJECT / "ansible/tasks/teardown.yml").read_text()
+    assert "- /var/lib/mrcore/state/dashboard.token" in removed and "path: /etc/prometheus/mrcore\n" in removed
+    plays = yaml.safe_load((PROJECT / "ansible/reset.yml").read_text())
+    (away,) = [play for play in plays if play.get("hosts") == "all:!master:!nodes"]
+    (task,) = away["tasks"]
+    assert task["ansible.builtin.file"] == {"path": "/etc/prometheus/mrcore", "state": "absent"}
+    assert task["when"] == "inventory_hostname in __mrcore.watchers"

@@ -202,3 +202,10 @@ def test_an_upgrade_that_is_cut_off_changes_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.job("bad").cause == "failed"  # type: ignore[union-attr]
     store.close()
+
+
+def test_the_end_of_a_jobs_story(store: Store) -> None:
+    for moment in range(1, 8):
+        store.submit(job(), float(moment))
+    assert [event["time"] for event in store.events("a")] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert [event["time"] for event in store.events("a", 3)] == [5.0, 6.0, 7.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -69,7 +70,7 @@ def test_without_the_token_there_is_nothing(shown: Dashboard, path: str) -> None
         shown.ask(path, token=False, authorization=f"Bearer {shown.token[:-1]}"),
         shown.ask(path, token=False, authorization="Bearer "),
         shown.ask(path, token=False, authorization=f"Basic {shown.token}"),
-        shown.ask(path, token=False, cookie=f"mrcore_{shown.url.split(':')[2].strip('/')}={shown.token}"),
+        shown.ask(path, token=False, cookie=f"{cookie_of(shown).partition('=')[0]}={shown.token}"),
         shown.ask(f"{path}?token={'x' * 43}", token=False),
         shown.ask(f"{path}?token=", token=False),
     ]
@@ -249,3 +250,73 @@ def test_ctrl_c_ends_it(tmp_path: Path) -> None:
         os.kill(started.pid, signal.SIGINT)
         assert started.stderr and "Traceback" not in started.stderr.read()
         assert started.wait(30) == 130 and not note.exists()
+
+
+def test_all_who_start_at_the_same_time_have_the_same_token(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    for number in range(20):
+        file = tmp_path / f"token-{number}"
+        with ThreadPoolExecutor(8) as pool:
+            found = set(pool.map(lambda _, file=file: access.read_token(file), range(8)))
+        assert found == {file.read_text().strip()}
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert len(list(tmp_path.iterdir())) == 20, "nothing is left beside them"
+
+
+def test_nobody_can_prepare_the_file_of_a_token(tmp_path: Path) -> None:
+    """In a folder that others may write into: by a link, or by what a file that is half written is called."""
+    prepared, elsewhere = tmp_path / "token.partial", tmp_path / "elsewhere"
+    prepared.write_text("")
+    prepared.chmod(0o666)
+    access.read_token(tmp_path / "token")
+    assert prepared.read_text() == ""
+    (tmp_path / "link").symlink_to(elsewhere)
+    with pytest.raises(UsageError):
+        access.read_token(tmp_path / "link")
+    assert not elsewhere.exists()
+
+
+def test_a_token_of_another_account_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    access.read_token(tmp_path / "token")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(UsageError, match="is another account's, who knows it: remove it, or name another file"):
+        access.read_token(tmp_path / "token")
+
+
+def test_dashboards_of_several_clusters_do_not_take_each_others_cookie() -> None:
+    """A browser sends a host's cookies to all its ports, and tunnels lead one host to many masters."""
+    cookies = [access.Access(token, ["a"]).cookie for token in ("x" * 43, "y" * 43)]
+    assert len(set(cookies)) == 2
+
+
+def test_a_queue_that_is_away_is_neither_told_of_nor_made_anew_nor_changed(tmp_path: Path) -> None:
+    """What has it open would show it for ever, and lose what is asked for; a scrape would find an empty one."""
+    store = fill(settings_of(tmp_path), 3)
+    with dashboard(tmp_path, "--control") as running:
+        away = store.path.with_name("elsewhere")
+        assert running.ask("/").status == 200
+        store.path.rename(away)
+        for path in ("/", "/history", "/metrics", "/jobs/sessions", "/live"):
+            answer = running.ask(path)
+            assert (answer.status, "is no longer the file that this dashboard has opened" in answer.text) == (503, True)
+        assert running.ask("/actions/pause", "POST", "").status == 503
+        assert not store.path.exists() and not store.get("paused")
+        assert running.ask("/static/style.css").status == 200
+        away.rename(store.path)
+        assert running.ask("/").status == running.ask("/metrics").status == 200
+    store.close()
+
+
+def test_the_end_of_one_dashboard_hides_no_other(tmp_path: Path) -> None:
+    fill(settings_of(tmp_path), 3).close()
+    with contextlib.ExitStack() as others:
+        first = others.enter_context(dashboard(tmp_path))
+        second = others.enter_context(dashboard(tmp_path))
+        note = second.state_dir / "dashboard.url"
+        assert note.read_text() == f"{second.url}\n"
+        first.close()
+        assert note.read_text() == f"{second.url}\n"
+        others.pop_all()
+        second.close()
+        assert not note.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ from clusters import TestCluster
 from dashboards import MARKUP, Dashboard, dashboard, fill, settings_of
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
 
 from mrcore.cluster.manage_cluster import ManageCluster
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.state.progress import Phase, ServerShare
 from mrcore.state.store import Store
-from mrcore.web import views
+from mrcore.web import pages, views
 
 RUNS = 10_000
 
@@ -226,3 +228,26 @@ def test_phases_lie_side_by_side_on_their_time_line() -> None:
 def test_a_chart_says_in_words_what_it_shows() -> None:
     chart = views.columns(views.run_times([{"run": 2, "state": "failed", "seconds": 2.0}]), f"times of {MARKUP}")
     assert "<title>run 2: failed, 2.0 s</title>" in chart and 'role="img" aria-label="times of &lt;img' in chart
+
+
+def test_who_waits_for_slow_nodes_keeps_no_thread_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that are loaded again and again while a node hangs would leave none for the others, nor for metrics."""
+    monkeypatch.setattr(pages, "TURN_SECONDS", 0.05)
+    asked, begun, hangs = pages.Kept(5.0), threading.Event(), threading.Event()
+
+    def ask() -> str:
+        begun.set()
+        hangs.wait(60)
+        return "answer"
+
+    first = threading.Thread(target=asked.get, args=(ask,))
+    first.start()
+    try:
+        assert begun.wait(60)
+        with pytest.raises(HTTPException, match="some node is slow") as refused:
+            asked.get(ask)
+        assert refused.value.status_code == 503
+    finally:
+        hangs.set()
+        first.join(60)
+    assert asked.get(ask)[1] == "answer"
