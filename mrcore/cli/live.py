@@ -21,10 +21,9 @@ from rich.text import Text
 from mrcore.cli import common
 from mrcore.errors import MrcoreError
 from mrcore.messages.kinds import convert
-from mrcore.queue.cycle import duration
 from mrcore.state.progress import Phase, Progress, ServerNow
 from mrcore.system import terminal
-from mrcore.text import escaped, one_line
+from mrcore.text import duration, escaped, one_line, rough, size
 
 if TYPE_CHECKING:
     from mrcore.queue.scheduler import Scheduler
@@ -40,20 +39,11 @@ RECORDS = {"MAP": "lines", "SORT": "groups", "REDUCE": "values", "COMMIT": "item
 # --- Words and numbers -----------------------------------------------------------------------------------------------
 
 
-def size(count: float) -> str:
-    """Return a number of bytes as people read it: 134 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
 def time_left(progress: Progress, now: float) -> str | None:
     """Return "about 2 min left"; None where it cannot be estimated."""
     if progress.eta_seconds is None:
         return None
-    return f"about {duration(max(0.0, progress.eta_seconds - (now - progress.updated)))} left"
+    return f"about {rough(max(0.0, progress.eta_seconds - (now - progress.updated)))} left"
 
 
 def how_far(progress: Progress, now: float) -> str:
@@ -79,7 +69,7 @@ def current(progress: Progress) -> Phase | None:
 
 def phase_line(phase: Phase, now: float) -> str:
     """Return what a phase did: "MAP 12.3 s, 134 MB, 1,800,000 lines"."""
-    parts = [f"{one_line(phase.name, 20)} {(phase.ended or now) - phase.started:.1f} s"]
+    parts = [f"{one_line(phase.name, 20)} {duration((phase.ended or now) - phase.started)}"]
     if phase.done and phase.unit:
         parts.append(size(phase.done) if phase.unit == "bytes" else f"{phase.done:,} {one_line(phase.unit, 20)}")
     if phase.records:

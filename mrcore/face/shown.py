@@ -11,7 +11,7 @@ import msgspec
 
 from mrcore.face.places import shell
 from mrcore.state.progress import Phase
-from mrcore.text import one_line
+from mrcore.text import duration, one_line, rough
 
 TEXT_LIMIT = 200  # characters of a reason or a status
 MAX_COUNTERS = 20  # that are shown
@@ -39,7 +39,7 @@ class JobProgress(msgspec.Struct, frozen=True, kw_only=True):
         if self.state == "running" and self.fraction is not None:
             words.append(f"{self.fraction:.0%}")
         if self.eta_seconds is not None:
-            words.append(f"about {duration(self.eta_seconds)} left")
+            words.append(f"about {rough(self.eta_seconds)} left")
         return one_line(", ".join(words) + (f": {self.why}" if self.why else ""), TEXT_LIMIT + 100)
 
     def __repr__(self) -> str:
@@ -80,14 +80,6 @@ class Why(msgspec.Struct, frozen=True, kw_only=True):
 def escape(text: object) -> str:
     """Return a text as HTML shows it, on one line, cleaned and bounded."""
     return html.escape(one_line(text, TEXT_LIMIT + 100))
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time as people read it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s"
 
 
 class Live(Protocol):

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
 from mrcore import __version__
+from mrcore import text as plain_text
 from mrcore.state.progress import Phase, Progress, ServerShare
 from mrcore.text import clean, one_line
 
@@ -34,7 +35,7 @@ class Templates:
         self._jinja.globals |= {
             "control": control, "form_token": form_token, "cluster": cluster_name, "version": __version__
         }  # fmt: skip
-        filters = (size, number, seconds, moment, line, marked, text, as_json, share)
+        filters = (size, number, seconds, rough, moment, line, marked, text, as_json, share)
         self._jinja.filters |= {function.__name__: function for function in filters}
 
     def page(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
@@ -51,11 +52,7 @@ class Templates:
 
 def size(count: float | None) -> str:
     """Return bytes for people."""
-    if count is None:
-        return ""
-    power = min(4, max(0, int(abs(count)).bit_length() - 1) // 10)
-    unit, amount = ("B", "KiB", "MiB", "GiB", "TiB")[power], count / 1024**power
-    return f"{amount:.0f} {unit}" if power == 0 or amount >= 100 else f"{amount:.1f} {unit}"
+    return "" if count is None else plain_text.size(count)
 
 
 def number(count: int | None) -> str:
@@ -65,15 +62,12 @@ def number(count: int | None) -> str:
 
 def seconds(length: float | None) -> str:
     """Return a length of time for people."""
-    if length is None:
-        return ""
-    if length < 10:
-        return f"{length:.1f} s"
-    if length < 60:
-        return f"{length:.0f} s"
-    minutes, rest = divmod(round(length), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+    return "" if length is None else plain_text.duration(length)
+
+
+def rough(length: float) -> str:
+    """Return a length of time that is estimated, for people."""
+    return plain_text.rough(length)
 
 
 def moment(at: float | str | None) -> Markup:

