@@ -176,7 +176,7 @@ def test_on_a_terminal_the_run_is_shown_in_place_and_no_line_holds_two_things(sc
         ]
         Path("go").touch()
         assert terminal.wait() == 0
-        assert [re.sub(r"\d+\.\d s", "N s", line) for line in terminal.display() if line] == [
+        assert [re.sub(r"\d+\.\d+ s", "N s", line) for line in terminal.display() if line] == [
             "one: queued; it runs once",
             "two: queued; it runs once",
             "one run 1: succeeded in N s; next: `mrcore logs one`",
