@@ -133,3 +133,37 @@ def json_text(text: str) -> str:
 def type_name(thing: object) -> str:
     """Return the name of a thing's type, whatever its `__class__` or its metaclass says."""
     return str(type.__dict__["__name__"].__get__(type(thing)))
+
+
+# --- Numbers for people: the same in the command line, the dashboard, notebooks and errors ---------------------------
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people read it: 134 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction in per cent: 43 %."""
+    return f"{100 * fraction:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time that was measured: 0.37 s, 2.5 s, 2 min 08 s, 1 h 05 min."""
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def rough(seconds: float) -> str:
+    """Return a length of time that is estimated or set, in one number and a unit: 90 s, 2 min, 3 h."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

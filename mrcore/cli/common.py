@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mrcore import text
 from mrcore.cli.tables import Row, Spare
 from mrcore.cli.tables import print_table as print_table
 from mrcore.errors import MrcoreError, UsageError
@@ -131,6 +132,4 @@ def print_rows(rows: Sequence[Row], columns: Mapping[str, str], as_json: bool, s
 
 def duration(value: float | None) -> str:
     """Return a length of time as people read it; an empty text for None."""
-    if value is None:
-        return ""
-    return f"{value:.2f} s" if value < 60 else f"{int(value // 3600)}:{int(value // 60 % 60):02}:{int(value % 60):02}"
+    return "" if value is None else text.duration(value)

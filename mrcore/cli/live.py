@@ -21,11 +21,9 @@ from rich.text import Text
 from mrcore.cli import common
 from mrcore.errors import MrcoreError
 from mrcore.messages.kinds import convert
-from mrcore.queue.cycle import duration
 from mrcore.state.progress import Phase, Progress, ServerNow
 from mrcore.system import terminal
-from mrcore.text import escaped, one_line
-from mrcore.units import percent
+from mrcore.text import duration, escaped, one_line, percent, rough, size
 
 if TYPE_CHECKING:
     from mrcore.queue.scheduler import Scheduler
@@ -41,19 +39,10 @@ RECORDS = {"MAP": "lines", "SORT": "groups", "REDUCE": "values", "COMMIT": "item
 # --- Words and numbers -----------------------------------------------------------------------------------------------
 
 
-def size(count: float) -> str:
-    """Return a number of bytes as people read it: 134 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
 def time_left(progress: Progress, now: float) -> str | None:
     """Return "about 2 min left"; None where it cannot be estimated."""
     left = progress.left_seconds(now)
-    return None if left is None else f"about {duration(left)} left"
+    return None if left is None else f"about {rough(left)} left"
 
 
 def how_far(progress: Progress, now: float) -> str:
@@ -79,7 +68,7 @@ def current(progress: Progress) -> Phase | None:
 
 def phase_line(phase: Phase, now: float) -> str:
     """Return what a phase did: "MAP 12.3 s, 134 MB, 1,800,000 lines"."""
-    parts = [f"{one_line(phase.name, 20)} {(phase.ended or now) - phase.started:.1f} s"]
+    parts = [f"{one_line(phase.name, 20)} {duration((phase.ended or now) - phase.started)}"]
     if phase.done and phase.unit:
         parts.append(size(phase.done) if phase.unit == "bytes" else f"{phase.done:,} {one_line(phase.unit, 20)}")
     if phase.records:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mrcore.cli import common, jobs
-from mrcore.text import one_line
+from mrcore.text import one_line, rough, size
 
 if TYPE_CHECKING:
     from mrcore.cluster.plan import JobPlan
@@ -45,8 +45,6 @@ def plan(files: tuple[Path, ...], changes: tuple[str, ...], as_json: bool) -> No
 
 def _print(made: JobPlan) -> None:
     """Print a plan for people."""
-    from mrcore.cli import live
-    from mrcore.queue.cycle import duration
 
     click.echo(f"{made.job_name}: {'would fail' if made.faults else 'would run'}, {made.job_type}")
     for fault in made.faults:
@@ -55,7 +53,7 @@ def _print(made: JobPlan) -> None:
         click.echo(f"  nothing new to read: {made.read_before:,} files were read before")
     elif made.files or made.nodes:
         parts = f", into {made.partitions:,} partitions" if made.partitions else ""
-        click.echo(f"  input: {made.files:,} files, {live.size(made.bytes)}{parts}")
+        click.echo(f"  input: {made.files:,} files, {size(made.bytes)}{parts}")
     if made.read_before and not made.nothing_new:
         click.echo(f"  read before: {made.read_before:,} files")
     if made.goes_on_from_run:
@@ -63,7 +61,7 @@ def _print(made: JobPlan) -> None:
     if made.skipped:
         click.echo("  skipped: " + ", ".join(f"{count:,} {one_line(why)}" for why, count in made.skipped.items()))
     if made.expected_seconds is not None:
-        click.echo(f"  time: about {duration(made.expected_seconds)}, by {made.expected_from}")
+        click.echo(f"  time: about {rough(made.expected_seconds)}, by {made.expected_from}")
     elif made.expected_from:
         click.echo(f"  time: not known, {made.expected_from}")
     for note in made.notes:
@@ -71,9 +69,9 @@ def _print(made: JobPlan) -> None:
     if made.nodes:
         rows = [
             {
-                "node": node.node, "files": f"{node.files:,}", "bytes": live.size(node.bytes), "splits": node.splits,
-                "servers": node.servers, "need": live.size(node.disk_needed_bytes),
-                "free": live.size(node.disk_free_bytes),
+                "node": node.node, "files": f"{node.files:,}", "bytes": size(node.bytes), "splits": node.splits,
+                "servers": node.servers, "need": size(node.disk_needed_bytes),
+                "free": size(node.disk_free_bytes),
             }
             for node in made.nodes
         ]  # fmt: skip

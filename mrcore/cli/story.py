@@ -9,10 +9,10 @@ import click
 
 from mrcore.cli import common, live
 from mrcore.cli.tables import print_states
-from mrcore.text import one_line
+from mrcore.text import one_line, size
 
 RUNS = 10  # of a job, newest first
-TASKS = 10  # longest tries of tasks of a run
+TASKS = 10  # slowest tries of tasks of a run
 
 
 def print_job(story: dict[str, Any]) -> None:
@@ -69,13 +69,13 @@ def _print_detail(detail: dict[str, Any]) -> None:
     )  # fmt: skip
     tasks = {"phase": "PHASE", "task": "TASK", "try_": "TRY", "server": "SERVER", "node": "NODE", "seconds": "TOOK"}
     done = {"bytes": "BYTES", "records": "RECORDS", "peak_bytes": "MEMORY", "outcome": "OUTCOME"}
-    _table("longest tasks:", detail["slowest"][:TASKS], tasks | done)
+    _table("slowest tasks:", detail["slowest"][:TASKS], tasks | done)
     _table("tasks that died:", detail["deaths"], tasks | {"why": "WHY"})
     _table(
         "keys with the most values:", detail["heavy_keys"], {"values": "VALUES", "partition": "PARTITION", "key": "KEY"}
     )
     if detail["largest_partition_bytes"]:
-        largest, median = (live.size(detail[f"{which}_partition_bytes"]) for which in ("largest", "median"))
+        largest, median = (size(detail[f"{which}_partition_bytes"]) for which in ("largest", "median"))
         click.echo(f"partitions: the largest has {largest}, the median {median}")
 
 
@@ -86,7 +86,7 @@ def _table(title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> N
     sizes, shown = ("bytes", "peak_bytes"), []
     for row in rows:
         text: dict[str, Any] = {"seconds": common.duration(row.get("seconds"))}
-        text |= {key: live.size(row[key]) for key in sizes if key in row}
+        text |= {key: size(row[key]) for key in sizes if key in row}
         text |= {key: f"{row[key]:,}" for key in ("records", "values") if key in row}
         shown.append(row | text)
     common.print_table(shown, columns)

@@ -18,7 +18,7 @@ from mrcore.queue.awaited import Awaited, Outcome
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
-from mrcore.text import one_line
+from mrcore.text import duration, one_line
 
 WAITS = ("not_before", "every", "retry", "drain", "cycle", "group")  # reasons to wait that are told, each once
 
@@ -142,9 +142,9 @@ def line_of(outcome: Outcome) -> str:
         stays = " (it stays in the queue)" if outcome.stays else ""
         return f"{name} run {outcome.run}: {outcome.state}{why}{stays}; see `mrcore show {quoted} --run {outcome.run}`"
     following = {"mapreduce": f"cat {quoted} --head 5", "script": f"logs {quoted}"}
-    again = "; it recurs: `mrcore run` goes on with it" if outcome.stays else ""
+    again = "; it is still in the queue: `mrcore run` goes on with it" if outcome.stays else ""
     see = following.get(outcome.job_type, f"show {quoted} --run {outcome.run}")
-    return f"{name} run {outcome.run}: succeeded in {outcome.seconds:.1f} s; next: `mrcore {see}`{again}"
+    return f"{name} run {outcome.run}: succeeded in {duration(outcome.seconds)}; next: `mrcore {see}`{again}"
 
 
 def wait_for(

@@ -11,8 +11,7 @@ import msgspec
 
 from mrcore.face.places import shell
 from mrcore.state.progress import Phase
-from mrcore.text import one_line
-from mrcore.units import seconds
+from mrcore.text import duration, one_line, percent, rough
 
 TEXT_LIMIT = 200  # characters of a reason or a status
 MAX_COUNTERS = 20  # that are shown
@@ -38,9 +37,9 @@ class JobProgress(msgspec.Struct, frozen=True, kw_only=True):
         if self.state == "running" and phase is not None:
             words.append(phase.name + (f", {phase.records:,} records" if phase.records else ""))
         if self.state == "running" and self.fraction is not None:
-            words.append(f"{self.fraction:.0%}")
+            words.append(percent(self.fraction))
         if self.eta_seconds is not None:
-            words.append(f"about {seconds(self.eta_seconds)} left")
+            words.append(f"about {rough(self.eta_seconds)} left")
         return one_line(", ".join(words) + (f": {self.why}" if self.why else ""), TEXT_LIMIT + 100)
 
     def __repr__(self) -> str:
@@ -52,7 +51,7 @@ class JobProgress(msgspec.Struct, frozen=True, kw_only=True):
         value = "" if unknown else f"value='{min(1.0, max(0.0, fraction or 0.0)):.3f}'"
         bar = _BAR.format(value=value, colour=_COLOURS.get(self.state, "#3567b3"))
         phases = " → ".join(
-            f"{escape(phase.name)} {seconds(phase.ended - phase.started)}" if phase.ended else escape(phase.name)
+            f"{escape(phase.name)} {duration(phase.ended - phase.started)}" if phase.ended else escape(phase.name)
             for phase in self.phases
         )
         counters = ", ".join(f"{escape(name)}: {n:,}" for name, n in sorted(self.counters.items())[:MAX_COUNTERS])

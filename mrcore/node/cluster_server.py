@@ -40,6 +40,7 @@ from mrcore.node.supervisor import Json, Supervisor
 from mrcore.system import logs, procfs
 from mrcore.system.paths import Layout, write_atomic
 from mrcore.system.terminal import log_to
+from mrcore.text import size
 from mrcore.wire.data import DataClient
 from mrcore.wire.members import watch_membership
 from mrcore.wire.service import REQUEST_BYTES, Method, Server
@@ -269,7 +270,7 @@ def _died(identity: tasks.TaskIdentity, end: Json, server: str) -> tasks.Died:
     """Return what the supervisor says of the end of a task that reported none."""
     known = {name: end[name] for name in tasks.Died.__struct_fields__ if name in end}
     died = msgspec.structs.replace(convert(tasks.Died, known | {"event": "died"}), identity=identity)
-    held = f"up to {died.memory_bytes >> 20:,} MiB, with a budget of {died.budget_bytes >> 20:,} MiB"
+    held = f"up to {size(died.memory_bytes)}, with a budget of {size(died.budget_bytes)}"
     text = (
         f"the task process {died.message} without a result"
         + (", probably by the kernel for want of memory" if died.oom else "")

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from mrcore.state.store import Cycle, Hold, JobRow
+from mrcore.text import rough
 
 FAILED_PAUSE_SECONDS = 5.0  # at least, before a cycle in which a job that has just failed and stays runs again
 
@@ -138,11 +139,11 @@ def reasons(rows: list[JobRow], state: State, now: float) -> list[Why]:
         if row.job_name == running:
             return Why("running", "it runs")
         if until > now and row.retry_at:
-            return Why("retry", f"retry {row.tries} of {row.retries} in {duration(until - now)}", until)
+            return Why("retry", f"retry {row.tries} of {row.retries} in {rough(until - now)}", until)
         if until > now and until == _first(row):
             return Why("not_before", f"not before {datetime.fromtimestamp(until):%Y-%m-%d %H:%M}", until)
         if until > now:
-            return Why("every", f"every {duration(row.every or 0)} at most, so in {duration(until - now)}", until)
+            return Why("every", f"every {rough(row.every or 0)} at most, so in {rough(until - now)}", until)
         if mate:
             return Why("group", f"behind the retry of {mate.job_name}, of its group", mate.retry_at, mate.job_name)
         if not state.runner:
@@ -155,7 +156,7 @@ def reasons(rows: list[JobRow], state: State, now: float) -> list[Why]:
             return Why("hold", "the queue holds", hold.until)
         if not its_turn(row, state.cycle):
             soon = state.next_cycle
-            return Why("cycle", f"its next cycle{f', in {duration(max(0, soon - now))}' if soon else ''}", soon)
+            return Why("cycle", f"its next cycle{f', in {rough(max(0, soon - now))}' if soon else ''}", soon)
         if behind := before[row.job_name]:
             return Why("behind", f"behind {behind}" + (", which runs" if behind == running else ""), behind=behind)
         return Why("next", "it is next")
@@ -167,11 +168,3 @@ def reasons(rows: list[JobRow], state: State, now: float) -> list[Why]:
         more = "" if answer.code in ("retry", "running") else after.get(row.cause or "", "")
         answers.append(answer._replace(text=answer.text + more))
     return answers
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time in one word and a unit, for people."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

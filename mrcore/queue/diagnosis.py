@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from mrcore.settings.config import Settings
 from mrcore.state.progress import Progress, RunDetail, ServerNow, TaskRow
 from mrcore.state.store import RunRow
-from mrcore.text import one_line
-from mrcore.units import percent, size
+from mrcore.text import duration, one_line, percent, rough, size
 
 SLOW_FACTOR = 1.5  # of the usual time, from which a run counts as slow
 SLOW_SERVER_FACTOR = 3.0  # slower than the others, from which a server counts as slow
@@ -56,13 +55,6 @@ class LeftOut(NamedTuple):
     next_step: str
 
 
-def clock(seconds: float) -> str:
-    """Return a length of time as hours, minutes and seconds."""
-    whole = int(seconds)
-    hours = f"{whole // 3600}:{whole // 60 % 60:02}" if whole >= 3600 else f"{whole // 60}"
-    return f"{seconds:.0f} s" if seconds < 60 else f"{hours}:{whole % 60:02}"
-
-
 # --- Failed ----------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +82,7 @@ def failure(run: RunRow, spec: dict[str, Any], detail: RunDetail | None, setting
 def _try(row: TaskRow) -> str:
     kind, how = "map" if row.phase == "MAP" else "reduce", "ran for" if row.outcome == "running" else "died after"
     why = f": {one_line(row.why, 120)}" if row.why else ""
-    return f"{kind} task {row.task}, try {row.try_}, on {row.server} {how} {clock(row.seconds)}{why}"
+    return f"{kind} task {row.task}, try {row.try_}, on {row.server} {how} {duration(row.seconds)}{why}"
 
 
 def _cause(run: RunRow, error: dict[str, Any], details: dict[str, Any]) -> str:
@@ -224,8 +216,12 @@ def pace(
     fraction, left = (progress.fraction, progress.left_seconds(now)) if progress else (None, None)
     text = f"run {run.run} of {name} {'takes longer than usual' if is_slow else 'runs'}: {phase or 'it begins'}"
     text += f", {percent(fraction)}" if fraction is not None else ""
-    text += f", about {clock(left)} left" if left is not None else ""
-    text += f"; usually {clock(usual['median_seconds'])}, now {clock(took)}" if usual else f"; {clock(took)} so far"
+    text += f", about {rough(left)} left" if left is not None else ""
+    text += (
+        f"; usually {duration(usual['median_seconds'])}, now {duration(took)}"
+        if usual
+        else f"; {duration(took)} so far"
+    )
     found = list(_held_up(run, progress, detail, earlier, now))
     causes = [each for each in found if is_slow or each[0] in _ALWAYS]
     step = causes[0][2] if causes else f"wait; `mrcore watch {name}` shows it, `mrcore cancel {name}` ends the run"
@@ -246,7 +242,7 @@ def pace(
         for server in busy[: int(is_slow)]:
             facts |= {"server": server.server, "node": server.node, "job_name": name}
     if detail and is_slow and (rows := detail.slowest[:SHOWN]):
-        told = (f"{row.phase} task {row.task} on {row.server}, {clock(row.seconds)}" for row in rows)
+        told = (f"{row.phase} task {row.task} on {row.server}, {duration(row.seconds)}" for row in rows)
         lines.append(f"slowest in the last run: {'; '.join(told)}")
     lines += [] if usual else ["there are no two successful runs yet to compare it with"]
     return Pace(is_slow, text, step, causes[0][0] if causes else None, lines, facts)
@@ -258,7 +254,7 @@ def _of_phases(run: RunRow, phase: str, earlier: Sequence[RunRow], now: float) -
     if not times:
         return []
     usual = statistics.median(each["ended"] - each["started"] for each in times)
-    return [f"{phase} usually takes {clock(usual)}, now {clock(now - run.phases[phase]['started'])} so far"]
+    return [f"{phase} usually takes {duration(usual)}, now {duration(now - run.phases[phase]['started'])} so far"]
 
 
 _ALWAYS = ("servers_down", "deaths", "silent")  # what is worth a look before a run is slow
@@ -274,7 +270,7 @@ def _held_up(
         text = f"{len(down)} of {len(servers)} servers do not answer: {', '.join(down[:SHOWN])}"
         yield "servers_down", [text], "`mrcore cluster start` starts what is missing; `mrcore doctor` says more"
     if progress and (silent := now - progress.updated) > SILENT_SECONDS:
-        yield "silent", [f"nothing was heard of it for {clock(silent)}"], f"`mrcore doctor`; {cancel}"
+        yield "silent", [f"nothing was heard of it for {duration(silent)}"], f"`mrcore doctor`; {cancel}"
     if progress and progress.deaths:
         text = f"{progress.deaths} tasks died, and were given out again"
         yield "deaths", [text], "wait: they are tried again; `mrcore logs` with a server's name says why they died"
@@ -319,7 +315,7 @@ def _longest(servers: Sequence[ServerNow]) -> list[ServerNow]:
 
 
 def _doing(server: ServerNow, now: float) -> str:
-    since = f" since {clock(now - server.since)}" if server.since is not None else ""
+    since = f" since {duration(now - server.since)}" if server.since is not None else ""
     status = f", says: {one_line(server.status, 120)}" if server.status else ""
     return f"{server.phase} task {server.task}{since}, {size(server.bytes)}, {server.records:,} records{status}"
 

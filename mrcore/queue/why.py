@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mrcore.queue import cycle, diagnosis
-from mrcore.queue.diagnosis import Failure, clock
+from mrcore.queue.diagnosis import Failure
 from mrcore.settings.config import Settings
 from mrcore.state.progress import Progress, RunDetail
 from mrcore.state.store import JobRow, RunRow
-from mrcore.text import one_line
-from mrcore.units import percent
+from mrcore.text import duration, one_line, percent, rough
 
 NAMED = 5  # jobs that a line names
 LINE_CHARACTERS = 600  # of a line of a chain, which may hold text from outside
@@ -61,11 +60,11 @@ class Known(NamedTuple):
 
     def until(self, moment: float | None) -> str:
         """Return how long it is to a moment."""
-        return clock(max(0.0, (moment or self.now) - self.now))
+        return rough(max(0.0, (moment or self.now) - self.now))
 
     def ago(self, moment: float | None) -> str:
         """Return how long ago a moment was."""
-        return f"{clock(max(0.0, self.now - (moment or self.now)))} ago"
+        return f"{rough(max(0.0, self.now - (moment or self.now)))} ago"
 
 
 class _Chain(NamedTuple):
@@ -150,7 +149,7 @@ def _not_before(known: Known, why: cycle.Why) -> _Chain:
 
 def _every(known: Known, why: cycle.Why) -> _Chain:
     job = known.job
-    text = f"it runs every {cycle.duration(job.every or 0)} at most, began {known.ago(job.last_start)}"
+    text = f"it runs every {rough(job.every or 0)} at most, began {known.ago(job.last_start)}"
     return _Chain(f"{text}, and may begin again in {known.until(why.until)}", _OR_FORCE)
 
 
@@ -188,7 +187,7 @@ def _hold(known: Known, why: cycle.Why) -> _Chain:
         if hold.nodes
         else "no job starts: the cluster is at fault, not a job"
     )
-    more = (f"it holds for {clock(known.now - hold.since)}, tried {hold.tries} times, and tries {again}; {meanwhile}",)
+    more = (f"it holds for {rough(known.now - hold.since)}, tried {hold.tries} times, and tries {again}; {meanwhile}",)
     step = "`mrcore doctor` says what to mend; then it goes on by itself, `mrcore resume` tries at once"
     if hold.nodes:
         step = "`mrcore cluster start` starts what does not run, and goes on; `mrcore doctor` says more"
@@ -215,7 +214,7 @@ def _behind(known: Known, why: cycle.Why) -> _Chain:
     more: tuple[str, ...] = (_line_of_jobs(known, "ahead of it"),)
     if forced := [row.job_name for row in known.ahead if row.force_run]:
         more += (f"before all others by their force_run: {', '.join(forced[:NAMED])}",)
-    step = f"wait{f', about {clock(whole)}' if whole is not None else ''}; {_FORCE}"
+    step = f"wait{f', about {rough(whole)}' if whole is not None else ''}; {_FORCE}"
     return _Chain(text, step, more, facts=(("ahead", names), ("wait_seconds", whole)))
 
 
@@ -245,10 +244,10 @@ def _line_of_jobs(known: Known, title: str) -> str:
     if running := known.running:
         left, fraction = _left(known, running), known.progress.fraction if known.progress else None
         told.append(f"{running.job_name} (runs" + (f", {percent(fraction)}" if fraction is not None else ""))
-        told[0] += f", about {clock(left)} left)" if left is not None else ")"
+        told[0] += f", about {rough(left)} left)" if left is not None else ")"
     for row in known.ahead:
         usual = known.usual.get(row.job_name)
-        told.append(f"{row.job_name} ({'usually ' + clock(usual['median_seconds']) if usual else 'time not known'})")
+        told.append(f"{row.job_name} ({'usually ' + duration(usual['median_seconds']) if usual else 'time not known'})")
     return f"{title}: {', '.join(told[:NAMED])}" + (f" and {len(told) - NAMED} more" if len(told) > NAMED else "")
 
 
@@ -335,7 +334,7 @@ def _ended_well(known: Known, run: RunRow) -> _Chain:
     step = {"mapreduce": cat, "script": logs}.get(kind, f"`mrcore show {name}` has what was moved")
     if diagnosis.nothing_new(run):
         return _Chain(f"{text}: there was nothing new to read", f"nothing; {cat}", (), "nothing_new", facts)
-    text += f", in {clock((run.ended or known.now) - run.started)}"
+    text += f", in {duration((run.ended or known.now) - run.started)}"
     left_out = diagnosis.left_out(run, known.job.spec)
     more = tuple(each.text for each in left_out)
     if kind == "mapreduce":

@@ -15,9 +15,9 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
 from mrcore import __version__
+from mrcore import text as plain_text
 from mrcore.state.progress import Phase, Progress, ServerShare
 from mrcore.text import clean, one_line
-from mrcore.units import seconds, size
 
 STRAGGLER = 1.5  # times the median of the servers of a phase
 LEAST_WIDTH = 160  # of a chart, where a column takes 10: few columns are no walls
@@ -35,7 +35,7 @@ class Templates:
         self._jinja.globals |= {
             "control": control, "form_token": form_token, "cluster": cluster_name, "version": __version__
         }  # fmt: skip
-        filters = (size, number, seconds, moment, line, marked, text, as_json, share)
+        filters = (size, number, seconds, rough, moment, line, marked, text, as_json, share)
         self._jinja.filters |= {function.__name__: function for function in filters}
 
     def page(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
@@ -50,9 +50,24 @@ class Templates:
 # --- Text ------------------------------------------------------------------------------------------------------------
 
 
+def size(count: float | None) -> str:
+    """Return bytes for people."""
+    return "" if count is None else plain_text.size(count)
+
+
 def number(count: int | None) -> str:
     """Return a count for people."""
     return "" if count is None else f"{count:,}"
+
+
+def seconds(length: float | None) -> str:
+    """Return a length of time for people."""
+    return "" if length is None else plain_text.duration(length)
+
+
+def rough(length: float) -> str:
+    """Return a length of time that is estimated, for people."""
+    return plain_text.rough(length)
 
 
 def moment(at: float | str | None) -> Markup:

@@ -18,6 +18,7 @@ from mrcore.cli.watch import View, view_lines
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import load_settings
 from mrcore.state.progress import Phase, Progress, ServerNow
+from mrcore.text import size
 
 MRCORE = [str(Path(sys.executable).with_name("mrcore"))]
 Start = Callable[..., Terminal]
@@ -171,7 +172,7 @@ def test_however_little_room_there_is_it_is_kept(room: int) -> None:
 
 
 def test_amounts_are_short_and_phases_say_what_they_did() -> None:
-    assert [live.size(count) for count in (0, 999, 1000, 134_217_728, 99_950_000, 5e13)] == [
+    assert [size(count) for count in (0, 999, 1000, 134_217_728, 99_950_000, 5e13)] == [
         "0 B", "999 B", "1.0 kB", "134 MB", "100 MB", "50.0 TB"
     ]  # fmt: skip
     phase = Phase(name="MAP", started=10.0, ended=22.3, done=134_000_000, total=134_000_000, records=1_800_000)

@@ -168,7 +168,7 @@ def test_any_death_without_a_word_says_what_was_in_hand(cluster: TestCluster, ho
     told, log = run(cluster, crash("this.startswith('the worst')", how, "count") + "    return []\n", REDUCE)
     assert says in told and re.search(r"the lines from byte \d+ of \S+lines.txt on; see the log of S_0", told)
     assert STACK not in log() and "stack" not in seen and "oom" not in seen
-    assert bool(re.search(r"was killed by SIGKILL .*; it held up to \d+ MiB, with a budget of \d+ MiB;", told)) == (
+    assert bool(re.search(r"was killed by SIGKILL .*; it held up to [\d.]+ MB, with a budget of [\d.]+ MB;", told)) == (
         "KILL" in says
     )
 

@@ -91,7 +91,7 @@ def test_the_kernels_count_of_kills_tells_that_memory_was_short(
     assert (died.memory_bytes, died.budget_bytes) == (300 << 20, 256 << 20)
     assert ("probably by the kernel for want of memory" in died.message) == bool(grown)
     assert (
-        "it held up to 300 MiB, with a budget of 256 MiB; it had in hand: the heavy thing; see the log of S_0"
+        "it held up to 315 MB, with a budget of 268 MB; it had in hand: the heavy thing; see the log of S_0"
         in died.message
     )
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrcore.errors import ClusterFault, JobFault, MrcoreError, from_dict, unforeseen
-from mrcore.text import clean, json_text, listed, message, one_line, plain, unfit
+from mrcore.text import clean, duration, json_text, listed, message, one_line, plain, rough, unfit
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 
@@ -167,3 +167,20 @@ def test_a_full_machine_is_the_clusters_fault_and_any_other_surprise_the_jobs():
     found = unforeseen(ValueError(Hostile()), "at node-1")
     assert type(found).__name__ == "InternalError" and found.message.startswith("at node-1: ValueError: ")
     assert isinstance(unforeseen(MrcoreError("ours")), MrcoreError)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "measured", "estimated"),
+    [
+        (0.374, "0.37 s", "0 s"),
+        (9.96, "10.0 s", "10 s"),
+        (59.96, "1 min 00 s", "60 s"),
+        (117, "1 min 57 s", "117 s"),
+        (125, "2 min 05 s", "2 min"),
+        (3_599.6, "1 h 00 min", "60 min"),
+        (90_000, "25 h 00 min", "25 h"),
+        (400_000, "111 h 06 min", "5 d"),
+    ],
+)
+def test_lengths_of_time_for_people(seconds: float, measured: str, estimated: str) -> None:
+    assert (duration(seconds), rough(seconds)) == (measured, estimated)

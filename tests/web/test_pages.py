@@ -78,10 +78,10 @@ def test_the_queue_tells_what_runs_waits_and_left(shown: Dashboard) -> None:
     text = page(shown, "/")
     for words in (
         "28 %",
-        "about 4 min 42 s left",
+        "about 5 min left",
         "MAP",
         "164,800,000",
-        "48.0 GiB",
+        "51.5 GB",
         "1,165,820",
         "S_7",
         "day 2026-11-01",
@@ -179,7 +179,7 @@ def test_a_cluster_that_runs(tmp_path: Path) -> None:
         with dashboard(tmp_path) as shown:
             nodes = page(shown, "/nodes")
             assert nodes.count("<td>up</td>") == 2 + 4 and "silent" not in nodes
-            assert "GiB" in nodes
+            assert "GB" in nodes
             assert "Nothing is wrong" in page(shown, "/doctor?run=1") or "Runner" in page(shown, "/doctor?run=1")
             with (tmp_path / "cat").open("wb") as out:
                 ManageCluster(settings).cat("shown", out)
@@ -196,6 +196,30 @@ def test_a_cluster_that_runs(tmp_path: Path) -> None:
 
 
 # --- Pure ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (1024, "1.0 kB"), (150_000, "150 kB"), (48 * 10**9, "48.0 GB"), (None, ""),
+    ],
+)  # fmt: skip
+def test_bytes_for_people(count: int | None, text: str) -> None:
+    assert views.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("length", "text"),
+    [
+        (0.04, "0.04 s"),
+        (59, "59.0 s"),
+        (60, "1 min 00 s"),
+        (3_599.6, "1 h 00 min"),
+        (90_000, "25 h 00 min"),
+    ],
+)
+def test_times_for_people(length: float, text: str) -> None:
+    assert views.seconds(length) == text
 
 
 @given(st.text(), st.text())
