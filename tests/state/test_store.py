@@ -14,6 +14,7 @@ from checkout import SUPPORT
 from stores import V2_JOBS, job, make_v2
 
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
+from mrcore.state.progress import RunDetail
 from mrcore.state.store import ENDINGS, JOB_MOVES, Store
 
 
@@ -202,3 +203,15 @@ def test_an_upgrade_that_is_cut_off_changes_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.job("bad").cause == "failed"  # type: ignore[union-attr]
     store.close()
+
+
+def test_what_another_release_noted_of_a_run_is_nothing_known(store: Store) -> None:
+    """Else nothing that shows the queue, nor the next Runner, would start after an upgrade in the middle of a run."""
+    store.submit(job(), 1.0)
+    run = store.start_run("a", 2.0)
+    with store.change() as db:
+        db.execute("INSERT INTO progress VALUES (1, ?)", ('{"job_name": "a", "run": "first"}',))
+        db.execute("INSERT INTO details VALUES (?, ?, ?)", ("a", run, "{"))
+    assert store.progress() is None and store.detail("a", run) is None
+    store.set_detail("a", run, RunDetail(largest_partition_bytes=5))
+    assert store.detail("a", run) == RunDetail(largest_partition_bytes=5)
