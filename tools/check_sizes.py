@@ -34,7 +34,7 @@ BUDGETS = {
     "state": 1_780,
     "system": 1_310,
     "transfer": 520,
-    "web": 990,
+    "web": 1_070,
     "wire": 1_190,
 }
 DAY = ("engine", "cluster")

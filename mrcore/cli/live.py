@@ -83,10 +83,13 @@ def _fraction(phase: Phase) -> float | None:
 
 
 def now_of(scheduler: Scheduler) -> Progress | None:
-    """Return how far the run under way is; of one that has told nothing yet, its phases as the history has them."""
+    """Return how far the run under way is; of one that has told nothing yet, its phases as the history has them.
+
+    None also for a run whose Runner is no more.
+    """
     if found := scheduler.progress():
         return found
-    if (row := scheduler.store.running()) is None:
+    if (row := scheduler.store.running()) is None or not scheduler.has_runner():
         return None
     return Progress(
         job_name=row.job_name,

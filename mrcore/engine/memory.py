@@ -13,12 +13,14 @@ import gc
 import os
 import sys
 import threading
+import time
 from collections.abc import Sized
 
 from mrcore import task
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 POLL_SECONDS = 0.002  # keys that jump from 50 bytes to 1 MB outrun any count of items
+NOTE_SHARE = 0.01  # of a processor, at most, goes into noting what is in hand
 SPILL_SHARE = 0.8  # of the budget: the rest is for sorting, encoding and what the user's code holds
 GROWTH_SHARE = 0.95
 MIN_SPILL_BYTES = 2 << 20  # also where auxiliary data alone is past the threshold
@@ -88,6 +90,10 @@ class MemoryWatch:
         self.due = False
 
     def _watch(self) -> None:
+        due = 0.0
         while not self._end.wait(POLL_SECONDS):
             self.look()
-            task.refresh()
+            if (now := time.monotonic()) >= due:  # a key of a megabyte takes milliseconds to describe
+                begun = time.thread_time()
+                task.refresh()
+                due = now + (time.thread_time() - begun) / NOTE_SHARE

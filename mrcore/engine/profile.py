@@ -55,6 +55,7 @@ class Sampler:
 
     def __exit__(self, *exc: object) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, signal.SIG_IGN)  # drops one that is on its way, which would end the process
         signal.signal(signal.SIGPROF, self._before or signal.SIG_DFL)
         self._end.set()
         self._thread.join()

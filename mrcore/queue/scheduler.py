@@ -33,6 +33,7 @@ from mrcore.text import listed, one_line
 __all__ = ["Runner", "Scheduler"]
 
 ESTIMATE_RUNS = 20
+STALE_SECONDS = 5.0  # a Runner writes the progress each second: an older one without a Runner is a dead one's
 EXPLAINED_RUNS = 20  # newest runs of a job that `why` looks at
 
 
@@ -139,8 +140,16 @@ class Scheduler:
         return state._asdict() | {"hold": msgspec.to_builtins(state.hold), "running": facts}
 
     def progress(self) -> Progress | None:
-        """Return how far the run under way is, about a second old; None: there is none, or it has just begun."""
-        return self.store.progress()
+        """Return how far the run under way is, about a second old; None: there is none, it has just begun, or its
+        Runner is no more.
+        """
+        seen = self.store.progress()
+        stale = seen is not None and time.time() - seen.updated > STALE_SECONDS and not self.has_runner()
+        return None if stale else seen
+
+    def has_runner(self) -> bool:
+        """Return whether a Runner drains the queue."""
+        return self._doorbell.is_heard()
 
     def fallen(self) -> list[dict[str, Any]]:
         """Return the jobs that left by a failure and were not brought back, replaced or deleted since, newest first.

@@ -31,6 +31,14 @@ class Doorbell:
             os.close(descriptor)
         return True
 
+    def is_heard(self) -> bool:
+        """Return whether a Runner listens, without waking it."""
+        try:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
     def wait(self, seconds: float) -> None:
         """Sleep until somebody rings, at most `seconds`."""
         if self._descriptor is None:

@@ -23,7 +23,7 @@ from mrcore.text import one_line
 
 Profiles = Mapping[str, Mapping[str, int]]  # samples by phase and stack: frames from the root on, joined by ";"
 FLAME_GRAPH, SPEEDSCOPE = ".svg", ".speedscope.json"
-FRAME_CHARACTERS = 200
+FRAME_CHARACTERS, MAX_DEPTH = 200, 100  # of a frame; frames of a stack, as tasks sample them
 LEAST_SHARE, MAX_FRAMES = 0.001, 1_500  # of what is drawn of a phase: narrower frames, and then the narrowest, are not
 WIDTH, ROW, MARGIN, CHARACTER = 1_200, 18, 12, 6.7  # pixels
 # Colours by who wrote the code, packages with the user's; the second numbers: room for a hue of each frame's own.
@@ -74,7 +74,7 @@ def _frames(stacks: Mapping[str, int]) -> Stacks:
     shown: Stacks = {}
     for stack, samples in stacks.items():
         if samples > 0:
-            frames = tuple(one_line(frame, FRAME_CHARACTERS) for frame in stack.split(";"))
+            frames = tuple(one_line(frame, FRAME_CHARACTERS) for frame in stack.split(";", MAX_DEPTH)[:MAX_DEPTH])
             shown[frames] = shown.get(frames, 0) + samples
     return shown
 

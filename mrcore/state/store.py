@@ -6,12 +6,13 @@ changes nothing. What a move means for other jobs is decided in `queue`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,6 +23,7 @@ from mrcore.state.progress import Phase, Progress, RunDetail
 from mrcore.system import procfs
 from mrcore.text import one_line, plain
 
+T = TypeVar("T")
 EVENTS_PER_RUN = 10
 
 # held: its last run was handed back and the queue waits for the cluster; out: in the history, with the reason.
@@ -355,7 +357,7 @@ class Store(Database):
         """Return how far the run under way is, as its Runner wrote last; None: there is none, or nothing is known."""
         running = self.rows("SELECT job_name, run FROM runs WHERE state = 'running'")
         rows = self.rows("SELECT value FROM progress")
-        found = decode(Progress, rows[0]["value"]) if running and rows else None
+        found = _read(Progress, rows[0]["value"]) if running and rows else None
         return found if found and {"job_name": found.job_name, "run": found.run} == running[0] else None
 
     def set_progress(self, progress: Progress) -> None:
@@ -366,7 +368,7 @@ class Store(Database):
     def detail(self, name: str, run: int) -> RunDetail | None:
         """Return what is known of a run that has ended; None for one of before, or of which nothing was noted."""
         rows = self.rows("SELECT value FROM details WHERE job_name = ? AND run = ?", name, run)
-        return decode(RunDetail, rows[0]["value"]) if rows else None
+        return _read(RunDetail, rows[0]["value"]) if rows else None
 
     def set_detail(self, name: str, run: int, detail: RunDetail) -> None:
         """Keep what is known of a run, as long as its row is in the history."""
@@ -432,6 +434,13 @@ class Store(Database):
         story = " → ".join(event["text"] for event in reversed(events)) or "none"
         text = f"job {what}: no way from {before or 'nothing'} to {state}; its history: {story}"
         return MrcoreError(text, events=events)
+
+
+def _read(kind: type[T], text: str) -> T | None:
+    """Return what was noted of a run, for showing it alone; None if another release wrote it in another form."""
+    with contextlib.suppress(ValueError):
+        return decode(kind, text)
+    return None
 
 
 class StoreToRead(Store):

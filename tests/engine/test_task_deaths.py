@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import pytest
 from clusters import TestCluster
 from conditions import wait_until
 
+from mrcore import task
+from mrcore.engine.memory import MemoryWatch
 from mrcore.errors import JobFault
 from mrcore.queue import job as jobs
 from mrcore.queue.runner import Runner
@@ -212,3 +216,27 @@ def test_a_crash_in_try_leaves_the_stack_on_the_terminal(tmp_path: Path) -> None
     done = subprocess.run([*command, str(tmp_path / "in.txt")], capture_output=True, text=True, timeout=60)
     assert done.returncode == -11
     assert STACK in done.stderr and 'map_functions.py", line 4 in count' in done.stderr
+
+
+def test_noting_what_is_in_hand_takes_little_whatever_it_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of megabytes took milliseconds to describe, every two milliseconds."""
+    asked: list[float] = []
+
+    def refine() -> str:
+        end = time.thread_time() + 0.01
+        while time.thread_time() < end:
+            pass
+        asked.append(end)
+        return "a large key"
+
+    monkeypatch.setattr(task, "_note", mmap.mmap(-1, task.NOTE_BYTES))
+    task.in_hand("something", refine)
+    try:
+        with MemoryWatch(1 << 30):
+            wait_until(lambda: asked, 10, "the first look")
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:
+                pass
+    finally:
+        task.in_hand("")
+    assert len(asked) <= 2, "a hundredth of the time, so once a second"

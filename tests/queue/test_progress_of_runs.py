@@ -14,12 +14,14 @@ from conditions import wait_until
 from fake_cluster import FakeCluster
 from queues import job
 
+from mrcore.cli.live import now_of
 from mrcore.errors import MrcoreError
 from mrcore.queue.progress import Keeper
 from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
 from mrcore.state import profiles
+from mrcore.state.doorbell import Doorbell
 from mrcore.state.progress import Phase, Progress, RunDetail, ServerNow, TaskRow
 
 ROW = TaskRow(phase="MAP", task=0, try_=1, server="S_0", node="a", started=1.0, seconds=2.0)
@@ -207,3 +209,21 @@ def test_a_hook_gets_the_counters(settings: Settings, scheduler: Scheduler, tmp_
     scheduler.submit_job(job("wc"))
     Runner(settings.model_copy(update={"on_success": hook}), Telling(settings)).run(once=True)
     assert json.loads(taken.read_text())["counts"]["counters"] == {"bad": 2}
+
+
+def test_a_run_whose_runner_is_no_more_is_not_shown_as_under_way(settings: Settings, scheduler: Scheduler) -> None:
+    """Killed in the middle, it leaves its last word in the queue's file."""
+    store, now = scheduler.store, time.time()
+    scheduler.submit_job(job("wc"))
+    run = store.start_run("wc", now)
+    store.enter_phase("wc", run, "MAP", now)
+    seen = Progress(job_name="wc", run=run, job_type="mapreduce", started=now - 60, updated=now - 30, fraction=0.5)
+    store.set_progress(seen)
+    assert scheduler.progress() is None and now_of(scheduler) is None
+    assert scheduler.show("wc")["progress"] is None and scheduler.queue()[0]["progress"] is None
+    doorbell = Doorbell(settings.state_dir)
+    doorbell.wait(0)
+    try:
+        assert scheduler.progress() == seen == now_of(scheduler), "one that is only slow is shown"
+    finally:
+        doorbell.close()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrcore.state import profiles
-from mrcore.state.profiles import HUES, MAX_FRAMES, owner
+from mrcore.state.profiles import HUES, MAX_DEPTH, MAX_FRAMES, owner
 
 SVG = "{http://www.w3.org/2000/svg}"
 STACKS = {"main (a.py:1);work (a.py:2)": 30, "main (a.py:1);rest (a.py:9)": 10, "main (a.py:1)": 60}
@@ -102,3 +102,9 @@ def test_pruning(tmp_path: Path) -> None:
 )
 def test_colours_say_who_wrote_the_code(frame: str, who: str) -> None:
     assert owner(frame) == who and who in HUES
+
+
+def test_stacks_of_nothing_but_separators_take_no_room(tmp_path: Path) -> None:
+    """A node may send them; the frames of a stack are as few as a task samples."""
+    _, scope = written(tmp_path, {"MAP": {";" * 9_999: 3, ";" * 9_998: 4}})
+    assert [len(frames) for frames in scope["profiles"][0]["samples"]] == [MAX_DEPTH]  # type: ignore[index]

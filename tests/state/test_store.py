@@ -14,6 +14,7 @@ from checkout import SUPPORT
 from stores import V2_JOBS, job, make_v2
 
 from mrcore.errors import ClusterFault, MrcoreError, UsageError
+from mrcore.state.progress import RunDetail
 from mrcore.state.store import ENDINGS, JOB_MOVES, Store
 
 
@@ -209,3 +210,15 @@ def test_the_end_of_a_jobs_story(store: Store) -> None:
         store.submit(job(), float(moment))
     assert [event["time"] for event in store.events("a")] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     assert [event["time"] for event in store.events("a", 3)] == [5.0, 6.0, 7.0]
+
+
+def test_what_another_release_noted_of_a_run_is_nothing_known(store: Store) -> None:
+    """Else nothing that shows the queue, nor the next Runner, would start after an upgrade in the middle of a run."""
+    store.submit(job(), 1.0)
+    run = store.start_run("a", 2.0)
+    with store.change() as db:
+        db.execute("INSERT INTO progress VALUES (1, ?)", ('{"job_name": "a", "run": "first"}',))
+        db.execute("INSERT INTO details VALUES (?, ?, ?)", ("a", run, "{"))
+    assert store.progress() is None and store.detail("a", run) is None
+    store.set_detail("a", run, RunDetail(largest_partition_bytes=5))
+    assert store.detail("a", run) == RunDetail(largest_partition_bytes=5)
