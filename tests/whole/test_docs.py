@@ -29,7 +29,7 @@ DOCUMENTS = sorted(
 )
 EVERY = sorted({*DOCUMENTS, *PROJECT.glob("docs/**/*.md"), *PROJECT.glob("mrcore/*/README.md")}, key=str)
 EVERY += sorted(PROJECT.glob("roles/*/README.md"))
-UNITS = {"": 1, "s": 1, "KiB": 1 << 10, "MiB": 1 << 20}
+UNITS = {"": 1, "%": 0.01, "s": 1, "KiB": 1 << 10, "MiB": 1 << 20}
 
 
 def tables(text: str) -> list[list[str]]:
