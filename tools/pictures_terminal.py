@@ -26,7 +26,6 @@ PICTURES = CHECKOUT / "docs/pictures"
 COLUMNS = 80
 FETCHED_FONT = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 SCENES = {
-    "terminal-help": [["--help"]],
     "terminal-history": [["history"], ["queue"]],
     "terminal-why": [["plan", "words.yml"], ["why", "nightly_visits_by_page"]],
 }
