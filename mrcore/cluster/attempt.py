@@ -23,7 +23,8 @@ from mrcore.errors import ClusterFault, JobFault, Malformed, MrcoreError
 from mrcore.messages import tasks
 from mrcore.messages.methods import decode_error
 from mrcore.messages.tasks import Bundle, TaskEvent, TaskIdentity, check_result
-from mrcore.state.board import Board
+from mrcore.state.board import WHY_CHARACTERS, Board
+from mrcore.text import one_line
 
 BUNDLES_AHEAD = 2  # one in work, one in hand: a server never waits for the next
 
@@ -283,7 +284,7 @@ class Attempt:
             return
         kind = "map" if self.phase == "MAP" else "reduce"
         place = _place(server, self._identity(task))
-        self.results.deaths.append(f"{server.name}: {kind} task {task.number}: {because}")
+        self.results.deaths.append(f"{server.name}: {kind} task {task.number}: {one_line(because, WHY_CHARACTERS)}")
         task.move("died", because)
         self.board.died(server.name, because)
         if task.bundles:

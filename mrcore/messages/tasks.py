@@ -39,7 +39,11 @@ MAP: Phase = "MAP"
 REDUCE: Phase = "REDUCE"
 Counters = dict[Word, Count]
 Amount = Annotated[int, Meta(ge=-(1 << 62), le=(1 << 62))]
-UserCounters = Annotated[dict[Word, Amount], Meta(max_length=MAX_USER_COUNTERS)]
+# A name of a counter, or a status: `task` cleans both, so what an honest task sends has nothing that a view escapes.
+_FIT = r"\A[^\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]*\Z"
+CounterName = Annotated[str, Meta(max_length=200, pattern=_FIT)]
+Status = Annotated[str, Meta(max_length=500, pattern=_FIT)]
+UserCounters = Annotated[dict[CounterName, Amount], Meta(max_length=MAX_USER_COUNTERS)]
 Stack = Annotated[str, Meta(max_length=10_000)]
 KeyText = str  # a key as Python's json writes it, which unlike JSON proper has infinities
 
@@ -243,7 +247,7 @@ class Progressed(Event, frozen=True, kw_only=True, tag="progress"):
     bytes: Count
     records: Count
     spills: Count = 0
-    status: Line = ""
+    status: Status = ""
     user_counters: UserCounters = {}
 
 

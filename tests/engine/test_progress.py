@@ -14,10 +14,15 @@ from typing import Any
 import pytest
 from clusters import TestCluster
 from conditions import wait_until
+from hypothesis import given
+from hypothesis import strategies as st
 from run_task import Failed, Task
 
 from mrcore import task
 from mrcore.engine.inputs import plan_bundles
+from mrcore.messages.kinds import convert
+from mrcore.messages.tasks import Progressed
+from mrcore.text import one_line
 
 HEAD = "import pathlib, time\nfrom mrcore import task\n"
 WAIT = "        while not GATE.exists():\n            time.sleep(0.01)\n"
@@ -196,3 +201,18 @@ def test_counts_of_threads_are_exact() -> None:
     for thread in threads:
         thread.join()
     assert task.counters == {"n": 200_000}
+
+
+@given(st.text(), st.text())
+def test_what_a_task_counts_and_says_passes_as_a_message_and_what_it_would_clean_does_not(name: str, said: str) -> None:
+    sent = {"phase": "MAP", "bytes": 0, "records": 0}
+    try:
+        task.count(name)
+        task.status(said)
+        told = sent | {"user_counters": task.counters, "status": task.said}
+        assert convert(Progressed, told).user_counters == task.counters
+    finally:
+        task.forget()
+    if one_line(name) != name and len(name) <= 200 and "\\" not in name:
+        with pytest.raises(ValueError, match="user_counters"):
+            convert(Progressed, sent | {"user_counters": {name: 1}})
