@@ -14,7 +14,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mrcore.errors import UsageError
 from mrcore.project import packages
@@ -64,9 +64,15 @@ def _entries(value: Any) -> Any:
     return value
 
 
+def _name(value: str) -> str:
+    if not re.fullmatch(NAME, value) or value.endswith("\n"):
+        raise ValueError("a name has letters, digits, _, - and ., 100 at most, and begins with a letter, a digit or _")
+    return value
+
+
 Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
 Moment = Annotated[str, BeforeValidator(_moment)]
-Name = Annotated[str, Field(pattern=NAME)]
+Name = Annotated[str, AfterValidator(_name)]
 Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
 Count = Annotated[int, Field(ge=1, lt=1 << 63)]
 TransferType = Literal["upload", "upload_bulk", "download", "download_bulk", "upload_auxiliary", "delete"]
