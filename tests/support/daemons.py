@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -137,7 +138,8 @@ class Daemon:
         self.process.wait()
         for pid in left:
             if procfs.environment_value(pid, "MRCORE_SERVER") == f"{CLUSTER}/{self.name}":
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(living(pid) for pid in left), 10, "the end of all processes of a daemon")
 
 
