@@ -16,19 +16,10 @@ from conditions import wait_until
 from screen import Terminal
 
 from mrcore.queue.scheduler import Scheduler
-from mrcore.settings.config import load_settings
 
 MRCORE = [str(Path(sys.executable).with_name("mrcore"))]
 WAITS = "import os, time\nopen('{name}.began', 'w').close()\nwhile not os.path.exists('go'): time.sleep(0.02)\n"
 Start = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def scheduler(home: Path) -> Iterator[Scheduler]:
-    made = Scheduler(load_settings())
-    yield made
-    made.store.check()
-    made.store.close()
 
 
 @pytest.fixture

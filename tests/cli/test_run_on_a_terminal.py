@@ -36,14 +36,6 @@ def run(home: Path) -> Iterator[Run]:
         each.kill()
 
 
-@pytest.fixture
-def scheduler(home: Path) -> Iterator[Scheduler]:
-    made = Scheduler(load_settings())
-    yield made
-    made.store.check()
-    made.store.close()
-
-
 def submit(scheduler: Scheduler, name: str, code: str, **keys: Any) -> None:
     file = Path(f"{name}.py")
     file.write_text(code)

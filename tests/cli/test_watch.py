@@ -16,20 +16,11 @@ from screen import Terminal
 from mrcore.cli import live
 from mrcore.cli.watch import View, view_lines
 from mrcore.queue.scheduler import Scheduler
-from mrcore.settings.config import load_settings
 from mrcore.state.progress import Phase, Progress, ServerNow
 from mrcore.text import size
 
 MRCORE = [str(Path(sys.executable).with_name("mrcore"))]
 Start = Callable[..., Terminal]
-
-
-@pytest.fixture
-def scheduler(home: Path) -> Iterator[Scheduler]:
-    made = Scheduler(load_settings())
-    yield made
-    made.store.check()
-    made.store.close()
 
 
 @pytest.fixture
