@@ -69,7 +69,7 @@ def gather(settings: Settings, deep: bool = False) -> Facts:
     scheduler = Scheduler(settings)
     with contextlib.closing(scheduler.store):
         queue = scheduler.state() | {"jobs": len(scheduler.queue())}
-    started = not settings.local or any(row["pid"] for row in local.status(settings))
+    started = not settings.local or local.is_started(settings)
     keys, asked = (master_pki(settings), daemons(settings)) if started else (None, [])
     answers = list(zip(asked, on_nodes(asked, lambda daemon: _ask(keys, daemon), AT_ONCE), strict=True)) if keys else []
     nodes = {daemon.node.name: answer for daemon, answer in answers if daemon.is_agent}

@@ -13,7 +13,7 @@ from mrcore.errors import ClusterFault, MrcoreError, UsageError, from_dict
 from mrcore.face import tables
 from mrcore.face.draining import Draining
 from mrcore.face.shown import JobProgress, Why, live
-from mrcore.launchers import launcher_of
+from mrcore.launchers import local
 from mrcore.queue.awaited import RUNS_LOOKED_AT, Outcome, outcome
 from mrcore.queue.scheduler import Scheduler
 from mrcore.state import manifest, outputs
@@ -149,7 +149,7 @@ class JobHandle:
         settings, row = self._scheduler.settings, self._row()
         if not settings.local or row is None or row.job_type == "script":
             return
-        if all(daemon["state"] == "absent" for daemon in launcher_of(settings).status(settings)):
+        if not local.is_started(settings):
             raise ClusterFault(
                 f"the local cluster of {settings.home} is not started: call start() of the cluster, or "
                 "`mrcore cluster start`; the job stays in the queue"

@@ -144,6 +144,11 @@ def status(settings: Settings) -> list[DaemonStatus]:
     return rows
 
 
+def is_started(settings: Settings) -> bool:
+    """Return whether any daemon runs, be it frozen."""
+    return any(row["pid"] for row in status(settings))
+
+
 def log_folders(settings: Settings) -> list[Path]:
     """Return the folders of the nodes' logs and of the master's."""
     return [*(node.layout.logs_dir for node in settings.nodes), settings.logs_dir]

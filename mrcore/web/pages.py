@@ -210,7 +210,7 @@ class Pages:
         """Show nodes and cluster servers."""
         settings, progress = self._settings(), self._scheduler.progress()
         seen, answers = None, dict[tuple[str, str], dict[str, Any]]()
-        if not settings.local or any(row["pid"] for row in local.status(settings)):  # else it is not started
+        if not settings.local or local.is_started(settings):  # else it is not started
             seen = self._watch.look(settings, TURN_SECONDS)
             if not seen.time:
                 raise HTTPException(503, "nodes are being asked, and some are slow: load this page again later")
