@@ -71,7 +71,7 @@ start_beside() { # the slow unit tests, with their name before each line, as run
     { # a shell has what it starts with & ignore Ctrl-C
         env --default-signal=INT PYTHONUNBUFFERED=1 .venv/bin/python -m pytest -n 2 --dist worksteal -m slow 2>&1
         echo $? >"$beside_status"
-    } | awk '{ print "unit      | " $0; fflush() }' &
+    } | sed -u 's/^/unit      | /' &
 }
 
 if [ "${1:-}" = --appliance ]; then

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from commands import CODE
 from conditions import wait_until
+from queues import listening
 
 from mrcore.queue.job import template
 from mrcore.settings.config import Settings, load_settings
@@ -217,7 +218,13 @@ class Dashboard:
 
 
 @contextlib.contextmanager
-def dashboard(folder: Path, *options: str) -> Iterator[Dashboard]:
-    """A dashboard of the cluster whose settings lie in `folder`."""
-    with contextlib.closing(Dashboard(folder, *options)) as running:
+def dashboard(folder: Path, *options: str, runner: bool = True) -> Iterator[Dashboard]:
+    """A dashboard of the cluster whose settings lie in `folder`.
+
+    Without a `runner` the progress of more than some seconds ago is a dead one's, and not shown.
+    """
+    with contextlib.ExitStack() as stack:
+        running = stack.enter_context(contextlib.closing(Dashboard(folder, *options)))
+        if runner:
+            stack.enter_context(listening(running.state_dir))
         yield running

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def test_the_queue_tells_what_runs_waits_and_left(shown: Dashboard) -> None:
     ):
         assert words in text, words
     assert text.index("clicks_per_user") < text.index("sessions") < text.index("top_pages") < text.index("broken_dates")
-    assert text.count("no Runner drains the queue") == 3
+    assert "no Runner drains the queue" not in text
     assert 'aria-live="polite">clicks_per_user, run 1: MAP, 20 %<' in text
 
 
@@ -118,8 +118,13 @@ def test_a_flame_graph_can_do_nothing(shown: Dashboard) -> None:
 def test_a_jobs_page_tells_its_keys_and_why_it_waits(shown: Dashboard) -> None:
     text = page(shown, "/jobs/sessions")
     assert "&#34;nightly&#34;" in text and "job_priority" in text and "ada" in text
-    assert "<code>mrcore run</code>" in text, "commands are marked"
     assert "It has not run yet." in text and "It has no output." in text
+
+
+def test_that_no_runner_drains_the_queue_is_told_of_every_job(tmp_path: Path) -> None:
+    with contextlib.closing(fill(settings_of(tmp_path), 20)), dashboard(tmp_path, runner=False) as shown:
+        assert page(shown, "/").count("no Runner drains the queue") == 3
+        assert "<code>mrcore run</code>" in page(shown, "/jobs/sessions"), "commands are marked"
 
 
 @pytest.mark.parametrize(("text", "state"), [("", ""), ("job_01", ""), ("", "failed"), ("job_0", "failed"), ("no", "")])
@@ -140,12 +145,11 @@ def test_the_history_is_that_of_the_queue_page_by_page(shown: Dashboard, store: 
     "path", ["/history", "/history?page=90", "/history?job=job_0&state=failed&page=8", "/jobs/job_01"]
 )
 def test_a_page_of_ten_thousand_runs_takes_less_than_200_ms(shown: Dashboard, path: str) -> None:
-    def seconds() -> float:
-        begun = time.perf_counter()
+    """Of a core: how long it waits for one says nothing of the page."""
+    before = shown.cpu_seconds()
+    for _ in range(5):
         page(shown, path)
-        return time.perf_counter() - begun
-
-    assert min(seconds() for _ in range(5)) < 0.2
+    assert (shown.cpu_seconds() - before) / 5 < 0.2
 
 
 @pytest.mark.parametrize(
