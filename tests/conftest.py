@@ -57,6 +57,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             stream.writelines(f"{line}\n" for line in reasons)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Remove the folders that modules share, as pytest does by itself but for the workers of xdist."""
+    if hasattr(session.config, "workerinput") and not session.testsfailed:
+        shutil.rmtree(session.config._tmp_path_factory.getbasetemp(), ignore_errors=True)  # type: ignore[attr-defined]
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty MRCORE_HOME, with the current folder beside it, so that no test meets the user's own cluster."""
