@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -94,8 +95,9 @@ class Node:
     def close(self) -> None:
         self.stop_sshd()
         for pid in self.daemons():
-            os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not self.daemons(), 10, f"daemons of {self.name} ended")
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not self.daemons(), 60, f"daemons of {self.name} ended")
 
 
 class DeployedCluster:
