@@ -541,7 +541,8 @@ def test_the_command_killed_at_every_point(victim: Victim, point: str) -> None:
 def end_agents(cluster: TestCluster) -> None:
     pids = [cluster.agent_pid(number) for number in range(3)]
     for pid in filter(procfs.state, pids):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended with its supervisor
+            os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not any(map(procfs.state, pids)), 10, "the end of the agents")
 
 
