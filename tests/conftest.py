@@ -57,10 +57,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             stream.writelines(f"{line}\n" for line in reasons)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Remove the folders that modules share, as pytest does by itself but for the workers of xdist."""
-    if hasattr(session.config, "workerinput") and not session.testsfailed:
-        shutil.rmtree(session.config._tmp_path_factory.getbasetemp(), ignore_errors=True)  # type: ignore[attr-defined]
+@pytest.fixture(scope="session", autouse=True)
+def _left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remove the folders that modules share if all tests passed: pytest does not for a worker of xdist."""
+    yield
+    if hasattr(request.config, "workerinput") and not request.session.testsfailed:
+        shutil.rmtree(tmp_path_factory.getbasetemp(), ignore_errors=True)  # what is not ours to remove is no failure
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from clusters import TestCluster
 from conditions import wait_until
+from signals import kill
 
 from mrcore import WIRE_VERSION, __version__
 from mrcore.admin import doctor
@@ -253,8 +253,7 @@ def test_a_fresh_home_and_a_stopped_cluster_are_told_to_start(cluster: TestClust
 
 def test_a_local_cluster_of_which_part_is_gone_is_told_to_start_it(cluster: TestCluster) -> None:
     for pid in [pid for pid in cluster.processes() if _of_node(pid, cluster.settings.nodes[1].address)]:
-        with contextlib.suppress(ProcessLookupError):  # it has ended with its supervisor
-            os.kill(pid, signal.SIGKILL)
+        kill(pid)
     wait_until(lambda: judge(doctor.gather(cluster.settings)), 20, "a finding")
     code, text = said("doctor", MRCORE_HOME=str(cluster.settings.home))
     assert code == 1 and "mrcore cluster start" in text and not [word for word in NOT_LOCAL if word in text]

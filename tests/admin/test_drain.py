@@ -21,6 +21,7 @@ from clusters import TestCluster
 from conditions import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
+from signals import kill
 
 from mrcore.admin import drain, drain_plan
 from mrcore.admin.drain_plan import Room, plan, renamed
@@ -541,8 +542,7 @@ def test_the_command_killed_at_every_point(victim: Victim, point: str) -> None:
 def end_agents(cluster: TestCluster) -> None:
     pids = [cluster.agent_pid(number) for number in range(3)]
     for pid in filter(procfs.state, pids):
-        with contextlib.suppress(ProcessLookupError):  # it has ended with its supervisor
-            os.kill(pid, signal.SIGKILL)
+        kill(pid)
     wait_until(lambda: not any(map(procfs.state, pids)), 10, "the end of the agents")
 
 

@@ -166,11 +166,15 @@ def test_however_little_room_there_is_it_is_kept(room: int) -> None:
     now = time.time()
     servers = [ServerNow(server=f"S_{number}", node="n", up=True) for number in range(9)]
     progress = Progress(job_name="j", run=1, job_type="script", started=now, updated=now, servers=servers)
-    state = {"paused": True, "drain": None, "hold": None, "runner": False, "running": None}
+    state = {"paused": True, "drain": None, "hold": None, "runner": True, "running": None}
     rows = [{"job_name": str(number), "running": False, "why": {"text": "it is next"}} for number in range(9)]
-    lines = view_lines(View(state, rows, progress), now, room)
-    assert len(lines) <= room
-    assert room < 20 or any("no Runner drains this queue now" in str(line) for line in lines)
+    assert len(view_lines(View(state, rows, progress), now, room)) <= room
+
+
+def test_that_nobody_drains_the_queue_is_said() -> None:
+    state = {"paused": False, "drain": None, "hold": None, "runner": False, "running": None}
+    lines = view_lines(View(state, [], None), time.time(), 20)
+    assert any("no Runner drains this queue now" in str(line) for line in lines)
 
 
 def test_amounts_are_short_and_phases_say_what_they_did() -> None:

@@ -17,6 +17,7 @@ import pytest
 from by_name import ByName
 from conditions import wait_until
 from daemons import living, own_address
+from signals import kill
 
 from mrcore.errors import ClusterFault, MrcoreError, Unreachable, UsageError
 from mrcore.launchers import local
@@ -291,7 +292,7 @@ def test_the_end_is_certain_whatever_the_task_does(settings: Settings, tmp_path:
             assert len(gone) == len(pids)
     finally:
         for pid in detached:
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
 
 
 def test_the_agent_ends_a_stopped_server_which_then_answers_again(settings: Settings) -> None:

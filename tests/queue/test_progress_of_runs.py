@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conditions import wait_until
 from fake_cluster import FakeCluster
-from queues import job
+from queues import job, listening
 
 from mrcore.cli.live import now_of
 from mrcore.errors import MrcoreError
@@ -21,7 +21,6 @@ from mrcore.queue.runner import Runner
 from mrcore.queue.scheduler import Scheduler
 from mrcore.settings.config import Settings
 from mrcore.state import profiles
-from mrcore.state.doorbell import Doorbell
 from mrcore.state.progress import Phase, Progress, RunDetail, ServerNow, TaskRow
 
 ROW = TaskRow(phase="MAP", task=0, try_=1, server="S_0", node="a", started=1.0, seconds=2.0)
@@ -221,9 +220,5 @@ def test_a_run_whose_runner_is_no_more_is_not_shown_as_under_way(settings: Setti
     store.set_progress(seen)
     assert scheduler.progress() is None and now_of(scheduler) is None
     assert scheduler.show("wc")["progress"] is None and scheduler.queue()[0]["progress"] is None
-    doorbell = Doorbell(settings.state_dir)
-    doorbell.wait(0)
-    try:
+    with listening(settings.state_dir):
         assert scheduler.progress() == seen == now_of(scheduler), "one that is only slow is shown"
-    finally:
-        doorbell.close()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from typing import Any
 
 from by_name import ByName
 from conditions import wait_until
+from signals import kill
 
 from mrcore.messages.methods import LARGE_BYTES, Method
 from mrcore.messages.nodes import Spec
@@ -138,8 +137,7 @@ class Daemon:
         self.process.wait()
         for pid in left:
             if procfs.environment_value(pid, "MRCORE_SERVER") == f"{CLUSTER}/{self.name}":
-                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                    os.kill(pid, signal.SIGKILL)
+                kill(pid)
         wait_until(lambda: not any(living(pid) for pid in left), 10, "the end of all processes of a daemon")
 
 

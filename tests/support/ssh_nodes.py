@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from conditions import wait_until
 from daemons import free_port, own_address
+from signals import kill
 
 from mrcore.settings.config import Settings, load_settings
 from mrcore.system import procfs
@@ -95,8 +94,7 @@ class Node:
     def close(self) -> None:
         self.stop_sshd()
         for pid in self.daemons():
-            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                os.kill(pid, signal.SIGKILL)
+            kill(pid)
         wait_until(lambda: not self.daemons(), 60, f"daemons of {self.name} ended")
 
 

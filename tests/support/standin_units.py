@@ -6,7 +6,6 @@ systemd.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -14,6 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from signals import kill
 
 from mrcore.system import procfs
 
@@ -32,8 +33,7 @@ def main(verb: str) -> int:
             record.write_text(str(pid))
         elif verb in ("stop", "kill") and alive:
             for each in (pid, *procfs.descendants(pid)) if verb == "kill" else (pid,):
-                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                    os.kill(each, signal.SIGKILL if verb == "kill" else signal.SIGTERM)
+                kill(each, signal.SIGKILL if verb == "kill" else signal.SIGTERM)
             deadline = time.monotonic() + 20
             while procfs.state(pid) is not None and time.monotonic() < deadline:
                 time.sleep(0.005)

@@ -237,7 +237,7 @@ def test_a_bad_server_costs_the_stall_time_at_most(
         client = DataClient("127.0.0.1", port, certificates.pki("b"), limits=LIMITS_HERE)
         with pytest.raises(error, match=text):
             collect(client, [0])
-    assert monotonic() - began < 20  # far more than it takes, on a busy machine too; it was for ever
+    assert monotonic() - began < LIMITS.stall_seconds  # long before, on a busy machine too
 
 
 def test_an_idle_connection_is_replaced_without_a_word(store: Store, client: DataClient) -> None:

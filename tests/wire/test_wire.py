@@ -411,7 +411,7 @@ def test_silent_connections_stop_no_one_and_are_dropped(start: Starter, connect:
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3 * FAST.handshakes)]
     began = monotonic()
     assert connect(server).call("echo")
-    assert monotonic() - began < SOON_SECONDS
+    assert monotonic() - began < FAST.handshake_seconds
     for sock in silent:
         assert drain(sock) == b""
         sock.close()
@@ -640,7 +640,7 @@ def test_closing_a_server_drops_live_connections(start: Starter, connect: Callab
     silent = socket.create_connection(("127.0.0.1", server.port), timeout=5)
     began = monotonic()
     server.close()
-    assert monotonic() - began < SOON_SECONDS
+    assert monotonic() - began < FAST.close_seconds
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("peer:", "accept:"))]
     for client in clients:
         with pytest.raises(Unreachable):
