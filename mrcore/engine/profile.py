@@ -22,6 +22,7 @@ from mrcore.messages.tasks import MAX_STACKS
 from mrcore.text import one_line
 
 SAMPLE_SECONDS = 0.01
+LATE_SECONDS = 0.001  # of the thread: the main one computed when it was to look
 MAX_FRAMES, MAX_FRAME = 100, 99  # of a stack, from its root on; characters of one, so that a stack is a `tasks.Stack`
 MAX_PROFILE_BYTES = 4 << 20  # of all stacks of a task; the rare ones are counted together then
 OTHERS = "(other stacks)"
@@ -62,12 +63,20 @@ class Sampler:
         self._root = None
 
     def _watch(self) -> None:
-        seconds, busy = time.monotonic(), self._busy_seconds()
+        """Take a sample of each interval in which the main thread mostly waited.
+
+        While it computes, this thread is let in late, and where the main thread happens to let go of the interpreter:
+        then the stack that was seen before is the one that it waited in.
+        """
+        seconds, busy, before = time.monotonic(), self._busy_seconds(), list[CodeType]()
         while not self._end.wait(SAMPLE_SECONDS):
             passed, was_busy = time.monotonic() - seconds, self._busy_seconds() - busy
             seconds, busy = seconds + passed, busy + was_busy
+            is_late = passed > SAMPLE_SECONDS + LATE_SECONDS
+            stack = [] if is_late and before else self._stack(sys._current_frames().get(self._thread_id))
             if was_busy < passed / 2:
-                self._take(sys._current_frames().get(self._thread_id))
+                self._count(stack or before)
+            before = [] if is_late else stack
 
     def _busy_seconds(self) -> float:
         """Return how long the main thread has computed, or waited for a processor that others had."""
@@ -78,14 +87,21 @@ class Sampler:
 
     def _take(self, frame: FrameType | None) -> None:
         """Count a stack. No frame, with all that it refers to, is held when this returns."""
+        self._count(self._stack(frame))
+
+    def _stack(self, frame: FrameType | None) -> list[CodeType]:
+        """Return the code in each frame, the leaf first, up to where the sampler was entered."""
         codes: list[CodeType] = []
         while frame is not None and frame is not self._root:
             codes.append(frame.f_code)
             frame = frame.f_back
-        stack = tuple(map(id, codes[-MAX_FRAMES:]))
+        return codes[-MAX_FRAMES:]
+
+    def _count(self, codes: list[CodeType]) -> None:
+        stack = tuple(map(id, codes))
         if stack not in self._stacks:
             if len(self._stacks) < MAX_STACKS - 1:
-                self._codes.update(zip(stack, codes[-MAX_FRAMES:], strict=True))
+                self._codes.update(zip(stack, codes, strict=True))
             else:
                 stack = ()
         self._stacks[stack] += 1
